@@ -1,0 +1,45 @@
+# `make help` lists the targets. Each makes .venv when it is missing or older than pyproject.toml.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST_ARGS ?=
+WORKERS ?= auto
+# Written by typer itself from the app, so that the page cannot say what the command does not do.
+CLI_PAGE := $(BIN)/python -m typer randbasis.cli utils docs --name randbasis --title "The command"
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+install: $(INSTALLED) ## make .venv with everything that tests, docs and demo need
+
+# torch first and alone: the rest must not pick another build of it.
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+check: $(INSTALLED) ## ruff, pyright (strict on src), and whether docs/cli.md is up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	@$(CLI_PAGE) | diff docs/cli.md - || { echo "docs/cli.md is stale: run 'make docs' and commit it"; exit 1; }
+
+# One thread a worker: pytest-xdist already keeps every core busy.
+test: check ## check, then the test suite (PYTEST_ARGS="-k nola" picks tests)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	@echo "make test: lint, format, types, docs/cli.md and the test suite passed"
+
+docs: $(INSTALLED) ## write docs/cli.md from the command's help, and build the site into site/
+	$(CLI_PAGE) --output docs/cli.md
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "make docs: wrote docs/cli.md and site/index.html"
+
+clean: ## remove .venv, caches and built pages
+	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

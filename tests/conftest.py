@@ -1,0 +1,59 @@
+"""What every test shares: threads, offline hubs, real data, and a watch on the global random state."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything imports a hub client: no test may reach the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Tests of the arithmetic, which has no business with ambient randomness. Layers of torch draw their starts from it.
+CORE_TESTS = ("basis", "ops", "methods", "contraction")
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+# No deadline: a shared machine is slow at times, and a timed test says nothing about the code.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def console_environment() -> dict[str, str]:
+    """An environment for subprocesses in which `randbasis` and `python` are the ones running these tests."""
+    binaries = str(Path(sys.executable).parent)
+    return os.environ | {"PATH": binaries + os.pathsep + os.environ.get("PATH", ""), "COLUMNS": "120", "NO_COLOR": "1"}
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real models and data sets."""
+    folder = Path(os.environ.get("RANDBASIS_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}: set RANDBASIS_DATA to the folder that holds it")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _global_random_state_untouched(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A core test that moves torch's global generator fails: bases and their products must not know it exists."""
+    place = request.path.relative_to(ROOT / "tests").parts[0].removeprefix("test_")
+    if not place.startswith(CORE_TESTS):
+        yield
+        return
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(before, torch.get_rng_state()), "the global random state of torch was moved"
