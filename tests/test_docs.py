@@ -1,0 +1,37 @@
+"""The pages and the code agree: equation numbers, and the page of the command."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parent.parent / "src" / "randbasis"
+DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef)
+
+
+def equations(root: Path) -> list[int]:
+    """The numbers of the equations that docs/math.md states, in the order of the page."""
+    return [int(n) for n in re.findall(r"^\((\d+)\)", (root / "docs" / "math.md").read_text(encoding="utf-8"), re.M)]
+
+
+def test_equations_are_numbered_without_a_gap(root: Path):
+    assert equations(root) == list(range(1, len(equations(root)) + 1))
+
+
+@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
+def test_docstrings_cite_equations_that_exist(file: Path, root: Path):
+    nodes = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, DOCSTRINGS)]
+    text = "\n".join(ast.get_docstring(node) or "" for node in nodes)
+    cited = {int(number) for number in re.findall(r"(?<!\w)\((\d+)\)", text)}
+    assert cited <= set(equations(root))
+
+
+def test_the_page_of_the_command_is_up_to_date(root: Path, console_environment: dict[str, str]):
+    command = [sys.executable, "-m", "typer", "randbasis.cli", "utils", "docs", "--name", "randbasis"]
+    command += ["--title", "The command"]
+    run = subprocess.run(command, env=console_environment, capture_output=True, text=True, check=True)
+    page = (root / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert page.split() == run.stdout.split(), "docs/cli.md is stale: run `make docs`"
