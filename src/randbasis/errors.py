@@ -1,0 +1,155 @@
+"""One class per broken rule, one base class.
+
+Every message names the argument, the rule, the value got and the way out. Each class also derives from the builtin
+that a caller would expect, so that ``except ValueError`` keeps working.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class RandbasisError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class SeedError(RandbasisError, ValueError):
+    """A seed is not an integer of 64 unsigned bits."""
+
+
+class LawError(RandbasisError, ValueError):
+    """A law of the basis is unknown or its parameter is out of range."""
+
+
+class BasisShapeError(RandbasisError, ValueError):
+    """A shape, a start or a stream does not fit the counters of the generator."""
+
+
+class StorageError(RandbasisError, ValueError):
+    """A kind of basis storage is unknown."""
+
+
+class BackendError(RandbasisError, RuntimeError):
+    """A named implementation of the ops does not exist or cannot run here."""
+
+
+class UnknownMethodError(RandbasisError, ValueError):
+    """A method name is not one of the registered methods."""
+
+
+class RankError(RandbasisError, ValueError):
+    """A rank or a number of basis matrices is not a positive integer, or is above what the method allows."""
+
+
+class HyperparameterError(RandbasisError, ValueError):
+    """A hyper-parameter of a method or of its configuration has a value that it cannot take."""
+
+
+class ContractionError(RandbasisError, ValueError):
+    """An order of contraction is unknown, or was forced where it cannot be used."""
+
+
+class TargetError(RandbasisError, ValueError):
+    """``target_modules`` matches nothing, or is written in a form that is not understood."""
+
+
+class LayerTypeError(RandbasisError, TypeError, ValueError):
+    """A target is a module that cannot be adapted (only linear layers can)."""
+
+
+class SliceError(RandbasisError, ValueError):
+    """A slice of a fused projection does not exist or does not divide the projection."""
+
+
+class AdapterNameError(RandbasisError, ValueError):
+    """An adapter name is unknown, or cannot be used here."""
+
+
+class CombinationError(RandbasisError, ValueError):
+    """Adapters cannot be combined in the way asked for."""
+
+
+class MergeError(RandbasisError, ValueError):
+    """An adapter cannot be merged, or merging it would write values that are not finite."""
+
+
+class AdapterFilesError(RandbasisError, ValueError):
+    """An adapter directory is missing, incomplete, or was not written by this package."""
+
+
+class BaseMismatchError(RandbasisError, ValueError):
+    """An adapter was made for a base model of another shape."""
+
+
+class CoefficientCountError(RandbasisError, ValueError):
+    """A tensor of coefficients has another number of entries than its method, rank and basis imply."""
+
+
+class CoefficientValueError(RandbasisError, ValueError):
+    """Coefficients contain a value that is not finite."""
+
+
+class SettingError(RandbasisError, ValueError):
+    """A setting of a training run, or a combination of settings, cannot be used."""
+
+
+class DataFormatError(RandbasisError, ValueError):
+    """A data file is of an unknown kind, or its content is not what its kind promises."""
+
+
+class DataMissingError(RandbasisError, FileNotFoundError):
+    """A data file or folder does not exist."""
+
+
+class EmptyDataError(RandbasisError, ValueError):
+    """A data file, a split or a column holds nothing to work on."""
+
+
+class ColumnError(RandbasisError, ValueError):
+    """A column does not exist in the data, or a row has no value in it."""
+
+
+class LabelError(RandbasisError, ValueError):
+    """A label was not seen in training, or is not of the kind that the task needs."""
+
+
+class NonFiniteLossError(RandbasisError, ArithmeticError):
+    """Training met a loss or a coefficient that is not finite."""
+
+
+class OutputExistsError(RandbasisError, FileExistsError):
+    """An output exists and would have to be replaced."""
+
+
+class CheckpointError(RandbasisError, FileNotFoundError):
+    """There is no usable checkpoint to resume from."""
+
+
+class SaveError(RandbasisError, OSError):
+    """A file could not be written, for example because the disk is full."""
+
+
+class MissingPackageError(RandbasisError, ImportError):
+    """An optional dependency is needed for what was asked and is not installed."""
+
+
+class RegistrationError(RandbasisError, RuntimeError):
+    """The method could not be registered with PEFT."""
+
+
+def near(name: str, known: Iterable[str], limit: int = 5) -> str:
+    """The names closest to ``name``, for the way out of an error message.
+
+    Args:
+        name: what was asked for.
+        known: what there is.
+        limit: how many names to give at most.
+
+    Returns:
+        ``"did you mean a, b?"`` or, when nothing is close, ``"there are: a, b, ..."``.
+    """
+    names = sorted(set(known))
+    close = get_close_matches(name, names, n=limit, cutoff=0.5)
+    if close:
+        return f"did you mean {', '.join(close)}?"
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"there are: {shown}" if names else "there are none"

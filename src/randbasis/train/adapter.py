@@ -1,0 +1,94 @@
+"""From the words of the command to a PEFT configuration, by one table."""
+
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from peft import LoraConfig, PeftConfig
+
+import randbasis
+from randbasis.errors import HyperparameterError, UnknownMethodError, near
+from randbasis.train.settings import AdapterSettings
+
+
+class _Words(NamedTuple):
+    """A method's configuration class and what the words of the command are called in it."""
+
+    config: str
+    names: dict[str, str]
+
+
+_COMMON = {"seed": "seed", "law": "law", "dropout": "dropout"}
+_METHODS: dict[str, _Words] = {
+    "nola": _Words(
+        "NolaConfig",
+        {
+            "rank": "r",
+            "basis": "num_basis",
+            "basis_b": "num_basis_b",
+            "alpha": "alpha",
+            "parametrization": "parametrization",
+            "unique_basis": "share_basis",
+            **_COMMON,
+        },
+    ),
+    "vera": _Words("VeraConfig", {"rank": "r", **_COMMON}),
+    "randlora": _Words("RandLoraConfig", {"rank": "r", "alpha": "alpha", **_COMMON}),
+    "pranc": _Words("PrancConfig", {"basis": "num_basis", "alpha": "alpha", **_COMMON}),
+    "lora": _Words("LoraConfig", {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}),
+}
+
+METHOD_NAMES = (*_METHODS, "none")
+
+
+def peft_config(settings: AdapterSettings, *, task_type: str | None, head: list[str]) -> PeftConfig | None:
+    """The configuration of the adapter.
+
+    Args:
+        settings: the words of the command.
+        task_type: PEFT's name of the task.
+        head: modules that are trained and saved whole.
+
+    Returns:
+        A configuration of ours or PEFT's LoRA; ``None`` for the method ``none``.
+
+    Raises:
+        UnknownMethodError: there is no such method.
+        HyperparameterError: the method has no such hyper-parameter.
+        RankError: a rank or a number of basis matrices below 1.
+    """
+    settings.check()
+    if settings.method not in METHOD_NAMES:
+        raise UnknownMethodError(f"method {settings.method!r} is unknown; {near(settings.method, METHOD_NAMES)}")
+    if settings.method == "none":
+        return None
+    config, names = _METHODS[settings.method]
+    arguments = {names[word]: value for word, value in _given(settings, names).items()}
+    if "share_basis" in arguments:
+        arguments["share_basis"] = not arguments["share_basis"]
+    if settings.targets:
+        arguments["target_modules"] = _targets(settings.targets)
+    arguments |= {"modules_to_save": head or None, "exclude_modules": head or None, "task_type": task_type}
+    return LoraConfig(**arguments) if settings.method == "lora" else getattr(randbasis, config)(**arguments)
+
+
+def _given(settings: AdapterSettings, names: dict[str, str]) -> dict[str, Any]:
+    """The words that differ from their defaults; each must mean something to the method."""
+    given: dict[str, Any] = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in ("method", "targets") or value == field.default:
+            continue
+        if field.name not in names:
+            if field.name == "seed":
+                continue
+            raise HyperparameterError(f"method {settings.method!r} has no {field.name}; it takes {', '.join(names)}")
+        given[field.name] = value
+    return given
+
+
+def _targets(targets: tuple[str, ...]) -> str | list[str]:
+    if targets == ("all-linear",):
+        return "all-linear"
+    if len(targets) == 1 and targets[0].startswith("re:"):
+        return targets[0].removeprefix("re:")
+    return list(targets)

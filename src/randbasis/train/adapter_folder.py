@@ -1,0 +1,193 @@
+"""An adapter with its head and its task on disk.
+
+A folder holds what ``save_pretrained`` of PEFT writes, or ``head.safetensors`` where only a head was trained, and
+``task.json``: the labels, columns and lengths that are needed to use it again.
+"""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from randbasis.errors import AdapterFilesError, BaseMismatchError, RandbasisError, SaveError
+from randbasis.train.task import TASK_FILE
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+HEAD_WEIGHTS = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What a folder says about itself.
+
+    Args:
+        path: the folder.
+        base_model: folder or hub name of the base it was made for.
+        method: as the command names it.
+        task: the description of its task, empty for an adapter of another tool.
+    """
+
+    path: Path
+    base_model: str
+    method: str
+    task: dict[str, Any]
+
+
+def read_folder(path: str | Path) -> AdapterFolder:
+    """Look at an adapter folder without reading any weights.
+
+    Raises:
+        AdapterFilesError: the folder or one of its files is missing, or a file is not what it should be.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise AdapterFilesError(f"adapter {str(path)!r} is not a folder; give the output folder of a training run")
+    weights = ADAPTER_WEIGHTS if (path / ADAPTER_CONFIG).is_file() else HEAD_WEIGHTS
+    if not (path / weights).is_file():
+        there = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
+        raise AdapterFilesError(
+            f"adapter {str(path)!r} has no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS} (weights in any other form, such as "
+            f"pickles, are not read), and no {HEAD_WEIGHTS}; it holds {there}"
+        )
+    config = _read_json(path / ADAPTER_CONFIG) if weights == ADAPTER_WEIGHTS else {}
+    own = _read_json(path / TASK_FILE) if (path / TASK_FILE).is_file() else {}
+    base = own.get("base_model") or config.get("base_model_name_or_path") or ""
+    return AdapterFolder(path, str(base), str(own.get("method", config.get("peft_type", "none"))), own.get("task", {}))
+
+
+def load_adapter(model: nn.Module, path: str | Path, *, trainable: bool = False) -> nn.Module:
+    """Put the adapter and head of a folder on a base model.
+
+    Args:
+        model: the base, with a head of the right size.
+        path: the folder.
+        trainable: whether its parameters are to be trained further.
+
+    Returns:
+        A ``PeftModel``, or ``model`` itself where the folder holds only a head.
+
+    Raises:
+        AdapterFilesError: files are missing, unreadable, or of an adapter type that is not installed.
+        BaseMismatchError: the adapter was made for a base of another shape.
+    """
+    folder = read_folder(path)
+    if not (folder.path / ADAPTER_CONFIG).is_file():
+        _set_parameters(model, _read_weights(folder.path / HEAD_WEIGHTS), folder.path)
+        return model
+    _read_weights(folder.path / ADAPTER_WEIGHTS)
+    try:
+        config = PeftConfig.from_pretrained(str(folder.path))
+        return PeftModel.from_pretrained(cast(Any, model), str(folder.path), config=config, is_trainable=trainable)
+    except RandbasisError:
+        raise
+    except (KeyError, TypeError) as error:
+        raise AdapterFilesError(
+            f"{folder.path / ADAPTER_CONFIG} is not an adapter configuration that is known here: {error}"
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise BaseMismatchError(f"the adapter in {folder.path} does not fit {type(model).__name__}: {error}") from error
+
+
+def restore_parameters(model: nn.Module, path: Path) -> None:
+    """Set the trained parameters of a model to those of a folder that was written from it."""
+    if isinstance(model, PeftModel):
+        peft.set_peft_model_state_dict(model, _read_weights(path / ADAPTER_WEIGHTS), adapter_name=model.active_adapter)
+    else:
+        _set_parameters(model, _read_weights(path / HEAD_WEIGHTS), path)
+
+
+def save_parameters(model: nn.Module, path: Path) -> None:
+    """Write adapter and head of a model into a folder; see :func:`staged` for writing it safely."""
+    path.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(path), save_embedding_layers=cast(Any, False))
+        (path / "README.md").unlink(missing_ok=True)  # an empty form that PEFT writes
+    else:
+        save_file(trained_parameters(model), path / HEAD_WEIGHTS, metadata={"format": "pt"})
+
+
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, detached and contiguous on the CPU."""
+    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A folder to write into whose files move to ``target`` only when the block has succeeded.
+
+    Raises:
+        SaveError: the operating system refused, for example because the disk is full; ``target`` is as it was.
+    """
+    with saving(target):
+        target.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=".writing-", dir=target))
+        try:
+            yield stage
+            for file in sorted(stage.iterdir()):
+                os.replace(file, target / file.name)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def saving(target: Path, undo: Callable[[], None] | None = None) -> Iterator[None]:
+    """Turn what a failed write raises into one message.
+
+    Args:
+        target: what is being written.
+        undo: removes what was written by half.
+
+    Raises:
+        SaveError: the operating system refused.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, RandbasisError):
+            raise
+        if undo is not None:
+            undo()
+        number = getattr(error, "errno", None) or errno.EIO
+        full = number == errno.ENOSPC or "No space left" in str(error)
+        reason = "the disk is full; free some space" if full else f"{error}; check the folder and its permissions"
+        raise SaveError(number, f"{target} could not be written: {reason}; what was there before is kept") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterFilesError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise AdapterFilesError(f"{path} holds a {type(content).__name__}; an object is needed")
+    return cast(dict[str, Any], content)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterFilesError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _set_parameters(model: nn.Module, values: dict[str, Tensor], source: Path) -> None:
+    own = dict(model.named_parameters())
+    for name, value in values.items():
+        if name not in own or own[name].shape != value.shape:
+            found = f"shape {tuple(own[name].shape)}" if name in own else "no such parameter"
+            raise BaseMismatchError(f"{source} has {name} of shape {tuple(value.shape)}; the model has {found}")
+    for name, value in values.items():
+        own[name].data.copy_(value)

@@ -1,0 +1,77 @@
+"""Reading a frozen base model with transformers, quietly and without touching the caller's random state."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.utils import logging
+
+from randbasis.errors import DataMissingError, SettingError
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Neither progress bars nor the report that a fresh head is fresh; both settings are put back."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def explained(name: str, part: str) -> Iterator[None]:
+    """What transformers raises when a model cannot be read, as one message that says what was asked for.
+
+    Raises:
+        DataMissingError: the model, or this part of it, is not there.
+    """
+    try:
+        with quiet_loading():
+            yield
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise DataMissingError(
+            f"model {name!r}: its {part} cannot be read; give a folder with config.json and safetensors weights, or a "
+            f"name on the hub ({type(error).__name__}: {first})"
+        ) from error
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The configuration of a folder or hub name."""
+    with explained(name, "configuration"):
+        return AutoConfig.from_pretrained(name)
+
+
+def read_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or hub name."""
+    with explained(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """``"float32" | "bfloat16" | "float16"`` as torch's."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """Names of the top-level modules behind the backbone that have parameters: ``classifier``, ``score``, ...
+
+    Raises:
+        SettingError: the model does not say which module is its backbone.
+    """
+    backbone = getattr(model, "base_model_prefix", "")
+    if not backbone or not hasattr(model, backbone):
+        raise SettingError(
+            f"{type(model).__name__} does not name its backbone, so its head cannot be told from the rest"
+        )
+    return [
+        name for name, module in model.named_children() if name != backbone and any(True for _ in module.parameters())
+    ]

@@ -1,0 +1,299 @@
+"""Classes or numbers from one text or two."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+from transformers import AutoModelForSequenceClassification
+
+from randbasis.errors import EmptyDataError, LabelError, SettingError, near
+from randbasis.train.base_model import explained, heads_of, read_config, read_tokenizer, torch_dtype
+from randbasis.train.metrics import accuracy, matthews, pearson, spearman
+from randbasis.train.pooled import PooledClassifier
+from randbasis.train.randomness import confined_randomness
+from randbasis.train.settings import DataSettings, TrainSettings
+from randbasis.train.tabular import Table, text_of
+from randbasis.train.task import Batch, Example, Task, inference
+
+CLASS_METRICS = ("accuracy", "matthews", "loss")
+NUMBER_METRICS = ("pearson", "spearman", "loss")
+DEFAULT_MAX_LENGTH = 512
+
+
+class TextClassification(Task):
+    """Sequence classification; without ``labels`` a regression.
+
+    Args:
+        tokenizer: of the base.
+        labels: names of the classes in the order of the logits, ``None`` for a regression.
+        columns: ``text``, ``text_pair`` (or ``None``), ``label``: where they are in a table.
+        max_length: tokens a row.
+        pooling: ``"mean" | "cls" | "model"``.
+    """
+
+    name = "sequence-classification"
+    peft_task_type = "SEQ_CLS"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        labels: tuple[str, ...] | None,
+        columns: dict[str, str | None],
+        max_length: int,
+        pooling: str,
+    ):
+        self.tokenizer = tokenizer
+        self.labels = labels
+        self.columns = columns
+        self.max_length = max_length
+        self.pooling = pooling
+        self.metric_names = CLASS_METRICS if labels else NUMBER_METRICS
+        self.choose_metric(None)
+
+    @classmethod
+    def prepare(cls, settings: TrainSettings, table: Table) -> "TextClassification":
+        """The task as the training rows imply it.
+
+        Raises:
+            SettingError: no column of texts or labels was named.
+            LabelError: fewer than two classes, or a label that is not a number in a regression.
+        """
+        data = settings.data
+        if data.text_column is None or data.label_column is None:
+            raise SettingError(
+                f"{cls.name} needs text_column and label_column; {table.source} has {', '.join(table.columns)}"
+            )
+        columns = {"text": data.text_column, "text_pair": data.text_pair_column, "label": data.label_column}
+        labels = classes_of(table.column(data.label_column), data, table.source, settings.loop.metric)
+        config = read_config(settings.model)
+        tokenizer = read_tokenizer(settings.model)
+        longest = min(allowed_length(tokenizer, config), settings.max_length or DEFAULT_MAX_LENGTH)
+        pooling = settings.pooling if settings.pooling != "auto" else _own_pooling(config)
+        task = cls(tokenizer, labels, columns, longest, pooling)
+        task.choose_metric(settings.loop.metric)
+        return task
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any], model: str) -> "TextClassification":
+        """The task that an adapter directory describes, on the base ``model``."""
+        labels = description["labels"]
+        return cls(
+            read_tokenizer(model),
+            tuple(labels) if labels else None,
+            description["columns"],
+            description["max_length"],
+            description["pooling"],
+        )
+
+    def description(self) -> dict[str, Any]:
+        """See :meth:`Task.description`."""
+        return {
+            "task": self.name,
+            "labels": list(self.labels) if self.labels else None,
+            "columns": self.columns,
+            "max_length": self.max_length,
+            "pooling": self.pooling,
+        }
+
+    def load_model(self, name: str, *, dtype: str, seed: int) -> nn.Module:
+        """See :meth:`Task.load_model`."""
+        count = len(self.labels) if self.labels else 1
+        with explained(name, "model"), confined_randomness(seed):
+            if self.pooling == "model":
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    name, num_labels=count, dtype=torch_dtype(dtype), ignore_mismatched_sizes=True
+                )
+                model.config.problem_type = "single_label_classification" if self.labels else "regression"
+                if model.config.pad_token_id is None:
+                    model.config.pad_token_id = pad_id(self.tokenizer)
+            else:
+                model = PooledClassifier.from_encoder(
+                    name, num_labels=count, pooling=self.pooling, dtype=torch_dtype(dtype)
+                )
+        if self.labels:
+            model.config.id2label = dict(enumerate(self.labels))
+            model.config.label2id = {label: i for i, label in enumerate(self.labels)}
+        return model
+
+    def head_modules(self, model: nn.Module) -> list[str]:
+        """See :meth:`Task.head_modules`."""
+        return heads_of(model)
+
+    def encode(self, table: Table, *, training: bool) -> list[Example]:
+        """See :meth:`Task.encode`; the label is left out when the table has no such column and need not have it."""
+        assert self.columns["text"] is not None
+        assert self.columns["label"] is not None
+        texts = [text_of(value) for value in table.column(self.columns["text"])]
+        pairs = (
+            [text_of(value) for value in table.column(self.columns["text_pair"])] if self.columns["text_pair"] else None
+        )
+        if not texts:
+            raise EmptyDataError(f"{table.source} has no rows")
+        encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length)
+        examples = [{key: encoded[key][i] for key in encoded} for i in range(len(texts))]
+        if training or self.columns["label"] in table.columns:
+            for number, value in enumerate(table.column(self.columns["label"]), 1):
+                examples[number - 1]["label"] = self._label(value, f"row {number} of {table.source}")
+        return examples
+
+    def _label(self, value: Any, where: str) -> int | float:
+        if self.labels is None:
+            return as_number(value, where)
+        try:
+            return self.labels.index(label_name(value))
+        except ValueError:
+            raise LabelError(
+                f"label {label_name(value)!r} ({where}) was not seen in training; "
+                f"{near(label_name(value), self.labels)}"
+            ) from None
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """See :meth:`Task.collate`."""
+        batch = pad_batch(examples, ("input_ids", "attention_mask", "token_type_ids"), pad_id(self.tokenizer))
+        if "label" in examples[0]:
+            batch["labels"] = torch.tensor(
+                [e["label"] for e in examples], dtype=torch.long if self.labels else torch.float32
+            )
+        return batch
+
+    def lengths(self, examples: Sequence[Example]) -> list[int]:
+        """See :meth:`Task.lengths`."""
+        return [len(example["input_ids"]) for example in examples]
+
+    def score(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
+        """Loss with accuracy and Matthews' coefficient, or with Pearson's and Spearman's for a regression."""
+        logits = logits_of(self, model, examples, batch_size)
+        if self.labels:
+            return class_scores(logits, [e["label"] for e in examples])
+        expected, predicted = [float(e["label"]) for e in examples], [float(value) for value in logits.squeeze(-1)]
+        return {
+            "loss": float(mse_loss(logits.squeeze(-1).double(), torch.tensor(expected, dtype=torch.float64))),
+            "pearson": pearson(predicted, expected),
+            "spearman": spearman(predicted, expected),
+        }
+
+    def predict(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> list[dict[str, Any]]:
+        """The label and its probability, or the number."""
+        logits = logits_of(self, model, examples, batch_size)
+        if self.labels is None:
+            return [{"prediction": float(value)} for value in logits.squeeze(-1)]
+        return class_answers(logits, self.labels)
+
+
+def classes_of(
+    values: Sequence[Any], data: DataSettings, source: str, metric: str | None = None
+) -> tuple[str, ...] | None:
+    """The sorted names of the classes, or ``None`` when the labels are numbers to be predicted.
+
+    Raises:
+        LabelError: fewer than two classes.
+        SettingError: an unknown kind of labels.
+    """
+    if data.label_kind not in ("auto", "class", "number"):
+        raise SettingError(f"label_kind {data.label_kind!r} is unknown; there are: auto, class, number")
+    if data.label_kind == "number" or (
+        data.label_kind == "auto" and (metric in ("pearson", "spearman") or _fractional(values))
+    ):
+        return None
+    names = sorted({label_name(value) for value in values})
+    if len(names) < 2:
+        raise LabelError(f"{source} has only one label, {names[0]!r}; at least two are needed to tell apart")
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)
+    return tuple(names)
+
+
+def label_name(value: Any) -> str:
+    """A label as the name of its class."""
+    return str(value).strip()
+
+
+def as_number(value: Any, where: str) -> float:
+    """A label as a finite number.
+
+    Raises:
+        LabelError: it is not one.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if number != number or number in (float("inf"), float("-inf")):
+        raise LabelError(f"label {value!r} ({where}) is not a finite number; for classes use label_kind class")
+    return number
+
+
+def logits_of(task: Task, model: nn.Module, examples: Sequence[Example], batch_size: int) -> Tensor:
+    """Logits ``[examples, labels]`` in float32 on the CPU, in the order of the examples."""
+    if not examples:
+        raise EmptyDataError("there are no rows to evaluate")
+    rows: dict[int, Tensor] = {}
+    with inference(model):
+        for places, batch in task.batches(model, examples, batch_size):
+            batch.pop("labels", None)
+            rows.update(zip(places, model(**batch).logits.float().cpu(), strict=True))
+    return torch.stack([rows[i] for i in range(len(examples))])
+
+
+def class_scores(logits: Tensor, expected: list[int]) -> dict[str, float]:
+    """Mean cross-entropy in nats, accuracy, Matthews' coefficient."""
+    predicted = [int(value) for value in logits.argmax(-1)]
+    return {
+        "loss": float(cross_entropy(logits.double(), torch.tensor(expected))),
+        "accuracy": accuracy(predicted, expected),
+        "matthews": matthews(predicted, expected),
+    }
+
+
+def class_answers(logits: Tensor, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """The most probable class of each row and its probability."""
+    best = logits.double().softmax(-1).max(-1)
+    return [
+        {"prediction": labels[int(i)], "probability": float(p)} for p, i in zip(best.values, best.indices, strict=True)
+    ]
+
+
+def pad_batch(examples: Sequence[Example], keys: Sequence[str], padding: int, *, left: bool = False) -> Batch:
+    """Lists of token ids and masks as tensors ``[batch, longest]``; the keys that the examples lack are left out."""
+    longest = max(len(example["input_ids"]) for example in examples)
+    fill = {"input_ids": padding, "labels": -100}
+    batch: Batch = {}
+    for key in keys:
+        if key not in examples[0]:
+            continue
+        rows: list[list[int]] = []
+        for example in examples:
+            pad = [fill.get(key, 0)] * (longest - len(example[key]))
+            rows.append(pad + example[key] if left else example[key] + pad)
+        batch[key] = torch.tensor(rows)
+    return batch
+
+
+def pad_id(tokenizer: Any) -> int:
+    """A token id for padding; what it is does not matter, since the attention mask hides it."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def allowed_length(tokenizer: Any, config: Any) -> int:
+    """The longest row that tokenizer and model take, as far as they say."""
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    return min(int(limit) for limit in limits if limit is not None and limit > 0)
+
+
+def _own_pooling(config: Any) -> str:
+    """``model`` where the checkpoint is a classifier or a decoder; ``mean`` for a bare encoder."""
+    names: list[str] = config.architectures or []
+    bare = bool(names) and all(name.endswith("Model") for name in names)
+    return "mean" if bare else "model"
+
+
+def _fractional(values: Sequence[Any]) -> bool:
+    try:
+        return any(float(value) != int(float(value)) for value in values)
+    except (TypeError, ValueError, OverflowError):
+        return False

@@ -1,0 +1,263 @@
+"""Classes from images, in a folder or a zip with a folder for each class."""
+
+import io
+import zipfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError, MissingPackageError, near
+from randbasis.train.base_model import explained, heads_of, torch_dtype
+from randbasis.train.classification import CLASS_METRICS, class_answers, class_scores, classes_of, logits_of
+from randbasis.train.randomness import confined_randomness
+from randbasis.train.settings import TrainSettings
+from randbasis.train.tabular import Table
+from randbasis.train.task import Batch, Example, Task
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+TRAIN_SPLITS = ("train", "training")
+CACHE_BYTES = 2**31
+EVAL_SPLITS = ("val", "valid", "validation", "dev", "eval", "test", "testing")
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """One image: a file, or a member of a zip."""
+
+    path: Path
+    member: str | None = None
+
+    def read(self, archives: dict[Path, zipfile.ZipFile]) -> bytes:
+        """Its bytes; ``archives`` are the zips that are open."""
+        return self.path.read_bytes() if self.member is None else archives[self.path].read(self.member)
+
+    def __str__(self) -> str:
+        return str(self.path) if self.member is None else f"{self.path}:{self.member}"
+
+
+def read_images(path: str | Path) -> dict[str, Table]:
+    """List the images of a folder or zip as tables of the columns ``image`` and ``label``.
+
+    Args:
+        path: holds ``<class>/<image>``, or ``<split>/<class>/<image>`` where every top folder is a known split.
+
+    Returns:
+        ``{"train": table}`` or a table a split, rows in the order of their names.
+
+    Raises:
+        DataMissingError: there is no such folder or zip.
+        DataFormatError: it is neither, or images lie outside class folders.
+        EmptyDataError: it has no images.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataMissingError(
+            f"data {str(path)!r} does not exist; give a folder or zip with a folder of images for each class"
+        )
+    found: dict[str, list[dict[str, Any]]] = {}
+    entries = _entries(path)
+    tops = {parts[0].lower() for parts, _ in entries}
+    split = bool(tops) and tops <= {*TRAIN_SPLITS, *EVAL_SPLITS}
+    for parts, reference in entries:
+        if len(parts) != (3 if split else 2):
+            raise DataFormatError(
+                f"image {str(reference)!r} is not directly in the folder of its class; the layout is "
+                "<class>/<image> or <split>/<class>/<image>"
+            )
+        found.setdefault(parts[0].lower() if split else "train", []).append({"image": reference, "label": parts[-2]})
+    if not found:
+        raise EmptyDataError(f"{path.name} holds no images ({', '.join(SUFFIXES)})")
+    return {
+        name: Table(("image", "label"), rows, f"{path.name} ({name})" if split else path.name)
+        for name, rows in found.items()
+    }
+
+
+def _entries(path: Path) -> list[tuple[tuple[str, ...], ImageRef]]:
+    """Paths as parts below the root, and what is there; hidden files are left out."""
+    if path.is_dir():
+        files = [(file.relative_to(path).parts, ImageRef(file)) for file in path.rglob("*") if file.is_file()]
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            files = [
+                (tuple(Path(name).parts), ImageRef(path, name)) for name in archive.namelist() if not name.endswith("/")
+            ]
+    else:
+        raise DataFormatError(f"data {str(path)!r} is neither a folder nor a zip of images")
+    kept = [
+        (parts, ref)
+        for parts, ref in files
+        if parts[-1].lower().endswith(SUFFIXES) and not any(part.startswith((".", "__MACOSX")) for part in parts)
+    ]
+    kept.sort(key=lambda entry: entry[0])
+    while kept and len(kept[0][0]) > 2 and len({parts[0] for parts, _ in kept}) == 1 and not _is_split(kept[0][0][0]):
+        kept = [(parts[1:], ref) for parts, ref in kept]
+    return kept
+
+
+def _is_split(name: str) -> bool:
+    return name.lower() in (*TRAIN_SPLITS, *EVAL_SPLITS)
+
+
+class ImageClassification(Task):
+    """Image classification with a fresh head.
+
+    Args:
+        processor: the image processor of the base.
+        labels: names of the classes in the order of the logits.
+        image_size: side in pixels, ``None`` for the processor's own.
+        flip: mirror half of the training images, drawn from torch's current generator.
+    """
+
+    name = "image-classification"
+    peft_task_type = None
+
+    def __init__(self, processor: Any, labels: tuple[str, ...], image_size: int | None, flip: bool = False):
+        self.processor = processor
+        self.labels = labels
+        self.image_size = image_size
+        self.flip = flip
+        self.metric_names = CLASS_METRICS
+        self.interpolate = False
+        self.choose_metric(None)
+
+    @classmethod
+    def prepare(cls, settings: TrainSettings, table: Table) -> "ImageClassification":
+        """The task as the training images imply it."""
+        labels = classes_of(table.column("label"), settings.data, table.source)
+        if labels is None:
+            raise LabelError("images are sorted into classes; label_kind number does not apply")
+        task = cls(_processor(settings.model), labels, settings.image_size, settings.flip)
+        task.choose_metric(settings.loop.metric)
+        return task
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any], model: str) -> "ImageClassification":
+        """The task that an adapter directory describes, on the base ``model``."""
+        return cls(_processor(model), tuple(description["labels"]), description["image_size"])
+
+    def description(self) -> dict[str, Any]:
+        """See :meth:`Task.description`."""
+        return {"task": self.name, "labels": list(self.labels), "image_size": self.image_size}
+
+    def load_model(self, name: str, *, dtype: str, seed: int) -> nn.Module:
+        """See :meth:`Task.load_model`."""
+        with explained(name, "model"), confined_randomness(seed):
+            model = AutoModelForImageClassification.from_pretrained(
+                name,
+                dtype=torch_dtype(dtype),
+                ignore_mismatched_sizes=True,
+                id2label=dict(enumerate(self.labels)),
+                label2id={label: i for i, label in enumerate(self.labels)},
+            )
+            self.interpolate = "interpolate_pos_encoding" in signature(model.forward).parameters
+            for head in heads_of(model):
+                model.get_submodule(head).apply(_draw_head)
+        return model
+
+    def head_modules(self, model: nn.Module) -> list[str]:
+        """See :meth:`Task.head_modules`."""
+        return heads_of(model)
+
+    def encode(self, table: Table, *, training: bool) -> list[Example]:
+        """See :meth:`Task.encode`; pixels are decoded once where they fit in ``CACHE_BYTES``, else for each batch."""
+        references: list[ImageRef] = table.column("image")
+        images: Sequence[Any] = references
+        if len(references) * 3 * (self.image_size or 224) ** 2 <= CACHE_BYTES:
+            images = self._pixels(references)
+        examples: list[Example] = [{"image": image} for image in images]
+        if training or "label" in table.columns:
+            for example, reference, value in zip(examples, references, table.column("label"), strict=True):
+                if value not in self.labels:
+                    raise LabelError(
+                        f"label {value!r} of {reference} was not seen in training; {near(value, self.labels)}"
+                    )
+                example["label"] = self.labels.index(value)
+        return examples
+
+    def _pixels(self, references: Sequence[ImageRef]) -> list[Pixels]:
+        """Decoded and resized images, uint8 ``[channels, height, width]``."""
+        size = {"size": {"height": self.image_size, "width": self.image_size}} if self.image_size else {}
+        images: list[Pixels] = []
+        with ExitStack() as stack:
+            archives = {
+                path: stack.enter_context(zipfile.ZipFile(path)) for path in {r.path for r in references if r.member}
+            }
+            for reference in references:
+                picture = _decode(reference, archives)
+                values = self.processor([picture], do_rescale=False, do_normalize=False, return_tensors="np", **size)
+                images.append(np.clip(np.rint(values["pixel_values"][0]), 0, 255).astype(np.uint8))
+        return images
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """See :meth:`Task.collate`."""
+        images = [example["image"] for example in examples]
+        if isinstance(images[0], ImageRef):
+            images = self._pixels(images)
+        pixels = torch.from_numpy(np.stack(images)).float()
+        if self.processor.do_rescale:
+            pixels *= self.processor.rescale_factor
+        if self.processor.do_normalize:
+            mean, std = (
+                torch.tensor(values).view(1, -1, 1, 1)
+                for values in (self.processor.image_mean, self.processor.image_std)
+            )
+            pixels = (pixels - mean) / std
+        batch: Batch = {"pixel_values": pixels}
+        if self.interpolate:
+            batch["interpolate_pos_encoding"] = True
+        if "label" in examples[0]:
+            batch["labels"] = torch.tensor([example["label"] for example in examples])
+        return batch
+
+    def training_collate(self, examples: Sequence[Example]) -> Batch:
+        """As :meth:`collate`, mirrored by chance with ``flip``."""
+        batch = self.collate(examples)
+        if self.flip:
+            mirrored = torch.rand(len(examples)) < 0.5
+            batch["pixel_values"][mirrored] = batch["pixel_values"][mirrored].flip(-1)
+        return batch
+
+    def score(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
+        """Loss, accuracy, Matthews' coefficient."""
+        logits = logits_of(self, model, examples, batch_size)
+        return class_scores(logits, [example["label"] for example in examples])
+
+    def predict(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> list[dict[str, Any]]:
+        """The label and its probability."""
+        return class_answers(logits_of(self, model, examples, batch_size), self.labels)
+
+
+def _processor(model: str) -> Any:
+    with explained(model, "image processor"):
+        return AutoImageProcessor.from_pretrained(model)
+
+
+def _decode(reference: ImageRef, archives: dict[Path, zipfile.ZipFile]) -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingPackageError("reading images needs pillow; install randbasis[train]") from error
+    try:
+        with Image.open(io.BytesIO(reference.read(archives))) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise DataFormatError(f"{reference} is not a readable image: {error}") from error
+
+
+def _draw_head(module: nn.Module) -> None:
+    """A fresh linear layer, whether or not the checkpoint had one of the same shape."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

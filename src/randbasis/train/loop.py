@@ -1,0 +1,249 @@
+"""A model, a PEFT configuration and examples to trained coefficients: the part that any configuration can use."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, get_peft_model
+from rich.console import Console
+from torch import nn
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from randbasis.errors import EmptyDataError, RandbasisError, SettingError, TargetError
+from randbasis.train.progress import ProgressReport
+from randbasis.train.randomness import confined_randomness
+from randbasis.train.settings import LoopSettings
+from randbasis.train.task import Example, Task
+from randbasis.train.trainer import AdapterTrainer, checkpoint_to_resume, parameter_groups
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What training did.
+
+    Args:
+        model: the trained model, with the best or the last parameters.
+        before: metrics of the untrained model.
+        after: metrics of ``model``.
+        history: what was logged, one dictionary an entry, with ``step``.
+        steps: optimiser steps made.
+        best_step: the step that ``model`` is of.
+        coefficients: trained numbers of the adapter.
+        head_parameters: trained numbers of the head.
+        seconds: of training and its evaluations.
+    """
+
+    model: nn.Module
+    before: dict[str, float]
+    after: dict[str, float]
+    history: list[dict[str, Any]]
+    steps: int
+    best_step: int
+    coefficients: int
+    head_parameters: int
+    seconds: float
+
+
+def fit(
+    model: nn.Module,
+    config: PeftConfig | None,
+    task: Task,
+    *,
+    train: Sequence[Example],
+    eval: Sequence[Example],
+    loop: LoopSettings,
+    checkpoints: str | Path,
+    resume: bool = False,
+    console: Console | None = None,
+) -> FitResult:
+    """Train an adapter and a head.
+
+    Args:
+        model: the base with its head, as ``task.load_model`` gives it; it is adapted in place, as PEFT does.
+        config: any PEFT configuration, or ``None`` to train the head alone.
+        task: makes batches and scores.
+        train: examples to learn from.
+        eval: examples to choose the best checkpoint by.
+        loop: how to optimise.
+        checkpoints: folder for the checkpoints (adapter, head and optimiser only).
+        resume: go on from the last checkpoint there; the run ends as it would have without the interruption.
+        console: where to show progress, ``None`` for nowhere.
+
+    Returns:
+        The trained model and its metrics before and after.
+
+    Raises:
+        SettingError: a setting is out of range, or there is nothing to train.
+        TargetError: PEFT's own method found no target.
+        EmptyDataError: there is nothing to train on or to evaluate on.
+        NonFiniteLossError: the loss or a parameter stopped being finite; the last good checkpoint is kept.
+        CheckpointError: there is nothing to resume from.
+        SaveError: a checkpoint could not be written; earlier ones are kept.
+    """
+    loop.check()
+    if not train or not eval:
+        raise EmptyDataError(
+            f"there are {len(train)} rows to train on and {len(eval)} to evaluate on; both must be there"
+        )
+    folder = Path(checkpoints)
+    start = checkpoint_to_resume(folder) if resume else None
+    with torch_threads(loop.threads), _quiet_logging(), confined_randomness(loop.train_seed):
+        adapted = adapt(model, config, task.head_modules(model))
+        arguments = training_arguments(loop, len(train), folder, task)
+        report = ProgressReport(task, console) if console else None
+        trainer = AdapterTrainer(
+            adapted,
+            task,
+            arguments,
+            train=train,
+            eval=eval,
+            lengths=task.lengths(train) if loop.group_by_length else None,
+            head_learning_rate=loop.learning_rate if loop.head_learning_rate is None else loop.head_learning_rate,
+            callbacks=_callbacks(loop, report),
+        )
+        trainer.pop_callback(PrinterCallback)
+        before = task.score(adapted, eval, arguments.eval_batch_size)
+        if console:
+            console.print("before: " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
+        began = time.perf_counter()
+        try:
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+        finally:
+            if report:
+                report.stop()
+        return _result(trainer, task, before, time.perf_counter() - began)
+
+
+def adapt(model: nn.Module, config: PeftConfig | None, head: Sequence[str]) -> nn.Module:
+    """Put the adapter in; without one, freeze all but the head.
+
+    Raises:
+        SettingError: no adapter and no head, so nothing to train.
+        TargetError: PEFT's own method found no target.
+    """
+    for name in head:
+        model.get_submodule(name).float()
+    if config is None:
+        if not head:
+            raise SettingError("method 'none' trains only a head, and this task has none; choose an adapter")
+        model.requires_grad_(False)
+        for name in head:
+            model.get_submodule(name).requires_grad_(True)
+        return model
+    try:
+        return cast(nn.Module, get_peft_model(cast(Any, model), config))
+    except RandbasisError:
+        raise
+    except ValueError as error:
+        raise TargetError(f"targets {config.to_dict().get('target_modules')!r}: {error}") from error
+
+
+def count_trained(model: nn.Module) -> tuple[int, int]:
+    """Trained numbers of the adapter and of the head."""
+    groups = parameter_groups(model)
+    adapter, matrices, vectors = (sum(p.numel() for p in group.values()) for group in groups.values())
+    return adapter, matrices + vectors
+
+
+def training_arguments(loop: LoopSettings, rows: int, folder: Path, task: Task) -> TrainingArguments:
+    """The arguments of transformers' Trainer."""
+    steps_an_epoch = math.ceil(math.ceil(rows / loop.batch_size) / loop.accumulate)
+    every = loop.eval_every or (math.ceil(loop.max_steps / 5) if loop.max_steps else steps_an_epoch)
+    total = loop.max_steps or math.ceil(loop.epochs * steps_an_epoch)
+    if loop.dtype == "float16" and (loop.device == "cpu" or not torch.cuda.is_available()):
+        raise SettingError("dtype float16 can only be trained with on a GPU; take bfloat16 or float32")
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=loop.batch_size,
+        per_device_eval_batch_size=loop.eval_batch_size or 4 * loop.batch_size,
+        max_steps=total,
+        learning_rate=loop.learning_rate,
+        lr_scheduler_type=loop.schedule,
+        warmup_steps=loop.warmup,
+        weight_decay=loop.weight_decay,
+        max_grad_norm=loop.max_grad_norm,
+        gradient_accumulation_steps=loop.accumulate,
+        label_smoothing_factor=loop.label_smoothing,
+        seed=loop.train_seed,
+        use_cpu=loop.device == "cpu",
+        bf16=loop.dtype == "bfloat16",
+        fp16=loop.dtype == "float16",
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=loop.keep == "best",
+        metric_for_best_model=task.metric,
+        greater_is_better=task.greater_is_better,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=max(1, total // 100),
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+class _LastEvaluation(TrainerCallback):
+    """The last step is evaluated too, whether or not it is a multiple of the interval."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
+def _callbacks(loop: LoopSettings, report: ProgressReport | None) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [_LastEvaluation()]
+    if loop.early_stop is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=loop.early_stop))
+    return callbacks + ([report] if report else [])
+
+
+def _result(trainer: AdapterTrainer, task: Task, before: dict[str, float], seconds: float) -> FitResult:
+    state = trainer.state
+    history = cast(list[dict[str, Any]], state.log_history)
+    best = (
+        state.best_global_step if trainer.args.load_best_model_at_end and state.best_global_step else state.global_step
+    )
+    evaluations = {entry["step"]: entry for entry in history if f"eval_{task.metric}" in entry}
+    after = {name: evaluations[best][f"eval_{name}"] for name in before}
+    model = cast(nn.Module, trainer.model)
+    coefficients, head = count_trained(model)
+    return FitResult(model, before, after, history, state.global_step, best, coefficients, head, seconds)
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Torch with ``count`` threads inside the block; ``None`` leaves them."""
+    own = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
+
+
+@contextmanager
+def _quiet_logging() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

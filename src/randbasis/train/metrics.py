@@ -1,0 +1,57 @@
+"""The metrics, as scikit-learn, scipy and sacrebleu compute them."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from randbasis.errors import EmptyDataError, MissingPackageError
+
+
+def accuracy(predicted: Sequence[int], expected: Sequence[int]) -> float:
+    """The share of equal entries."""
+    return sum(p == e for p, e in zip(predicted, expected, strict=True)) / len(expected)
+
+
+def matthews(predicted: Sequence[int], expected: Sequence[int]) -> float:
+    """Matthews' correlation coefficient for any number of classes; 0 where it is not defined."""
+    return float(_package("sklearn.metrics").matthews_corrcoef(expected, predicted))
+
+
+def pearson(predicted: Sequence[float], expected: Sequence[float]) -> float:
+    """Pearson's correlation; 0 where one side is constant."""
+    if len(set(predicted)) < 2 or len(set(expected)) < 2:
+        return 0.0
+    return float(_package("scipy.stats").pearsonr(predicted, expected).statistic)
+
+
+def spearman(predicted: Sequence[float], expected: Sequence[float]) -> float:
+    """Spearman's rank correlation; 0 where one side is constant."""
+    if len(set(predicted)) < 2 or len(set(expected)) < 2:
+        return 0.0
+    return float(_package("scipy.stats").spearmanr(predicted, expected).statistic)
+
+
+def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """BLEU of sacrebleu (0 to 100) with any number of references a text."""
+    return float(_package("sacrebleu.metrics").BLEU().corpus_score(list(texts), _streams(references)).score)
+
+
+def chrf(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """ChrF of sacrebleu (0 to 100) with any number of references a text."""
+    return float(_package("sacrebleu.metrics").CHRF().corpus_score(list(texts), _streams(references)).score)
+
+
+def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
+    """References as sacrebleu takes them: stream i holds reference i of every text, ``None`` where there are fewer."""
+    if not references or not all(references):
+        raise EmptyDataError("BLEU and chrF need a text and at least one reference for each prompt; there are none")
+    most = max(map(len, references))
+    return [[own[i] if i < len(own) else None for own in references] for i in range(most)]
+
+
+def _package(name: str) -> Any:
+    """A package of the extra ``train``, imported when it is first needed."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MissingPackageError(f"this metric needs {name.partition('.')[0]}; install randbasis[train]") from error

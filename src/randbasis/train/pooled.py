@@ -1,0 +1,72 @@
+"""A text encoder without a classification head of its own: pooled hidden states and one linear layer."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class PooledClassifier(PreTrainedModel):
+    """``classifier(dropout(pool(encoder(x))))``.
+
+    Sentence encoders are pretrained with a mean over the tokens, which the head of
+    ``AutoModelForSequenceClassification`` (a freshly drawn pooler on the first token) throws away.
+
+    Args:
+        config: of the encoder, with ``num_labels`` set; one label is a regression.
+        encoder: maps tokens to hidden states ``[batch, length, hidden]``.
+        pooling: ``"mean"`` over the attended tokens, or ``"cls"``, the first token.
+    """
+
+    base_model_prefix = "encoder"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: PreTrainedConfig, encoder: PreTrainedModel, pooling: str):
+        super().__init__(config)
+        self.pooling = pooling
+        self.encoder = encoder
+        self.dropout = nn.Dropout(getattr(config, "hidden_dropout_prob", 0.0))
+        self.classifier = nn.Linear(cast(int, config.hidden_size), config.num_labels)
+        nn.init.normal_(self.classifier.weight, std=getattr(config, "initializer_range", 0.02))
+        nn.init.zeros_(self.classifier.bias)
+
+    @classmethod
+    def from_encoder(cls, name: str, *, num_labels: int, pooling: str, dtype: torch.dtype) -> "PooledClassifier":
+        """The encoder of a folder or hub name with a fresh head, drawn from torch's current generator."""
+        encoder = cast(PreTrainedModel, AutoModel.from_pretrained(name, dtype=dtype))
+        config = encoder.config
+        config.num_labels = num_labels
+        model = cls(config, encoder, pooling)
+        model.name_or_path = name
+        return model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **inputs: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits ``[batch, num_labels]`` and, with labels, the mean cross-entropy or squared error."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        logits = self.classifier(self.dropout(self.pool(states, attention_mask).to(self.classifier.weight.dtype)))
+        loss = None
+        if labels is not None and self.config.num_labels == 1:
+            loss = nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+        elif labels is not None:
+            loss = nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=cast(Any, loss), logits=logits)
+
+    def pool(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """``[batch, length, hidden]`` to ``[batch, hidden]``; padding does not count."""
+        if self.pooling == "cls":
+            return states[:, 0]
+        if attention_mask is None:
+            return states.mean(1)
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        return (states * mask).sum(1) / mask.sum(1).clamp(min=1)

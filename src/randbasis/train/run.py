@@ -1,0 +1,215 @@
+"""A whole run: settings to a folder with an adapter, its task, a summary and a plot."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from randbasis.errors import EmptyDataError, OutputExistsError
+from randbasis.train.adapter import peft_config
+from randbasis.train.adapter_folder import ADAPTER_WEIGHTS, HEAD_WEIGHTS, save_parameters, staged
+from randbasis.train.causal_lm import CausalLanguage
+from randbasis.train.classification import TextClassification
+from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
+from randbasis.train.loop import FitResult, fit
+from randbasis.train.loss_plot import plot_losses
+from randbasis.train.settings import TrainSettings
+from randbasis.train.splits import few_shot, hold_out, sample
+from randbasis.train.tabular import Table, read_table
+from randbasis.train.task import TASK_FILE, Example, Task
+from randbasis.train.trainer import checkpoint_to_resume, last_checkpoint
+
+CHECKPOINTS = "checkpoints"
+SUMMARY_FILE = "summary.json"
+HISTORY_FILE = "history.jsonl"
+PLOT_FILE = "loss.png"
+
+TASK_CLASSES: dict[str, type[CausalLanguage] | type[TextClassification] | type[ImageClassification]] = {
+    task.name: task for task in (CausalLanguage, TextClassification, ImageClassification)
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task with its examples: everything of a run that is read before anything is written.
+
+    Args:
+        task: the task.
+        train: examples to learn from.
+        eval: held-out examples.
+    """
+
+    task: Task
+    train: Sequence[Example]
+    eval: Sequence[Example]
+
+    def load_model(self, settings: TrainSettings) -> nn.Module:
+        """The frozen base with a fresh head drawn from the seed of the run."""
+        return self.task.load_model(settings.model, dtype=settings.loop.dtype, seed=settings.loop.train_seed)
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """What a run left.
+
+    Args:
+        output: its folder.
+        model: the trained model.
+        task: the task, for :func:`randbasis.train.evaluate_rows` and the like.
+        summary: what ``summary.json`` holds.
+    """
+
+    output: Path
+    model: nn.Module
+    task: Task
+    summary: dict[str, Any]
+
+
+def train(settings: TrainSettings, *, console: Console | None = None) -> TrainOutcome:
+    """Fine-tune a base model on a file of rows.
+
+    Everything that can be refused is refused before the output folder is made; an adapter that is there already is
+    replaced only when the new one is complete.
+
+    Args:
+        settings: the run.
+        console: where to show progress, ``None`` for nowhere.
+
+    Returns:
+        The trained model and where it was saved.
+
+    Raises:
+        RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
+    """
+    settings.check()
+    output = Path(settings.output)
+    checkpoints = output / CHECKPOINTS
+    _check_output(settings)
+    prepared = prepare(settings)
+    model = prepared.load_model(settings)
+    config = peft_config(
+        settings.adapter, task_type=prepared.task.peft_task_type, head=prepared.task.head_modules(model)
+    )
+    is_new = not output.exists()
+    if not settings.resume and checkpoints.exists():
+        shutil.rmtree(checkpoints)
+    try:
+        result = fit(
+            model,
+            config,
+            prepared.task,
+            train=prepared.train,
+            eval=prepared.eval,
+            loop=settings.loop,
+            checkpoints=checkpoints,
+            resume=settings.resume,
+            console=console,
+        )
+    except BaseException:
+        if is_new and output.exists() and last_checkpoint(checkpoints) is None:
+            shutil.rmtree(output)
+        raise
+    summary = _save(settings, prepared, result)
+    if not settings.keep_checkpoints:
+        shutil.rmtree(checkpoints)
+    return TrainOutcome(output, result.model, prepared.task, summary)
+
+
+def prepare(settings: TrainSettings) -> Prepared:
+    """Read the rows, split them and make examples of them; the model's weights are not read."""
+    train_table, eval_table = _tables(settings)
+    task = TASK_CLASSES[settings.task].prepare(settings, train_table)
+    train_table, eval_table = _chosen(settings, train_table, eval_table)
+    prepared = Prepared(task, task.encode(train_table, training=True), task.encode(eval_table, training=False))
+    if not prepared.train or not prepared.eval:
+        raise EmptyDataError(f"{train_table.source} leaves nothing to train on or to evaluate on")
+    return prepared
+
+
+def _tables(settings: TrainSettings) -> tuple[Table, Table | None]:
+    """The rows to train on and, where they come from elsewhere, the rows to evaluate on."""
+    data = settings.data
+    if settings.task != ImageClassification.name:
+        first = read_table(data.train, kind=data.kind, wanted=data.columns)
+        return first, read_table(data.eval, kind=data.kind, wanted=data.columns) if data.eval is not None else None
+    splits = read_images(data.train)
+    train_name = next((name for name in splits if name not in EVAL_SPLITS), None)
+    if train_name is None:
+        raise EmptyDataError(f"{data.train} holds only {', '.join(splits)}; a split named train is needed")
+    if data.eval is not None:
+        others = read_images(data.eval)
+        return splits[train_name], others[next((name for name in EVAL_SPLITS if name in others), next(iter(others)))]
+    return splits[train_name], next((splits[name] for name in EVAL_SPLITS if name in splits), None)
+
+
+def _chosen(settings: TrainSettings, train: Table, eval: Table | None) -> tuple[Table, Table]:
+    """Hold rows out where no others were given, then keep as many as were asked for."""
+    data, seed = settings.data, settings.loop.train_seed
+    if eval is None:
+        groups = train.column(data.prompt_column) if data.prompt_column else list(range(len(train.rows)))
+        kept, held = hold_out([str(group) for group in groups], data.eval_fraction, seed)
+        train, eval = train.subset(kept), train.subset(held)
+    if data.shots is not None:
+        label = "label" if settings.task == ImageClassification.name else data.label_column
+        if label is None:
+            raise EmptyDataError("shots are counted by label, and this task has none")
+        train = train.subset(few_shot(train.column(label), data.shots, seed))
+    if data.limit is not None:
+        train = train.subset(sample(len(train.rows), data.limit, seed))
+    if data.eval_limit is not None:
+        eval = eval.subset(sample(len(eval.rows), data.eval_limit, seed))
+    return train, eval
+
+
+def _check_output(settings: TrainSettings) -> None:
+    """Raises OutputExistsError or CheckpointError before anything is read."""
+    output = Path(settings.output)
+    if settings.resume:
+        checkpoint_to_resume(output / CHECKPOINTS)
+    elif output.exists() and not settings.overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise OutputExistsError(
+            f"output {str(output)!r} exists; give overwrite to replace it, resume to go on with it, or another folder"
+        )
+    elif output.exists() and not output.is_dir():
+        raise OutputExistsError(f"output {str(output)!r} is a file; give a folder")
+
+
+def _save(settings: TrainSettings, prepared: Prepared, result: FitResult) -> dict[str, Any]:
+    output = Path(settings.output)
+    with staged(output) as stage:
+        save_parameters(result.model, stage)
+        weights = next(stage / name for name in (ADAPTER_WEIGHTS, HEAD_WEIGHTS) if (stage / name).exists())
+        summary = _summary(settings, prepared, result) | {"adapter_bytes": weights.stat().st_size}
+        about = {"base_model": settings.model, "method": settings.adapter.method, "task": prepared.task.description()}
+        (stage / TASK_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (stage / SUMMARY_FILE).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        lines = [json.dumps(entry) for entry in result.history]
+        (stage / HISTORY_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        plot_losses(
+            result.history, prepared.task.metric, stage / PLOT_FILE, f"{settings.adapter.method}: {prepared.task.name}"
+        )
+    return summary
+
+
+def _summary(settings: TrainSettings, prepared: Prepared, result: FitResult) -> dict[str, Any]:
+    return {
+        "task": settings.task,
+        "method": settings.adapter.method,
+        "model": settings.model,
+        "metric": prepared.task.metric,
+        "before": result.before,
+        "after": result.after,
+        "coefficients": result.coefficients,
+        "head_parameters": result.head_parameters,
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "seconds": round(result.seconds, 2),
+        "train_rows": len(prepared.train),
+        "eval_rows": len(prepared.eval),
+        "settings": settings.as_json(),
+    }

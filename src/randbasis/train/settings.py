@@ -1,0 +1,272 @@
+"""What a training run is told, as plain values: checked before any file is written and any model is read."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from randbasis.errors import HyperparameterError, RankError, SettingError, near
+
+TASKS = ("causal-lm", "sequence-classification", "image-classification")
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the rows come from and what they mean.
+
+    Args:
+        train: a file of rows, or a folder or zip of images with a folder for each class.
+        eval: the same for the held-out rows. ``None``: a split named by the archive, else ``eval_fraction`` of ``train``.
+        eval_fraction: the share held out when ``eval`` is not given.
+        kind: kind of the files when their names do not tell: csv, tsv, jsonl, json, txt.
+        text_column: the text (classification, or a language model of plain text).
+        text_pair_column: a second text (classification of pairs).
+        prompt_column: what the language model is given.
+        target_column: what it has to write; a list of texts counts as several references.
+        label_column: the class or, for a regression, the number.
+        label_kind: ``"auto" | "class" | "number"``; auto takes labels as numbers when one has a fraction.
+        limit: train on that many rows, drawn by the seed of the run.
+        shots: train on that many rows a class.
+        eval_limit: evaluate on that many rows, drawn likewise.
+    """
+
+    train: str | Path
+    eval: str | Path | None = None
+    eval_fraction: float = 0.1
+    kind: str | None = None
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    prompt_column: str | None = None
+    target_column: str | None = None
+    label_column: str | None = None
+    label_kind: str = "auto"
+    limit: int | None = None
+    shots: int | None = None
+    eval_limit: int | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that were named."""
+        names = (self.text_column, self.text_pair_column, self.prompt_column, self.target_column, self.label_column)
+        return tuple(name for name in names if name is not None)
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """Which adapter, in the words of the command; ``None`` leaves the method's own default.
+
+    Args:
+        method: nola, vera, randlora, pranc; ``lora`` for comparison; ``none`` for a frozen base with a trained head.
+        rank: the rank (vera, randlora, nola, lora).
+        basis: the number of basis matrices (nola, pranc), those of A.
+        basis_b: the number of basis matrices of B (nola).
+        alpha: the scale.
+        seed: the seed of the basis.
+        law: the law of the entries of the basis.
+        parametrization: ``offset`` or ``plain`` (nola).
+        unique_basis: a basis of its own for each layer (nola).
+        targets: names of modules, slices included (``c_attn[q,v]``), ``("all-linear",)`` for every linear layer, or
+            ``("re:PATTERN",)`` for a regular expression. Empty: what PEFT knows for the architecture.
+        dropout: dropout on the input of the adapter.
+    """
+
+    method: str = "nola"
+    rank: int | None = None
+    basis: int | None = None
+    basis_b: int | None = None
+    alpha: float | None = None
+    seed: int = 0
+    law: str | None = None
+    parametrization: str | None = None
+    unique_basis: bool = False
+    targets: tuple[str, ...] = ("all-linear",)
+    dropout: float = 0.0
+
+    def check(self) -> None:
+        """Refuse what no method can take.
+
+        Raises:
+            RankError: a rank or a number of basis matrices below 1.
+            HyperparameterError: a dropout outside [0, 1).
+        """
+        for name, value in (("rank", self.rank), ("basis", self.basis), ("basis_b", self.basis_b)):
+            if value is not None and value < 1:
+                raise RankError(f"{name} must be at least 1, got {value}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise HyperparameterError(f"dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How to optimise.
+
+    Args:
+        batch_size: rows a step.
+        eval_batch_size: rows a batch of evaluation; ``None``: four times ``batch_size``.
+        epochs: passes over the rows, when ``max_steps`` is not given.
+        max_steps: steps.
+        learning_rate: of the adapter.
+        head_learning_rate: of the head; ``None``: as the adapter.
+        warmup: share of the steps in which the learning rate rises.
+        schedule: how it falls, a name of transformers.
+        weight_decay: of the adapter and of the head's matrices.
+        max_grad_norm: gradients are clipped to this norm.
+        accumulate: batches a step.
+        train_seed: head, order of the rows, dropout, held-out rows.
+        metric: which metric chooses the best checkpoint; ``None``: the task's first.
+        eval_every: steps between evaluations; ``None``: each epoch, or five times in ``max_steps``.
+        early_stop: stop after that many evaluations without a better metric.
+        keep: ``"best"`` or ``"last"``.
+        group_by_length: rows of like length share a batch.
+        label_smoothing: of the classes.
+        threads: threads of torch; ``None`` leaves them.
+        dtype: of the base model; coefficients and head stay float32.
+        device: ``"auto"`` or ``"cpu"``.
+    """
+
+    batch_size: int = 16
+    eval_batch_size: int | None = None
+    epochs: float = 3.0
+    max_steps: int | None = None
+    learning_rate: float = 1e-2
+    head_learning_rate: float | None = None
+    warmup: float = 0.06
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    accumulate: int = 1
+    train_seed: int = 0
+    metric: str | None = None
+    eval_every: int | None = None
+    early_stop: int | None = None
+    keep: str = "best"
+    group_by_length: bool = True
+    label_smoothing: float = 0.0
+    threads: int | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+
+    def check(self) -> None:
+        """Refuse what cannot be trained with.
+
+        Raises:
+            SettingError: a value is out of range; the message names it.
+        """
+        at_least_one = {
+            "batch_size": self.batch_size,
+            "eval_batch_size": self.eval_batch_size,
+            "max_steps": self.max_steps,
+            "accumulate": self.accumulate,
+            "eval_every": self.eval_every,
+            "early_stop": self.early_stop,
+            "threads": self.threads,
+        }
+        for name, value in at_least_one.items():
+            if value is not None and value < 1:
+                raise SettingError(f"{name} must be at least 1, got {value}")
+        not_negative = {
+            "learning_rate": self.learning_rate,
+            "head_learning_rate": self.head_learning_rate,
+            "weight_decay": self.weight_decay,
+            "train_seed": self.train_seed,
+        }
+        for name, value in not_negative.items():
+            if value is not None and not 0 <= value < float("inf"):
+                raise SettingError(f"{name} must be a finite number not below 0, got {value}")
+        if not 0 < self.epochs < float("inf"):
+            raise SettingError(f"epochs must be a finite number above 0, got {self.epochs}")
+        if self.train_seed >= 2**32:
+            raise SettingError(f"train_seed must be below 2**32 (numpy's limit), got {self.train_seed}")
+        if not 0.0 <= self.warmup < 1.0:
+            raise SettingError(f"warmup is a share of the steps in [0, 1), got {self.warmup}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise SettingError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        choices = {
+            "schedule": (self.schedule, SCHEDULES),
+            "dtype": (self.dtype, DTYPES),
+            "device": (self.device, ("auto", "cpu")),
+            "keep": (self.keep, ("best", "last")),
+        }
+        for name, (value, known) in choices.items():
+            if value not in known:
+                raise SettingError(f"{name} {value!r} is unknown; {near(value, known)}")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """A whole run.
+
+    Args:
+        task: one of :data:`TASKS`.
+        model: a folder or a name on the hub.
+        data: the rows.
+        adapter: the adapter.
+        loop: the optimisation.
+        output: folder for the adapter, its head, the summary and the plot.
+        overwrite: replace an adapter that is already in ``output``.
+        resume: go on from the last checkpoint in ``output``.
+        keep_checkpoints: leave the checkpoints in ``output`` after the run.
+        max_length: tokens a row; ``None``: what model and tokenizer allow, at most 512.
+        pooling: of a text encoder: ``"auto" | "mean" | "cls" | "model"`` (the model's own head).
+        separator: text between a prompt and its target.
+        end_token: token that ends a text; ``None``: the tokenizer's end-of-text token.
+        image_size: side in pixels; ``None``: the model's own.
+        flip: mirror half of the training images.
+    """
+
+    task: str
+    model: str
+    data: DataSettings
+    output: str | Path
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    loop: LoopSettings = field(default_factory=LoopSettings)
+    overwrite: bool = False
+    resume: bool = False
+    keep_checkpoints: bool = False
+    max_length: int | None = None
+    pooling: str = "auto"
+    separator: str = " => "
+    end_token: str | None = None
+    image_size: int | None = None
+    flip: bool = False
+
+    def check(self) -> None:
+        """Refuse a run that cannot be started; reads nothing.
+
+        Raises:
+            SettingError: the task is unknown, or a value is out of range.
+            RankError: a rank or a number of basis matrices below 1.
+        """
+        if self.task not in TASKS:
+            raise SettingError(f"task {self.task!r} is unknown; {near(self.task, TASKS)}")
+        if self.pooling not in ("auto", "mean", "cls", "model"):
+            raise SettingError(f"pooling {self.pooling!r} is unknown; there are: auto, mean, cls, model")
+        for name, value in (("max_length", self.max_length), ("image_size", self.image_size)):
+            if value is not None and value < 1:
+                raise SettingError(f"{name} must be at least 1, got {value}")
+        if self.overwrite and self.resume:
+            raise SettingError("overwrite and resume exclude each other; give one")
+        self.adapter.check()
+        self.loop.check()
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as plain values, for the summary."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Names separated by commas, where a comma inside brackets belongs to the name: ``c_attn[q,v],c_proj``."""
+    names, depth, start = list[str](), 0, 0
+    for position, character in enumerate(text):
+        depth += (character == "[") - (character == "]")
+        if character == "," and depth == 0:
+            names.append(text[start:position])
+            start = position + 1
+    return tuple(name.strip() for name in [*names, text[start:]] if name.strip())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,215 @@
+"""Rows from a file: csv, tsv, JSON lines, JSON or plain text, each also gzipped.
+
+A table without a header names its columns ``0``, ``1``, ... so that an index is a name like any other.
+"""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from randbasis.errors import ColumnError, DataFormatError, DataMissingError, EmptyDataError, near
+
+Row = dict[str, Any]
+
+_STORY_END = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one source.
+
+    Args:
+        columns: the names of the columns, in order.
+        rows: one dictionary a row.
+        source: what to call the data in a message.
+    """
+
+    columns: tuple[str, ...]
+    rows: list[Row]
+    source: str
+
+    def column(self, name: str) -> list[Any]:
+        """All values of one column.
+
+        Raises:
+            ColumnError: the column does not exist, or a row has nothing in it.
+        """
+        if name not in self.columns:
+            raise ColumnError(
+                f"column {name!r} is not in {self.source}; its columns are {', '.join(map(repr, self.columns))}"
+                f" ({near(name, self.columns)})"
+            )
+        for number, row in enumerate(self.rows, 1):
+            if row.get(name) is None:
+                raise ColumnError(f"row {number} of {self.source} has no value in column {name!r}; fill or remove it")
+        return [row[name] for row in self.rows]
+
+    def subset(self, indices: Sequence[int]) -> "Table":
+        """The rows at ``indices``, in that order."""
+        return Table(self.columns, [self.rows[i] for i in indices], self.source)
+
+
+def read_table(
+    path: str | Path, *, kind: str | None = None, header: bool | None = None, wanted: Sequence[str] = ()
+) -> Table:
+    """Read a file of rows.
+
+    Args:
+        path: a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.txt`` file, or any of these with ``.gz`` behind it.
+        kind: ``"csv" | "tsv" | "jsonl" | "json" | "txt"``, when the name does not tell. A tsv has no quoting.
+        header: whether the first line of a csv or tsv names the columns. ``None``: it does, unless a wanted column is
+            given by its index.
+        wanted: the columns that will be asked for.
+
+    Returns:
+        The table; ``txt`` has one column ``text``, a row for each non-empty line, or for each story where the file
+        separates its texts by ``<|endoftext|>``.
+
+    Raises:
+        DataMissingError: there is no such file.
+        DataFormatError: the kind is unknown or the content is not of that kind.
+        EmptyDataError: the file has no rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataMissingError(
+            f"data {str(path)!r} is not a file; give the path of a csv, tsv, jsonl, json or txt file"
+        )
+    kind = kind or _kind_of(path)
+    if kind not in _READERS:
+        raise DataFormatError(f"kind of data {kind!r} is unknown; {near(kind, _READERS)}")
+    if header is None:
+        header = not any(name.isdecimal() for name in wanted)
+    try:
+        columns, rows = _READERS[kind](_text(path), path.name, header)
+    except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataFormatError(
+            f"{path.name} cannot be read as {kind}: {error}; name the right kind with --format"
+        ) from error
+    if not rows:
+        raise EmptyDataError(f"{path.name} has no rows")
+    return Table(columns, rows, path.name)
+
+
+def text_of(value: Any) -> str:
+    """A cell as text: lists of lists, such as the triples of WebNLG, become ``a b c | d e f``."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return " | ".join(
+            " ".join(map(str, cast(list[Any], part))) if isinstance(part, list) else str(part)
+            for part in cast(list[Any], value)
+        )
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+def _kind_of(path: Path) -> str:
+    suffixes = [suffix.lower().lstrip(".") for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == "gz":
+        suffixes.pop()
+    known = {"ndjson": "jsonl", "jsonlines": "jsonl", "tab": "tsv", "text": "txt"}
+    kind = known.get(suffixes[-1], suffixes[-1]) if suffixes else ""
+    if kind not in _READERS:
+        raise DataFormatError(
+            f"the name {path.name!r} does not tell what kind of data it is; it should end in one of "
+            f"{', '.join('.' + name for name in _READERS)} (and .gz), or name the kind with --format"
+        )
+    return kind
+
+
+def _text(path: Path) -> io.TextIOWrapper:
+    with path.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+    stream = cast(io.BufferedReader, gzip.open(path)) if packed else path.open("rb")
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+
+
+def _read_separated(
+    stream: io.TextIOWrapper, name: str, header: bool, *, tab: bool
+) -> tuple[tuple[str, ...], list[Row]]:
+    with stream:
+        lines = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(stream, strict=True)
+        cells = [line for line in lines if line]
+    if not cells:
+        return (), []
+    if not header:
+        columns = tuple(str(i) for i in range(max(map(len, cells))))
+        return columns, [dict(zip(columns, line, strict=False)) for line in cells]
+    columns = tuple(cells[0])
+    if len(set(columns)) != len(columns):
+        raise DataFormatError(
+            f"the header of {name} names a column twice: {', '.join(columns)}; without a header, give "
+            "columns by index (0, 1, ...)"
+        )
+    for number, line in enumerate(cells[1:], 2):
+        if len(line) != len(columns):
+            raise DataFormatError(
+                f"line {number} of {name} has {len(line)} cells, its header has {len(columns)}; "
+                "is it of another kind (--format), or without a header (columns by index)?"
+            )
+    return columns, [dict(zip(columns, line, strict=True)) for line in cells[1:]]
+
+
+def _read_csv(stream: io.TextIOWrapper, name: str, header: bool) -> tuple[tuple[str, ...], list[Row]]:
+    return _read_separated(stream, name, header, tab=False)
+
+
+def _read_tsv(stream: io.TextIOWrapper, name: str, header: bool) -> tuple[tuple[str, ...], list[Row]]:
+    return _read_separated(stream, name, header, tab=True)
+
+
+def _read_jsonl(stream: io.TextIOWrapper, name: str, header: bool) -> tuple[tuple[str, ...], list[Row]]:
+    records: list[Any] = []
+    with stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataFormatError(f"line {number} of {name} is not JSON: {error}") from error
+    return _from_records(records, name)
+
+
+def _read_json(stream: io.TextIOWrapper, name: str, header: bool) -> tuple[tuple[str, ...], list[Row]]:
+    with stream:
+        try:
+            content = json.load(stream)
+        except json.JSONDecodeError as error:
+            raise DataFormatError(f"{name} is not JSON: {error}; one record a line is of kind jsonl") from error
+    if not isinstance(content, list):
+        raise DataFormatError(f"{name} holds a {type(content).__name__}; a list of objects is needed")
+    return _from_records(cast(list[Any], content), name)
+
+
+def _from_records(records: list[Any], name: str) -> tuple[tuple[str, ...], list[Row]]:
+    columns: dict[str, None] = {}
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise DataFormatError(f"record {number} of {name} is a {type(record).__name__}; each must be an object")
+        columns.update(dict.fromkeys(cast(Row, record)))
+    return tuple(columns), cast(list[Row], records)
+
+
+def _read_txt(stream: io.TextIOWrapper, name: str, header: bool) -> tuple[tuple[str, ...], list[Row]]:
+    with stream:
+        content = stream.read()
+    parts = content.split(_STORY_END) if _STORY_END in content else content.splitlines()
+    return ("text",), [{"text": part.strip()} for part in parts if part.strip()]
+
+
+_READERS: dict[str, Callable[[io.TextIOWrapper, str, bool], tuple[tuple[str, ...], list[Row]]]] = {
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "txt": _read_txt,
+}

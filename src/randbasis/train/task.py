@@ -1,0 +1,117 @@
+"""The contract of a task: rows to examples, examples to batches, a model to scores and answers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from randbasis.errors import SettingError, near
+from randbasis.train.tabular import Table
+
+Example = dict[str, Any]
+Batch = dict[str, Any]
+
+TASK_FILE = "task.json"
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+
+
+class Task(ABC):
+    """One kind of problem, with all that is needed to do it again from an adapter directory.
+
+    ``description`` is written beside the adapter; the class method of the same file that reads it gives an equal task.
+    """
+
+    name: ClassVar[str]
+    peft_task_type: ClassVar[str | None]
+    metric_names: tuple[str, ...]
+    metric: str
+
+    def choose_metric(self, metric: str | None) -> None:
+        """Set the metric that checkpoints are compared by; ``None`` takes the first.
+
+        Raises:
+            SettingError: the task has no such metric.
+        """
+        if metric is not None and metric not in self.metric_names:
+            raise SettingError(
+                f"metric {metric!r} does not apply to {self.name} here; {near(metric, self.metric_names)}"
+            )
+        self.metric = metric or self.metric_names[0]
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether a greater value of ``metric`` is a better one."""
+        return self.metric not in LOWER_IS_BETTER
+
+    @abstractmethod
+    def load_model(self, name: str, *, dtype: str, seed: int) -> nn.Module:
+        """The frozen base with a fresh head drawn from ``seed``."""
+
+    @abstractmethod
+    def head_modules(self, model: nn.Module) -> list[str]:
+        """Names of the modules that are trained whole, none for a language model."""
+
+    @abstractmethod
+    def encode(self, table: Table, *, training: bool) -> list[Example]:
+        """Rows as examples; without ``training`` the answers may be missing where the task allows it."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Examples as one batch, padded to its longest, with ``labels`` where the examples have them."""
+
+    @abstractmethod
+    def score(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
+        """The metrics of the task; exact means over all examples, whatever the batch size."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> list[dict[str, Any]]:
+        """One answer an example, in their order."""
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """What :func:`task_from_description` needs, as plain values."""
+
+    def lengths(self, examples: Sequence[Example]) -> list[int] | None:
+        """Lengths to group rows by, ``None`` where all are alike."""
+        return None
+
+    def training_collate(self, examples: Sequence[Example]) -> Batch:
+        """As :meth:`collate`, with augmentation where the task has any."""
+        return self.collate(examples)
+
+    def batches(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Batches on the device of the model, rows of like length together, with the places of their examples."""
+        device = next(model.parameters()).device
+        lengths = self.lengths(examples)
+        order = sorted(range(len(examples)), key=lambda i: -lengths[i]) if lengths else list(range(len(examples)))
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            batch = self.collate([examples[i] for i in places])
+            yield (
+                places,
+                {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()},
+            )
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients for a block; the mode of every module is put back after it.
+
+    A base in half precision runs under autocast, as it does in training, so that its float32 head fits.
+    """
+    training = [module for module in model.modules() if module.training]
+    half = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}
+    device = next(model.parameters()).device.type
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device, dtype=half.pop()) if half else nullcontext():
+            yield
+    finally:
+        for module in training:
+            module.training = True

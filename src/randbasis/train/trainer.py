@@ -1,0 +1,222 @@
+"""transformers' Trainer with two learning rates, small checkpoints, exact metrics, and a stop at the first NaN."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from randbasis.errors import CheckpointError, NonFiniteLossError, SaveError
+from randbasis.train.adapter_folder import restore_parameters, save_parameters, saving
+from randbasis.train.task import Example, Task
+
+STATE_FILE = "trainer_state.json"
+
+
+class Rows(Dataset[Example]):
+    """Examples as a dataset of torch."""
+
+    def __init__(self, examples: Sequence[Example]):
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+class EpochOrder(Sampler[int]):
+    """The order of the rows, a pure function of seed and epoch, so that a resumed run meets the same batches.
+
+    With ``lengths`` the rows are shuffled, sorted by length within stretches of 50 batches, and the batches shuffled.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, lengths: Sequence[int] | None = None):
+        self.count = count
+        self.batch_size = batch_size
+        self.seed = seed
+        self.lengths = lengths
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order: list[int] = torch.randperm(self.count, generator=generator).tolist()
+        if self.lengths is None:
+            return iter(order)
+        lengths, stretch, size = self.lengths, 50 * self.batch_size, self.batch_size
+        order = [
+            row
+            for start in range(0, self.count, stretch)
+            for row in sorted(order[start : start + stretch], key=lambda i: -lengths[i])
+        ]
+        batches = [order[start : start + size] for start in range(0, self.count, size)]
+        tail = batches.pop() if len(batches[-1]) < size else []
+        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        return iter([row for i in shuffled for row in batches[i]] + tail)
+
+
+class AdapterTrainer(Trainer):
+    """Trains the adapter and head of a model on the examples of a task.
+
+    Args:
+        model: a ``PeftModel``, or a model with only its head set to be trained.
+        task: makes batches and scores.
+        args: of transformers.
+        train: examples.
+        eval: examples.
+        lengths: of the training examples, to group them by.
+        head_learning_rate: of the parameters in ``modules_to_save``, or of all of them where there is no adapter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        args: TrainingArguments,
+        *,
+        train: Sequence[Example],
+        eval: Sequence[Example],
+        lengths: Sequence[int] | None,
+        head_learning_rate: float,
+        **rest: Any,
+    ):
+        self.task = task
+        self.row_lengths = lengths
+        self.head_learning_rate = head_learning_rate
+        super().__init__(
+            cast(Any, model),
+            args,
+            data_collator=cast(Any, task.training_collate),
+            train_dataset=Rows(train),
+            eval_dataset=Rows(eval),
+            **rest,
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        return EpochOrder(len(cast(Rows, data)), self.args.train_batch_size, self.args.seed, self.row_lengths)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over three groups: adapter, head, and the head's biases and norms, which do not decay."""
+        if self.optimizer is None:
+            decay, groups = self.args.weight_decay, parameter_groups(cast(nn.Module, self.model))
+            rates = {
+                "adapter": (self.args.learning_rate, decay),
+                "head": (self.head_learning_rate, decay),
+                "head_vectors": (self.head_learning_rate, 0.0),
+            }
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {"params": list(group.values()), "lr": rates[name][0], "weight_decay": rates[name][1]}
+                    for name, group in groups.items()
+                    if group
+                ],
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One step; the run ends here when the loss is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(self._stopped(f"the loss at step {self.state.global_step + 1} is {float(loss)}"))
+        return loss
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The task's own scores: exact means over the rows, on the same path as the command ``evaluate``."""
+        examples = cast(Rows, dataloader.dataset).examples
+        with self.autocast_smart_context_manager():
+            scores = self.task.score(cast(nn.Module, self.model), examples, self.args.eval_batch_size)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=len(examples))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        save_parameters(cast(nn.Module, self.model), Path(output_dir or cast(str, self.args.output_dir)))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        for name, parameter in cast(nn.Module, self.model).named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                raise NonFiniteLossError(
+                    self._stopped(f"after step {self.state.global_step} the parameter {name} is not finite")
+                )
+        target = Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            with saving(target, undo=lambda: shutil.rmtree(target, ignore_errors=True)):
+                super()._save_checkpoint(model, trial)
+        except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
+            shutil.rmtree(target, ignore_errors=True)
+            raise SaveError(
+                f"{target} could not be written: {error}; is the disk full? Earlier checkpoints are kept"
+            ) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore_parameters(cast(nn.Module, self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        restore_parameters(cast(nn.Module, self.model), Path(cast(str, self.state.best_model_checkpoint)))
+
+    def _stopped(self, what: str) -> str:
+        kept = last_checkpoint(Path(cast(str, self.args.output_dir)))
+        where = f"the last good checkpoint is {kept}" if kept else "there was no checkpoint yet"
+        return f"training stopped: {what}; {where}; a lower learning rate or a longer warmup may help"
+
+
+def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Trained parameters by name: ``adapter``, the ``head``'s matrices, and the head's vectors.
+
+    A head is what PEFT keeps under ``modules_to_save``; without an adapter every trained parameter is of the head.
+    """
+    groups: dict[str, dict[str, nn.Parameter]] = {"adapter": {}, "head": {}, "head_vectors": {}}
+    adapted = hasattr(model, "peft_config")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            head = not adapted or ".modules_to_save." in name
+            groups["adapter" if not head else "head" if parameter.ndim > 1 else "head_vectors"][name] = parameter
+    return groups
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder; Trainer writes the state last, so one with a state is complete."""
+    complete: dict[int, Path] = {}
+    for state in folder.glob(f"checkpoint-*/{STATE_FILE}"):
+        try:
+            complete[int(json.loads(state.read_text())["global_step"])] = state.parent
+        except (json.JSONDecodeError, KeyError):
+            continue
+    return complete[max(complete)] if complete else None
+
+
+def checkpoint_to_resume(folder: Path) -> Path:
+    """As :func:`last_checkpoint`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = last_checkpoint(folder)
+    if found is None:
+        raise CheckpointError(
+            f"there is no complete checkpoint in {folder} to resume from; start the run without resume"
+        )
+    return found
