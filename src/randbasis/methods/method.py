@@ -1,0 +1,226 @@
+"""The contract of a method: coefficients and a basis become factors; nothing else.
+
+A method is a frozen record of hyper-parameters. It holds no tensor and knows no layer. What it is told of a layer is a
+:class:`Matrix`: a shape and the streams of its bases. Everything above (apply, merge, export, cost) is written once,
+on this contract.
+
+Shapes: coefficients may carry leading batch dimensions ``[n, ...]``, one entry for each of ``n`` adapters of the same
+method; ``out`` and ``in`` are those of ``ΔW`` in ``h = W0 x + ΔW x``.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from randbasis.basis import Basis, Law, check_seed, parse_law, stream_of
+from randbasis.errors import CoefficientCountError, RankError
+from randbasis.ops import BasisStorage, Slab, check_storage, choose_storage, hold
+from randbasis.ops.storage import Stored
+
+Coefficients = Mapping[str, Tensor]
+"""Coefficient name → tensor, in the method's order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One adapted matrix as a method sees it.
+
+    Attributes:
+        out_features: rows of ΔW.
+        in_features: columns of ΔW.
+        streams: one 32-bit stream for each of the method's roles, math (4).
+    """
+
+    out_features: int
+    in_features: int
+    streams: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """``ΔW = up @ down``.
+
+    Attributes:
+        up: ``[..., out, q]``, or None for the identity (PRANC).
+        down: ``[..., q, in]``.
+    """
+
+    up: Tensor | None
+    down: Tensor
+
+    def delta(self) -> Tensor:
+        """``ΔW``, ``[..., out, in]``."""
+        return self.down if self.up is None else self.up @ self.down
+
+
+def check_positive(argument: str, value: int) -> None:
+    """Raise unless a rank or a number of basis matrices is a positive integer.
+
+    Raises:
+        RankError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise RankError(f"{argument} must be a positive integer, got {value!r}; use for example {argument}=8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Hyper-parameters that every method has.
+
+    Attributes:
+        seed: 64-bit seed of all its bases.
+        law: law of their entries.
+        basis_storage: how the bases are kept between calls; changes cost, never values.
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]]
+
+    seed: int = 0
+    law: str = "sign"
+    basis_storage: BasisStorage = "auto"
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        parse_law(self.law)
+        check_storage(self.basis_storage)
+
+    # --- what is counted and stored ---
+
+    @abstractmethod
+    def coefficient_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """Shape of each coefficient tensor of one matrix, in the order in which files hold them."""
+
+    @abstractmethod
+    def starts(self, out_features: int, in_features: int) -> dict[str, float]:
+        """Value that each coefficient tensor is filled with before training."""
+
+    def count(self, out_features: int, in_features: int) -> int:
+        """Coefficients of one matrix: math (9), (13) or (16)."""
+        return sum(math.prod(shape) for shape in self.coefficient_shapes(out_features, in_features).values())
+
+    @abstractmethod
+    def rank(self, out_features: int, in_features: int) -> int:
+        """``q`` of math §2: the inner dimension of the factors."""
+
+    def max_rank(self, out_features: int, in_features: int) -> int | None:
+        """The largest ``r`` that makes sense for a matrix of that shape; None when there is no bound."""
+        return None
+
+    # --- the basis of a matrix ---
+
+    @property
+    def shares_basis(self) -> bool:
+        """Whether all layers use the same streams."""
+        return True
+
+    def streams(self, path: str = "") -> tuple[int, ...]:
+        """The stream of each role, math (4).
+
+        Args:
+            path: module path of the matrix; used only when the basis is not shared.
+        """
+        suffix = "" if self.shares_basis else f"/{path}"
+        return tuple(stream_of(f"{self.name}/{role}{suffix}") for role in self.roles)
+
+    def slab(self, matrix: Matrix, role: str, count: int, rows: int, cols: int) -> Slab:
+        """The part of a role's basis that a matrix uses."""
+        stream = matrix.streams[self.roles.index(role)]
+        return Slab(Basis(self.seed, stream, parse_law(self.law)), count, rows, cols)
+
+    @abstractmethod
+    def slabs(self, matrix: Matrix) -> tuple[Slab, ...]:
+        """Every slab that a matrix uses, one a role."""
+
+    def storage(self, slab: Slab) -> BasisStorage:
+        """How one slab is kept."""
+        return choose_storage(slab, self.basis_storage, shared=self.shares_basis)
+
+    def hold(self, matrix: Matrix) -> tuple[Stored, ...]:
+        """Keep the slabs of a matrix stored for as long as the result lives."""
+        return tuple(hold(slab, kind) for slab in self.slabs(matrix) if (kind := self.storage(slab)) != "recompute")
+
+    @property
+    def unit(self) -> float:
+        """Real factor for unit variance, math (5)."""
+        return parse_law(self.law).unit_scale
+
+    # --- coefficients become a change of the layer ---
+
+    @abstractmethod
+    def factors(self, coefficients: Coefficients, matrix: Matrix) -> Factors:
+        """The pair ``(B, A)`` with ``ΔW = B A``, scaling included; differentiable."""
+
+    def delta(self, coefficients: Coefficients, matrix: Matrix) -> Tensor:
+        """``ΔW``, ``[..., out, in]``; differentiable."""
+        return self.factors(coefficients, matrix).delta()
+
+    def prepare(self, coefficients: Coefficients, matrix: Matrix) -> dict[str, Tensor]:
+        """What :meth:`apply` needs of the coefficients and what is worth caching while they do not change."""
+        return dict(coefficients)
+
+    @abstractmethod
+    def apply(self, x: Tensor, prepared: Mapping[str, Tensor], matrix: Matrix) -> Tensor:
+        """``ΔW x`` in token order (19), a coefficient set for each row of a batch.
+
+        Args:
+            x: ``[rows, tokens, in]``.
+            prepared: from :meth:`prepare`, each tensor with a leading dimension ``rows``, or 1 for all rows alike.
+            matrix: shape and streams.
+
+        Returns:
+            ``[rows, tokens, out]``.
+        """
+
+    # --- cost ---
+
+    def token_cost(self, tokens: int, matrix: Matrix, *, training: bool) -> float:
+        """Multiply-adds of math (19) above the base layer for one forward (and backward) pass."""
+        q = self.rank(matrix.out_features, matrix.in_features)
+        return (2 if training else 1) * tokens * q * (matrix.in_features + matrix.out_features)
+
+    def weight_cost(self, tokens: int, matrix: Matrix, *, training: bool, fused: bool) -> float:
+        """Multiply-adds of math (20) above the base layer for one forward (and backward) pass.
+
+        ``fused`` says that ``W0 + ΔW`` is one matrix, so that only the gradient of ΔW costs a product of T·in·out.
+        """
+        area = matrix.out_features * matrix.in_features
+        build = 2 * self.rank(matrix.out_features, matrix.in_features) * area if training else 0
+        products = (0 if fused else 1) + ((1 if fused else 2) if training else 0)
+        return build + products * tokens * area
+
+
+def check_coefficients(coefficients: Coefficients, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise unless every coefficient tensor is there with its shape (after leading batch dimensions).
+
+    Raises:
+        CoefficientCountError: one is missing or has another shape.
+    """
+    for name, shape in shapes.items():
+        found = tuple(coefficients[name].shape) if name in coefficients else None
+        if found is None or found[len(found) - len(shape) :] != shape:
+            got = "nothing" if found is None else f"shape {list(found)}"
+            raise CoefficientCountError(
+                f"{where}: coefficients {name!r} must have shape {list(shape)}, got {got}; "
+                "use the rank and basis that the adapter was made with"
+            )
+
+
+def matmul_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """``x[r] @ weight[r]ᵀ`` for each row; one weight for all rows is one plain product.
+
+    Args:
+        x: ``[rows, tokens, in]``.
+        weight: ``[rows or 1, out, in]``.
+    """
+    if weight.shape[0] == 1:
+        return torch.nn.functional.linear(x, weight[0])
+    return torch.bmm(x, weight.transpose(1, 2))
+
+
+__all__ = ["Coefficients", "Factors", "Law", "Matrix", "Method", "check_coefficients", "check_positive", "matmul_rows"]

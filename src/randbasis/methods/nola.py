@@ -1,0 +1,118 @@
+"""NOLA, Koohpayegani et al., ICLR 2024, arXiv 2310.02556: math (6)-(10)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from randbasis.errors import HyperparameterError
+from randbasis.methods.method import Coefficients, Factors, Matrix, Method, check_positive, matmul_rows
+from randbasis.ops import Slab, combine
+
+Parametrization = Literal["offset", "plain"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nola(Method):
+    """``ΔW = (alpha / r) · B A``, ``A`` and ``B`` linear combinations of frozen random matrices, math (6).
+
+    Attributes:
+        r: rank of the factors; costs no coefficients.
+        num_basis: ``k``, basis matrices of A.
+        num_basis_b: ``l``, basis matrices of B; None means ``k``.
+        alpha: numerator of the scaling ``alpha / r``.
+        parametrization: ``"offset"`` (7): frozen ``A⁰`` and coefficients that start at 0, so ΔW = 0 at the start;
+            ``"plain"`` (8): no offset, coefficients that start at ``1/k`` and ``1/l``.
+        share_basis: one basis for all layers (9), or one a matrix.
+    """
+
+    name: ClassVar[str] = "nola"
+    roles: ClassVar[tuple[str, ...]] = ("A", "B", "A0")
+
+    r: int
+    num_basis: int
+    num_basis_b: int | None = None
+    alpha: float
+    parametrization: Parametrization = "offset"
+    share_basis: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("r", self.r)
+        check_positive("num_basis", self.num_basis)
+        check_positive("num_basis_b", self.basis_b)
+        if self.parametrization not in get_args(Parametrization):
+            raise HyperparameterError(
+                f"parametrization must be one of {list(get_args(Parametrization))}, got {self.parametrization!r}; "
+                "'offset' is the authors' language-model code, 'plain' their first release and ViT code"
+            )
+
+    @property
+    def basis_b(self) -> int:
+        """``l``: basis matrices of B."""
+        return self.num_basis if self.num_basis_b is None else self.num_basis_b
+
+    @property
+    def shares_basis(self) -> bool:
+        """Whether all layers use the streams ``nola/A``, ``nola/B`` and ``nola/A0``."""
+        return self.share_basis
+
+    def coefficient_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """``a`` of k and ``b`` of l entries, whatever the shape of the matrix, math (9)."""
+        return {"nola_a": (self.num_basis,), "nola_b": (self.basis_b,)}
+
+    def starts(self, out_features: int, in_features: int) -> dict[str, float]:
+        """0 with an offset (7), ``1/k`` and ``1/l`` without (8)."""
+        if self.parametrization == "offset":
+            return {"nola_a": 0.0, "nola_b": 0.0}
+        return {"nola_a": 1.0 / self.num_basis, "nola_b": 1.0 / self.basis_b}
+
+    def rank(self, out_features: int, in_features: int) -> int:
+        """``r``."""
+        return self.r
+
+    def slabs(self, matrix: Matrix) -> tuple[Slab, ...]:
+        """``Aᵢ`` is r × in, ``Bⱼ`` r × out and transposed on use, ``A⁰`` r × in."""
+        a = self.slab(matrix, "A", self.num_basis, self.r, matrix.in_features)
+        b = self.slab(matrix, "B", self.basis_b, self.r, matrix.out_features)
+        if self.parametrization == "plain":
+            return a, b
+        return a, b, self.slab(matrix, "A0", 1, self.r, matrix.in_features)
+
+    def _scales(self, matrix: Matrix) -> tuple[float, float]:
+        """Real factors of the sums of A and B: standard deviation and, with an offset, 1/√k and 1/√l."""
+        if self.parametrization == "offset":
+            return self.unit / math.sqrt(3 * self.num_basis), self.unit / math.sqrt(3 * self.basis_b)
+        deviation = self.unit / math.sqrt(3 * self.r)
+        return deviation / math.sqrt(matrix.in_features), deviation / math.sqrt(matrix.out_features)
+
+    def factors(self, coefficients: Coefficients, matrix: Matrix) -> Factors:
+        """``B · alpha / r`` of ``[..., out, r]`` and ``A`` of ``[..., r, in]``, math (6)-(8)."""
+        slab_a, slab_b, *offset = self.slabs(matrix)
+        scale_a, scale_b = self._scales(matrix)
+        a, b = coefficients["nola_a"], coefficients["nola_b"]
+        down = combine(a * scale_a, slab_a, self.storage(slab_a))
+        up = combine(b * (scale_b * self.alpha / self.r), slab_b, self.storage(slab_b)).transpose(-1, -2)
+        for slab in offset:
+            deviation = self.unit / math.sqrt(3 * matrix.in_features)
+            one = torch.full((1, 1), deviation, dtype=a.dtype, device=a.device)
+            down = down + combine(one, slab, self.storage(slab))[0]
+        return Factors(up, down)
+
+    def prepare(self, coefficients: Coefficients, matrix: Matrix) -> dict[str, Tensor]:
+        """The factors themselves: rank r, cheap to keep and to gather by row."""
+        factors = self.factors(coefficients, matrix)
+        assert factors.up is not None
+        return {"up": factors.up, "down": factors.down}
+
+    def apply(self, x: Tensor, prepared: Mapping[str, Tensor], matrix: Matrix) -> Tensor:
+        """``B (A x)`` by row, math (24)."""
+        return matmul_rows(matmul_rows(x, prepared["down"]), prepared["up"])
+
+    def token_cost(self, tokens: int, matrix: Matrix, *, training: bool) -> float:
+        """As the contract's, plus in training the gradient of the factors themselves."""
+        forward = tokens * self.r * (matrix.in_features + matrix.out_features)
+        return forward * (3 if training else 1)

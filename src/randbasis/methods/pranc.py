@@ -1,0 +1,75 @@
+"""PRANC, Nooralinejad et al., ICCV 2023, NOLA's predecessor: math (18)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from randbasis.methods.method import Coefficients, Factors, Matrix, Method, check_positive, matmul_rows
+from randbasis.ops import Slab, combine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pranc(Method):
+    """``ΔW = (1/√k) Σᵢ aᵢ Wᵢ`` with dense random matrices of unit variance, math (18).
+
+    Attributes:
+        num_basis: ``k``, coefficients a matrix.
+        share_basis: one basis for all layers, or one a matrix.
+    """
+
+    name: ClassVar[str] = "pranc"
+    roles: ClassVar[tuple[str, ...]] = ("W",)
+
+    num_basis: int
+    share_basis: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("num_basis", self.num_basis)
+
+    @property
+    def shares_basis(self) -> bool:
+        """Whether all layers use the stream ``pranc/W``."""
+        return self.share_basis
+
+    def coefficient_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """``k`` coefficients, whatever the shape of the matrix."""
+        return {"pranc_a": (self.num_basis,)}
+
+    def starts(self, out_features: int, in_features: int) -> dict[str, float]:
+        """0, so ΔW = 0; ΔW is linear in the coefficients, so all have a gradient."""
+        return {"pranc_a": 0.0}
+
+    def rank(self, out_features: int, in_features: int) -> int:
+        """``out``: its B is the identity."""
+        return out_features
+
+    def slabs(self, matrix: Matrix) -> tuple[Slab, ...]:
+        """``Wᵢ`` is out × in."""
+        return (self.slab(matrix, "W", self.num_basis, matrix.out_features, matrix.in_features),)
+
+    def factors(self, coefficients: Coefficients, matrix: Matrix) -> Factors:
+        """No low-rank factors: the identity and ΔW itself."""
+        (slab,) = self.slabs(matrix)
+        scale = self.unit / math.sqrt(self.num_basis)
+        return Factors(None, combine(coefficients["pranc_a"] * scale, slab, self.storage(slab)))
+
+    def prepare(self, coefficients: Coefficients, matrix: Matrix) -> dict[str, Tensor]:
+        """ΔW itself."""
+        return {"delta": self.delta(coefficients, matrix)}
+
+    def apply(self, x: Tensor, prepared: Mapping[str, Tensor], matrix: Matrix) -> Tensor:
+        """``ΔW x`` by row."""
+        return matmul_rows(x, prepared["delta"])
+
+    def token_cost(self, tokens: int, matrix: Matrix, *, training: bool) -> float:
+        """One product with ΔW, two more for its gradients."""
+        return tokens * matrix.out_features * matrix.in_features * (3 if training else 1)
+
+    def weight_cost(self, tokens: int, matrix: Matrix, *, training: bool, fused: bool) -> float:
+        """As the contract's, without the product of factors: there are none."""
+        products = (0 if fused else 1) + ((1 if fused else 2) if training else 0)
+        return products * tokens * matrix.out_features * matrix.in_features

@@ -1,0 +1,117 @@
+"""RandLoRA, Albert et al., ICLR 2025, arXiv 2502.00987: math (14)-(17)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from randbasis.errors import HyperparameterError
+from randbasis.methods.method import Coefficients, Factors, Matrix, Method, check_positive
+from randbasis.ops import Slab, entries, project, sandwich
+
+Scaling = Literal["hf", "paper"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandLora(Method):
+    """``ΔW = scaling · Σⱼ Bⱼ Λⱼ A Γⱼ``: full rank from ``n = ceil(min / r)`` random terms, math (14).
+
+    Attributes:
+        r: rank of one term; coefficients go with its inverse (16).
+        scaling: ``"paper"`` = 2/√n, ``"hf"`` = alpha / r (15).
+        alpha: of the ``"hf"`` scaling; None means ``20 r``.
+    """
+
+    name: ClassVar[str] = "randlora"
+    roles: ClassVar[tuple[str, ...]] = ("A", "B")
+
+    r: int
+    scaling: Scaling = "hf"
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("r", self.r)
+        if self.scaling not in get_args(Scaling):
+            raise HyperparameterError(
+                f"scaling must be one of {list(get_args(Scaling))}, got {self.scaling!r}; "
+                "'paper' is 2/√n, 'hf' is alpha / r"
+            )
+        if self.scaling == "paper" and self.alpha is not None:
+            raise HyperparameterError(
+                f"alpha has no meaning with scaling='paper' (2/√n), got alpha={self.alpha}; "
+                "leave alpha out or use scaling='hf'"
+            )
+
+    def max_rank(self, out_features: int, in_features: int) -> int | None:
+        """The smaller side: one term of that rank is already full, math (16)."""
+        return min(out_features, in_features)
+
+    def terms(self, out_features: int, in_features: int) -> int:
+        """``n_b = ceil(min / r)``."""
+        return -(-min(out_features, in_features) // self.r)
+
+    def coefficient_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """``λ`` of ``[n, r]`` and ``γ`` of ``[n, min]``, math (16)."""
+        terms = self.terms(out_features, in_features)
+        return {"randlora_lambda": (terms, self.r), "randlora_gamma": (terms, min(out_features, in_features))}
+
+    def starts(self, out_features: int, in_features: int) -> dict[str, float]:
+        """λ = 0, so ΔW = 0, and ``γ = 1 / max(n, min)``."""
+        smaller = min(out_features, in_features)
+        return {"randlora_lambda": 0.0, "randlora_gamma": 1.0 / max(self.terms(out_features, in_features), smaller)}
+
+    def rank(self, out_features: int, in_features: int) -> int:
+        """``n_b · r``, about min(out, in)."""
+        return self.terms(out_features, in_features) * self.r
+
+    def slabs(self, matrix: Matrix) -> tuple[Slab, ...]:
+        """A is r × min; the Bⱼ are r × max and transposed on use."""
+        out, in_ = matrix.out_features, matrix.in_features
+        return (
+            self.slab(matrix, "A", 1, self.r, min(out, in_)),
+            self.slab(matrix, "B", self.terms(out, in_), self.r, max(out, in_)),
+        )
+
+    def _scale(self, matrix: Matrix) -> float:
+        """Scaling (15) times the unit factors of A and B."""
+        if self.scaling == "paper":
+            factor = 2.0 / math.sqrt(self.terms(matrix.out_features, matrix.in_features))
+        else:
+            factor = (20.0 * self.r if self.alpha is None else self.alpha) / self.r
+        return factor * self.unit**2
+
+    def factors(self, coefficients: Coefficients, matrix: Matrix) -> Factors:
+        """``[B₀ B₁ …]`` and ``[Λ₀ A Γ₀; Λ₁ A Γ₁; …]``, swapped and transposed when in > out."""
+        a, b = self.slabs(matrix)
+        lam, gamma = coefficients["randlora_lambda"], coefficients["randlora_gamma"]
+        frozen_a = entries(a, self.storage(a), lam.dtype, lam.device)[0]
+        wide = self._scale(matrix) * entries(b, self.storage(b), lam.dtype, lam.device).flatten(0, 1).T
+        narrow = (lam.unsqueeze(-1) * frozen_a * gamma.unsqueeze(-2)).flatten(-3, -2)
+        wide = wide.expand(*narrow.shape[:-2], *wide.shape)
+        if matrix.in_features > matrix.out_features:
+            return Factors(narrow.transpose(-1, -2), wide.transpose(-1, -2))
+        return Factors(wide, narrow)
+
+    def delta(self, coefficients: Coefficients, matrix: Matrix) -> Tensor:
+        """``scaling · Σⱼ Bⱼ Λⱼ A Γⱼ`` in weight order, with its own backward."""
+        lam, gamma = coefficients["randlora_lambda"], coefficients["randlora_gamma"]
+        if lam.dim() > 2:
+            return self.factors(coefficients, matrix).delta()
+        a, b = self.slabs(matrix)
+        delta = sandwich(lam * self._scale(matrix), gamma, a, b, self.storage(b))
+        return delta.T if matrix.in_features > matrix.out_features else delta
+
+    def apply(self, x: Tensor, prepared: Mapping[str, Tensor], matrix: Matrix) -> Tensor:
+        """``Σⱼ Bⱼ (λⱼ ⊙ A (γⱼ ⊙ x))`` by row, math (22): two shared products, whatever the number of adapters."""
+        a, b = self.slabs(matrix)
+        lam = (prepared["randlora_lambda"] * self._scale(matrix)).to(x.dtype).unsqueeze(1)
+        gamma = prepared["randlora_gamma"].to(x.dtype).unsqueeze(1)
+        kind_a, kind_b = self.storage(a), self.storage(b)
+        if matrix.in_features > matrix.out_features:
+            wide = project(x, b, kind_b).unflatten(-1, (b.count, b.rows))
+            return (project(wide * lam, a, kind_a, transpose=True) * gamma).sum(-2)
+        narrow = project(x.unsqueeze(-2) * gamma, a, kind_a) * lam
+        return project(narrow.flatten(-2), b, kind_b, transpose=True)

@@ -1,0 +1,81 @@
+"""VeRA, Kopiczko et al., ICLR 2024, arXiv 2310.11454: math (12)-(13)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from randbasis.methods.method import Coefficients, Factors, Matrix, Method, check_positive
+from randbasis.ops import Slab, entries, project, sandwich
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vera(Method):
+    """``ΔW = Λ_b B Λ_d A`` with one frozen random pair for all layers, math (12).
+
+    Attributes:
+        r: rank of the pair; may exceed the width.
+        d_initial: value that ``d`` starts at; ``b`` starts at 0, so ΔW = 0.
+    """
+
+    name: ClassVar[str] = "vera"
+    roles: ClassVar[tuple[str, ...]] = ("A", "B")
+
+    r: int
+    d_initial: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("r", self.r)
+
+    def coefficient_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        """``d`` scales the rank axis, ``b`` the output rows: ``r + out`` coefficients, math (13)."""
+        return {"vera_d": (self.r,), "vera_b": (out_features,)}
+
+    def starts(self, out_features: int, in_features: int) -> dict[str, float]:
+        """``d_initial`` and 0."""
+        return {"vera_d": self.d_initial, "vera_b": 0.0}
+
+    def rank(self, out_features: int, in_features: int) -> int:
+        """``r``."""
+        return self.r
+
+    def slabs(self, matrix: Matrix) -> tuple[Slab, ...]:
+        """A is r × in; B is r × out and transposed on use."""
+        return (
+            self.slab(matrix, "A", 1, self.r, matrix.in_features),
+            self.slab(matrix, "B", 1, self.r, matrix.out_features),
+        )
+
+    def _scale(self, matrix: Matrix) -> float:
+        """Standard deviations √(2/in) of A, with the matrix's own in, and √(2/r) of B."""
+        return self.unit**2 * math.sqrt(2 / matrix.in_features) * math.sqrt(2 / self.r)
+
+    def factors(self, coefficients: Coefficients, matrix: Matrix) -> Factors:
+        """``Λ_b B`` of ``[..., out, r]`` and ``Λ_d A`` of ``[..., r, in]``."""
+        a, b = self.slabs(matrix)
+        d, rows = coefficients["vera_d"], coefficients["vera_b"]
+        frozen_a = entries(a, self.storage(a), d.dtype, d.device)[0]
+        frozen_b = entries(b, self.storage(b), d.dtype, d.device)[0]
+        return Factors(
+            rows.unsqueeze(-1) * (self._scale(matrix) * frozen_b.T),
+            d.unsqueeze(-1) * frozen_a,
+        )
+
+    def delta(self, coefficients: Coefficients, matrix: Matrix) -> Tensor:
+        """``Λ_b (B Λ_d A)``: the inner product has its own backward."""
+        d, b = coefficients["vera_d"], coefficients["vera_b"]
+        if d.dim() > 1:
+            return self.factors(coefficients, matrix).delta()
+        a_slab, b_slab = self.slabs(matrix)
+        inner = sandwich(d.unsqueeze(0), None, a_slab, b_slab, self.storage(b_slab))
+        return (self._scale(matrix) * b).unsqueeze(-1) * inner
+
+    def apply(self, x: Tensor, prepared: Mapping[str, Tensor], matrix: Matrix) -> Tensor:
+        """``b ⊙ (B (d ⊙ (A x)))`` by row, math (21): two shared products, whatever the number of adapters."""
+        a, b = self.slabs(matrix)
+        d, rows = prepared["vera_d"].to(x.dtype), prepared["vera_b"].to(x.dtype)
+        inner = project(x, a, self.storage(a)) * (self._scale(matrix) * d).unsqueeze(1)
+        return project(inner, b, self.storage(b), transpose=True) * rows.unsqueeze(1)

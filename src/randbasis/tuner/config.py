@@ -1,0 +1,248 @@
+"""One configuration class a method: PEFT configurations that hold hyper-parameters and nothing trained."""
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+
+from randbasis.contraction import check_order
+from randbasis.errors import HyperparameterError, TargetError, UnknownMethodError, near
+from randbasis.methods import Method, Nola, Pranc, RandLora, Vera, method_class
+from randbasis.tuner.registration import PEFT_TYPE
+from randbasis.tuner.targets import split_slices
+
+
+@dataclass
+class RandbasisConfig(PeftConfig):
+    """What all methods have in common; make one of the subclasses.
+
+    Called with ``method="nola"`` it gives that method's class, which is how a saved ``adapter_config.json`` finds its
+    way back.
+
+    Args:
+        method: ``"nola"``, ``"vera"``, ``"randlora"`` or ``"pranc"``; set by the subclass.
+        seed: 64-bit seed that all frozen matrices are drawn from.
+        law: ``"sign"``, ``"uniform"``, ``"normal"`` or ``"sparse(s)"``.
+        target_modules: module names (list), one regular expression (str), ``"all-linear"``, or None for the usual
+            ones of a known architecture. A list may name slices of a fused projection: ``"c_attn[q,v]"``.
+        exclude_modules: names (list) or a regular expression (str) of modules to leave alone.
+        modules_to_save: modules to train and save whole beside the adapter, such as a classifier head.
+        layers_to_transform: indices of the layers to adapt; only with a list of names.
+        layers_pattern: name of the list of layers, when it is not the usual one.
+        bias: ``"none"``, ``"all"`` or ``"randbasis_only"``: which biases of the base model train too.
+        dropout: probability of dropping an input of the adapter in training.
+        init_weights: False starts from random coefficients drawn from the seed, so that ΔW is not 0 (for tests).
+        basis_storage: ``"auto"``, ``"packed"``, ``"dense"`` or ``"recompute"``; changes cost, never values.
+        contraction: ``"auto"``, ``"token"`` (19) or ``"weight"`` (20); changes cost, never values.
+        rank_pattern: regular expression of module names → r, instead of the common one.
+        target_slices: parts of each sliced module; filled from ``target_modules``.
+        base_shapes: shapes of the layers that a saved adapter was made for; checked when it is put on a model.
+
+    Raises:
+        RandbasisError: a value that its method cannot take, each rule with its own class.
+    """
+
+    method_cls: ClassVar[type[Method]] = Method
+    patterns: ClassVar[tuple[tuple[str, str], ...]] = (("rank_pattern", "r"),)
+
+    method: str = ""
+    seed: int = 0
+    law: str = "sign"
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    bias: str = "none"
+    dropout: float = 0.0
+    init_weights: bool = True
+    basis_storage: str = "auto"
+    contraction: str = "auto"
+    rank_pattern: dict[str, int] = field(default_factory=dict[str, int])
+    target_slices: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    base_shapes: dict[str, list[int]] | None = None
+
+    def __new__(cls, *_: Any, **options: Any) -> "RandbasisConfig":
+        if cls is not RandbasisConfig or "method" not in options:
+            return super().__new__(cls)
+        chosen = config_class(options["method"])
+        known = {f.name for f in fields(chosen)}
+        unknown = sorted(options.keys() - known)
+        if unknown:
+            raise HyperparameterError(
+                f"{chosen.__name__} has no option {unknown[0]!r} ({near(unknown[0], known)}); "
+                "the adapter may come from a newer version of randbasis: upgrade, or remove the option"
+            )
+        return super().__new__(chosen)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self) is RandbasisConfig:
+            raise UnknownMethodError("method must be named, got ''; use NolaConfig, VeraConfig, RandLoraConfig, ...")
+        if self.method != self.method_cls.name:
+            raise UnknownMethodError(
+                f"{type(self).__name__} is for method {self.method_cls.name!r}, got method={self.method!r}; leave it out"
+            )
+        self.peft_type = PEFT_TYPE
+        self._check_common()
+        self._split_targets()
+        self.method_for("")
+
+        self.made_for: dict[str, list[int]] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as a mapping, with the shapes of the layers that were adapted last."""
+        return {**super().to_dict(), "base_shapes": self.made_for or self.base_shapes}
+
+    def _check_common(self) -> None:
+        check_order(self.contraction)
+        if not 0.0 <= self.dropout < 1.0:
+            raise HyperparameterError(f"dropout must be in [0, 1), got {self.dropout}; use 0.0 for none")
+        if self.bias not in ("none", "all", "randbasis_only"):
+            raise HyperparameterError(
+                f"bias must be 'none', 'all' or 'randbasis_only', got {self.bias!r}; 'none' is the usual choice"
+            )
+        listed = not isinstance(self.target_modules, str)
+        if self.layers_to_transform is not None and not listed:
+            raise TargetError(
+                f"layers_to_transform needs target_modules as a list of names, got the string {self.target_modules!r}; "
+                "put the layer numbers into the regular expression instead"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise TargetError("layers_pattern needs layers_to_transform, got None; name the layers to adapt")
+
+    def _split_targets(self) -> None:
+        if self.target_modules is None or isinstance(self.target_modules, str):
+            return
+        names, slices = split_slices(self.target_modules)
+        self.target_modules = names
+        for name, parts in slices.items():
+            known = self.target_slices.setdefault(name, [])
+            known.extend(part for part in parts if part not in known)
+
+    def method_for(self, key: str) -> Method:
+        """The method of the module ``key``: common hyper-parameters, overridden where a pattern matches.
+
+        Args:
+            key: module path; ``""`` gives the common ones.
+        """
+        options = {f.name: getattr(self, f.name) for f in fields(self.method_cls)}
+        for pattern_field, option in self.patterns:
+            for pattern, value in getattr(self, pattern_field).items():
+                if key and re.match(rf"(.*\.)?({pattern})$", key):
+                    options[option] = value
+                    break
+        return self.method_cls(**options)
+
+
+@dataclass
+class NolaConfig(RandbasisConfig):
+    """NOLA, math (6)-(10): ``k + l`` coefficients a matrix, whatever its shape and rank.
+
+    Args:
+        r: rank of the factors.
+        num_basis: ``k``, basis matrices of A.
+        num_basis_b: ``l``, basis matrices of B; None means ``k``.
+        alpha: numerator of the scaling ``alpha / r``.
+        parametrization: ``"offset"`` (7) or ``"plain"`` (8).
+        share_basis: one basis for all layers (9), or one a matrix; then its stream is stored beside the coefficients.
+        alpha_pattern: regular expression of module names → alpha.
+        num_basis_pattern: regular expression of module names → num_basis.
+    """
+
+    method_cls: ClassVar[type[Method]] = Nola
+    patterns: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("rank_pattern", "r"),
+        ("alpha_pattern", "alpha"),
+        ("num_basis_pattern", "num_basis"),
+    )
+
+    method: str = "nola"
+    r: int = 8
+    num_basis: int = 128
+    num_basis_b: int | None = None
+    alpha: float = 8.0
+    parametrization: str = "offset"
+    share_basis: bool = True
+    alpha_pattern: dict[str, float] = field(default_factory=dict[str, float])
+    num_basis_pattern: dict[str, int] = field(default_factory=dict[str, int])
+
+
+@dataclass
+class VeraConfig(RandbasisConfig):
+    """VeRA, math (12)-(13): ``r + out`` coefficients a matrix.
+
+    Args:
+        r: rank of the shared pair.
+        d_initial: start of ``d``.
+    """
+
+    method_cls: ClassVar[type[Method]] = Vera
+
+    method: str = "vera"
+    r: int = 256
+    d_initial: float = 0.1
+
+
+@dataclass
+class RandLoraConfig(RandbasisConfig):
+    """RandLoRA, math (14)-(17): full rank, ``n (r + min)`` coefficients a matrix.
+
+    Args:
+        r: rank of one term; must not exceed the smaller side of any target.
+        scaling: ``"hf"`` = alpha / r or ``"paper"`` = 2/√n (15).
+        alpha: of the ``"hf"`` scaling; None means 20 r.
+        alpha_pattern: regular expression of module names → alpha.
+    """
+
+    method_cls: ClassVar[type[Method]] = RandLora
+    patterns: ClassVar[tuple[tuple[str, str], ...]] = (("rank_pattern", "r"), ("alpha_pattern", "alpha"))
+
+    method: str = "randlora"
+    r: int = 32
+    scaling: str = "hf"
+    alpha: float | None = None
+    alpha_pattern: dict[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass
+class PrancConfig(RandbasisConfig):
+    """PRANC, math (18): ``k`` coefficients a matrix.
+
+    Args:
+        num_basis: ``k``, dense basis matrices.
+        share_basis: one basis for all layers, or one a matrix.
+        num_basis_pattern: regular expression of module names → num_basis.
+    """
+
+    method_cls: ClassVar[type[Method]] = Pranc
+    patterns: ClassVar[tuple[tuple[str, str], ...]] = (("num_basis_pattern", "num_basis"),)
+
+    method: str = "pranc"
+    num_basis: int = 128
+    share_basis: bool = True
+    num_basis_pattern: dict[str, int] = field(default_factory=dict[str, int])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank_pattern:
+            raise HyperparameterError(
+                f"rank_pattern has no meaning for PRANC, which has no rank, got {self.rank_pattern}; "
+                "use num_basis_pattern"
+            )
+
+
+CONFIGS: dict[str, type[RandbasisConfig]] = {
+    config.method_cls.name: config for config in (NolaConfig, VeraConfig, RandLoraConfig, PrancConfig)
+}
+"""Method name → configuration class."""
+
+
+def config_class(method: str) -> type[RandbasisConfig]:
+    """The configuration class of a method.
+
+    Raises:
+        UnknownMethodError: there is no such method.
+    """
+    return CONFIGS[method_class(method).name]

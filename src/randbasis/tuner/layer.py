@@ -1,0 +1,464 @@
+"""One adapted layer for all methods: ``nn.Linear``, ``Conv1D``, slices of fused projections, quantized bases."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from randbasis.basis import basis_entries
+from randbasis.contraction import (
+    OrderChoice,
+    check_order,
+    choose_order,
+    fused_weight_order,
+    fusing_refusal,
+    token_order,
+    weight_order,
+)
+from randbasis.errors import AdapterNameError, ContractionError, LayerTypeError, MergeError
+from randbasis.methods import Matrix, Method
+from randbasis.ops import Stored
+from randbasis.tuner.coefficients import Coefficients, Streams
+from randbasis.tuner.factor_cache import FactorCache
+from randbasis.tuner.targets import Part
+
+BASE = "__base__"
+"""The name that stands for no adapter in a mixed batch."""
+
+NOISE = 0.1
+"""Standard deviation of what ``init_weights=False`` adds to the starts of the coefficients."""
+
+
+@dataclass
+class AdaptedMatrix:
+    """One adapter on one part of a layer.
+
+    Attributes:
+        part: which output rows.
+        method: hyper-parameters.
+        matrix: shape and streams.
+        attributes: coefficient name → name of the layer's attribute that holds it.
+        held: keeps the frozen matrices stored while this lives.
+    """
+
+    part: Part
+    method: Method
+    matrix: Matrix
+    attributes: dict[str, str]
+    held: tuple[Stored, ...]
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What an adapter asks of every layer beside its method."""
+
+    dropout: float
+    contraction: OrderChoice
+    init_weights: bool
+
+
+def layer_shape(base: nn.Module) -> tuple[int, int] | None:
+    """``(out, in)`` of a linear layer, quantized or not; None when the module is not one."""
+    if isinstance(base, nn.Linear):
+        return base.out_features, base.in_features
+    if isinstance(base, Conv1D):
+        return base.nf, cast("int", base.nx)
+    for names in (("outfeatures", "infeatures"), ("out_features", "in_features")):
+        if resolve_quantization_backend(base) is not None and all(hasattr(base, name) for name in names):
+            return getattr(base, names[0]), getattr(base, names[1])
+    return None
+
+
+class RandbasisLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer and any number of adapters of any method of this package on it or on parts of it.
+
+    Args:
+        base_layer: the layer to adapt.
+        quantization: what PEFT's quantization backends need to know of the model.
+
+    Raises:
+        LayerTypeError: the layer is not linear.
+    """
+
+    other_param_names: tuple[str, ...] = ("adapted", "options", "randbasis_streams")
+
+    def __init__(self, base_layer: nn.Module, quantization: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        inner = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        shape = layer_shape(inner)
+        if shape is None:
+            raise LayerTypeError(
+                f"only linear layers can be adapted (nn.Linear, Conv1D, quantized linear), got {type(inner).__name__}; "
+                "leave it out of target_modules, or train it whole with modules_to_save"
+            )
+        self.base_layer = base_layer
+        self.out_features, self.in_features = shape
+        self.transposed = isinstance(inner, Conv1D)
+        self.adapter_layer_names: tuple[str, ...] = ()
+        self.adapted: dict[str, list[AdaptedMatrix]] = {}
+        self.options: dict[str, AdapterOptions] = {}
+        self.randbasis_streams = nn.ModuleDict({})
+        self.merged_adapters: list[str] = []
+        self._cache = FactorCache()
+        self._unmerged: tuple[nn.Module, Tensor] | None = None
+        self._disable_adapters = False
+        self.quantization_backend: QuantizationBackend | None = resolve_quantization_backend(
+            inner, **dict(quantization or {})
+        )
+
+    # --- adapters on this layer ---
+
+    def update_layer(
+        self, adapter: str, method: Method, parts: Sequence[Part], key: str, options: AdapterOptions
+    ) -> None:
+        """Put an adapter on this layer, with its coefficients at their starts.
+
+        Args:
+            adapter: its name.
+            method: its hyper-parameters here.
+            parts: output rows that it adapts.
+            key: module path, which names the streams of a basis that is not shared.
+            options: what it asks of every layer.
+        """
+        paths = [f"{key}[{part.name}]" if part.name else key for part in parts]
+        streams = [method.streams(path) for path in paths]
+        if not method.shares_basis:
+            self.randbasis_streams[adapter] = Streams(streams)
+        self.options[adapter] = options
+        self.adapted[adapter] = [
+            self._adapt(adapter, method, part, path, stream, options)
+            for part, path, stream in zip(parts, paths, streams, strict=True)
+        ]
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters)
+
+    def _adapt(
+        self,
+        adapter: str,
+        method: Method,
+        part: Part,
+        path: str,
+        streams: tuple[int, ...],
+        options: AdapterOptions,
+    ) -> AdaptedMatrix:
+        matrix = Matrix(part.rows, self.in_features, streams)
+        attributes: dict[str, str] = {}
+        starts = method.starts(part.rows, self.in_features)
+        for name, shape in method.coefficient_shapes(part.rows, self.in_features).items():
+            start = torch.full(shape, starts[name], dtype=torch.float32)
+            if not options.init_weights:
+                noise = basis_entries(method.seed, f"{method.name}/init/{name}/{path}", "normal", (1, 1, start.numel()))
+                start = start + (NOISE / 2) * noise.view(shape)
+            attribute = f"randbasis_{name}{part.suffix}"
+            self._container(attribute)[adapter] = Coefficients(start)
+            attributes[name] = attribute
+        return AdaptedMatrix(part, method, matrix, attributes, method.hold(matrix))
+
+    def _container(self, attribute: str) -> nn.ModuleDict:
+        if attribute not in self.adapter_layer_names:
+            setattr(self, attribute, nn.ModuleDict({}))
+            self.adapter_layer_names = (*self.adapter_layer_names, attribute)
+        return getattr(self, attribute)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter, but keep its dtype: coefficients are float32 beside a base in half precision."""
+        target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        for name in (*self.adapter_layer_names, "randbasis_streams"):
+            container = cast("nn.ModuleDict", getattr(self, name))
+            if target is None or adapter_name not in container:
+                continue
+            if all(not tensor.is_meta for tensor in container[adapter_name].state_dict().values()):
+                container[adapter_name].to(target)
+
+    def matrices(self, adapter: str) -> list[AdaptedMatrix]:
+        """The matrices that an adapter has on this layer, their streams as stored."""
+        adapted = self.adapted.get(adapter, [])
+        if adapter in self.randbasis_streams:
+            stored = cast("Streams", self.randbasis_streams[adapter]).values
+            for one, streams in zip(adapted, stored, strict=True):
+                if one.matrix.streams != streams:
+                    one.matrix = Matrix(one.matrix.out_features, one.matrix.in_features, streams)
+                    one.held = one.method.hold(one.matrix)
+        return adapted
+
+    def coefficients(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
+        """The coefficient tensors of one matrix of an adapter, in the method's order."""
+        return {name: getattr(self, attribute)[adapter].weight for name, attribute in one.attributes.items()}
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """ΔW is additive, so it can be written as a LoRA pair (exactly where the rank allows)."""
+        return True
+
+    # --- ΔW ---
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``ΔW`` of an adapter in the layout and dtype of the base weight; zero rows where no part is adapted.
+
+        Args:
+            adapter: its name.
+        """
+        delta = self._full_delta(adapter, None)
+        dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
+        delta = delta.to(dtype) if dtype is not None and dtype.is_floating_point else delta
+        return delta.T if self.transposed else delta
+
+    def _full_delta(self, adapter: str, only: Sequence[AdaptedMatrix] | None) -> Tensor:
+        """ΔW ``[out, in]`` in the coefficients' dtype, of all matrices of the adapter or of some."""
+        pieces: list[Tensor] = []
+        row = 0
+        for one in self.matrices(adapter) if only is None else only:
+            coefficients = self.coefficients(adapter, one)
+            delta = one.method.delta(coefficients, one.matrix)
+            if row < one.part.start:
+                pieces.append(delta.new_zeros(one.part.start - row, self.in_features))
+            pieces.append(delta)
+            row = one.part.stop
+        if row < self.out_features:
+            pieces.append(pieces[0].new_zeros(self.out_features - row, self.in_features))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    # --- merging ---
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight; :meth:`unmerge` restores its bits.
+
+        Args:
+            safe_merge: refuse a result that is not finite, and leave the weight as it was.
+            adapter_names: which; None means the active ones.
+
+        Raises:
+            MergeError: the quantization of the base weight cannot be written, or safe_merge found a bad value.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapted]
+        if not names:
+            return
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise MergeError(
+                f"an adapter cannot be merged into weights quantized by {backend.backend_name}: they cannot be "
+                "written; load the base model in full precision and merge there"
+            )
+        before = self.get_base_weight()
+        with torch.no_grad():
+            total = sum((self._full_delta(name, None) for name in names), start=torch.zeros((), device=before.device))
+            change = total.T if self.transposed else total
+            merged = (before.to(torch.promote_types(before.dtype, change.dtype)) + change).to(before.dtype)
+        if safe_merge and not bool(torch.isfinite(merged).all()):
+            raise MergeError(
+                f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken; "
+                "merged weights must be finite, the base weight was left as it was; retrain or reload the adapter"
+            )
+        self._replace_base_weight(merged)
+        self.merged_adapters.extend(names)
+
+    def _replace_base_weight(self, merged: Tensor) -> None:
+        base = self.get_base_layer()
+        if self._unmerged is None:
+            weight = cast("Tensor", base.weight)
+            self._unmerged = (base, weight if self.quantization_backend is not None else weight.data)
+        self.set_base_weight(merged)
+        self._cache.clear()
+
+    def unmerge(self) -> None:
+        """Restore the base weight to the bits it had before :meth:`merge`."""
+        if self._unmerged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base, original = self._unmerged
+        if self.quantization_backend is None:
+            weight = cast("Tensor", base.weight)
+            weight.data = original.to(weight.device, weight.dtype)
+        else:
+            # Some backends put a whole new layer in the place of the old one.
+            self.base_layer = base
+            base.weight = cast("nn.Parameter", original)
+            if hasattr(base, "state"):
+                cast("Any", base.state).reset_grads()
+        self._unmerged = None
+        self.merged_adapters.clear()
+        self._cache.clear()
+
+    # --- forward ---
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``h = W0 x + Σ ΔW x`` over the active adapters.
+
+        Args:
+            x: ``[..., in]``.
+            args: passed on to the base layer.
+            kwargs: passed on to the base layer; ``adapter_names`` gives each row its own adapter.
+        """
+        adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._forward_mixed(x, adapter_names, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.adapted]
+        if self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        return self._forward_active(x, active, *args, **kwargs)
+
+    def _forward_active(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        dtype = _compute_dtype(x)
+        refusal = self._fusing_refusal(dtype, bool(args or kwargs), active)
+        by_token: list[tuple[str, AdaptedMatrix]] = []
+        by_weight: dict[str, list[AdaptedMatrix]] = {}
+        for name in active:
+            for one in self.matrices(name):
+                order = self._order(name, one, x.numel() // self.in_features, fused=refusal is None)
+                if order == "weight":
+                    by_weight.setdefault(name, []).append(one)
+                else:
+                    by_token.append((name, one))
+        if by_weight and refusal is None:
+            result = self._fused(x, by_weight)
+        else:
+            result = self._base_result(x, *args, **kwargs)
+            for name, matrices in by_weight.items():
+                delta = self._cached(name, matrices, "delta", lambda n=name, m=matrices: self._full_delta(n, m))
+                result = result + weight_order(self._dropped(x, name, dtype), delta.to(dtype)).to(result.dtype)
+        for name, one in by_token:
+            prepared = self._prepared(name, one)
+            h = token_order(
+                self._dropped(x, name, dtype), {k: v.to(dtype) for k, v in prepared.items()}, one.method, one.matrix
+            )
+            result = result + self._embed(h.to(result.dtype), one.part)
+        return result
+
+    def _base_result(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        return (
+            result if self.quantization_backend is None else self.quantization_backend.maybe_clone_base_result(result)
+        )
+
+    def _fused(self, x: Tensor, by_weight: dict[str, list[AdaptedMatrix]]) -> Tensor:
+        base = self.get_base_layer()
+        weight = cast("Tensor", base.weight)
+        weight = weight.T if self.transposed else weight
+        deltas = [
+            self._cached(name, matrices, "delta", lambda n=name, m=matrices: self._full_delta(n, m))
+            for name, matrices in by_weight.items()
+        ]
+        total = deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(0)
+        return fused_weight_order(x, weight, cast("Tensor | None", base.bias), total.to(weight.dtype))
+
+    def _fusing_refusal(self, dtype: torch.dtype, extra_arguments: bool, active: list[str]) -> str | None:
+        base = self.base_layer
+        if self.quantization_backend is not None:
+            return f"the base weight is quantized by {self.quantization_backend.backend_name}"
+        if type(base) not in (nn.Linear, Conv1D) or extra_arguments:
+            return f"the base layer is a {type(base).__name__} with a forward of its own"
+        if base._forward_hooks or base._forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
+            return "the base layer has forward hooks"
+        if self.training and any(self.options[name].dropout > 0 for name in active):
+            return "the adapter drops some of its inputs, the base layer none"
+        return fusing_refusal(cast("Tensor", base.weight), dtype)
+
+    def _order(self, adapter: str, one: AdaptedMatrix, tokens: int, *, fused: bool) -> str:
+        wanted = self.options[adapter].contraction
+        if self.quantization_backend is not None:
+            if wanted == "weight":
+                raise ContractionError(
+                    f"contraction='weight' needs a base weight that ΔW can be added to, got one quantized by "
+                    f"{self.quantization_backend.backend_name}; use contraction='token' or 'auto'"
+                )
+            wanted = "token"
+        training = torch.is_grad_enabled() and self._needs_gradient(adapter, one)
+        return choose_order(check_order(wanted), one.method, one.matrix, tokens, training=training, fused=fused)
+
+    def _needs_gradient(self, adapter: str, one: AdaptedMatrix) -> bool:
+        return any(c.requires_grad for c in self.coefficients(adapter, one).values())
+
+    def _dropped(self, x: Tensor, adapter: str, dtype: torch.dtype) -> Tensor:
+        x = self._cast_input_dtype(x, dtype)
+        p = self.options[adapter].dropout
+        return functional.dropout(x, p, training=True) if p > 0 and self.training else x
+
+    def _embed(self, h: Tensor, part: Part) -> Tensor:
+        """The output of a part in the output of the layer: zeros elsewhere."""
+        if part.rows == self.out_features:
+            return h
+        return functional.pad(h, (part.start, self.out_features - part.stop))
+
+    def _prepared(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
+        def compute() -> dict[str, Tensor]:
+            return one.method.prepare(self.coefficients(adapter, one), one.matrix)
+
+        return self._cached(adapter, [one], "prepared", compute)
+
+    def _cached(self, adapter: str, matrices: Sequence[AdaptedMatrix], what: str, compute: Any) -> Any:
+        sources = [c for one in matrices for c in self.coefficients(adapter, one).values()]
+        key = (what, adapter, tuple(one.part.name for one in matrices))
+        return self._cache.get(key, sources, compute, usable=not self.training)
+
+    # --- mixed batches ---
+
+    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if self.merged:
+            raise AdapterNameError(
+                f"adapter_names needs unmerged adapters, got merged {self.merged_adapters}; call unmerge() first"
+            )
+        if x.shape[0] != len(adapter_names):
+            raise AdapterNameError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {x.shape[0]} respectively; give one name for each row of the batch"
+            )
+        result = self._base_result(x, *args, **kwargs)
+        dtype = _compute_dtype(x)
+        rows = self._cast_input_dtype(x, dtype).reshape(x.shape[0], -1, self.in_features)
+        for one, names in self._groups(adapter_names):
+            members = [row for row, name in enumerate(adapter_names) if name in names]
+            slots = torch.tensor([names.index(adapter_names[row]) for row in members], device=x.device)
+            stacked = self._stacked(names, one)
+            everyone = len(members) == len(adapter_names)
+            index = torch.tensor(members, device=x.device)
+            own = rows if everyone else rows[index]
+            gathered = {key: value.to(dtype)[slots] for key, value in stacked.items()}
+            h = one.method.apply(own, gathered, one.matrix)
+            h = self._embed(h, one.part).to(result.dtype).view(len(members), *result.shape[1:])
+            result = result + h if everyone else result.index_add(0, index, h)
+        return result
+
+    def _groups(self, adapter_names: Sequence[str]) -> Iterator[tuple[AdaptedMatrix, list[str]]]:
+        """Adapters that one batched product serves: the same method, basis and part."""
+        groups: dict[Any, tuple[AdaptedMatrix, list[str]]] = {}
+        for name in dict.fromkeys(adapter_names):
+            for one in self.matrices(name) if name != BASE else []:
+                groups.setdefault((one.method, one.matrix, one.part), (one, []))[1].append(name)
+        yield from groups.values()
+
+    def _stacked(self, names: list[str], one: AdaptedMatrix) -> dict[str, Tensor]:
+        """What the method prepares of the coefficients of several adapters, ``[len(names), ...]`` each."""
+        own = [self.coefficients(name, one) for name in names]
+
+        def compute() -> dict[str, Tensor]:
+            stacked = {key: torch.stack([c[key] for c in own]) for key in own[0]}
+            return one.method.prepare(stacked, one.matrix)
+
+        sources = [tensor for c in own for tensor in c.values()]
+        return self._cache.get(("stacked", tuple(names), one.part.name), sources, compute, usable=not self.training)
+
+    def train(self, mode: bool = True) -> "RandbasisLinear":
+        """Set the mode; factors kept for evaluation are dropped when training starts."""
+        if mode:
+            self._cache.clear()
+        return super().train(mode)
+
+    def __repr__(self) -> str:
+        return "randbasis." + super().__repr__()
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Dtype that the products are computed in: autocast's when it is on, else that of the input."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

@@ -1,0 +1,373 @@
+"""Adapters in a model, through PEFT: injection, mixed batches, weighted combinations, checked loading."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    register_peft_method,
+)
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import Tensor, nn
+
+from randbasis.contraction import check_order
+from randbasis.errors import (
+    AdapterFilesError,
+    AdapterNameError,
+    BaseMismatchError,
+    CoefficientCountError,
+    CoefficientValueError,
+    CombinationError,
+    LayerTypeError,
+    TargetError,
+    near,
+)
+from randbasis.tuner.config import RandbasisConfig
+from randbasis.tuner.layer import BASE, AdapterOptions, RandbasisLinear, layer_shape
+from randbasis.tuner.registration import PREFIX, TYPE_NAME
+from randbasis.tuner.targets import parts_of, resolve_parts
+
+_MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba")
+_MAMBA_UNUSED_FORWARD = ("out_proj", "conv1d")
+
+
+class RandbasisModel(BaseTuner):
+    """A model whose linear layers carry adapters of the methods of this package; made by ``get_peft_model``.
+
+    Several adapters may differ in method, seed, rank, law and targets.
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = RandbasisLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # --- injection ---
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        config = cast("RandbasisConfig", peft_config)
+        if config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
+            raise TargetError(
+                "Please specify `target_modules` in `peft_config`: there is no usual choice for model type "
+                f"{model_config.get('model_type')!r}; name modules, or use target_modules='all-linear'"
+            )
+        return super()._prepare_adapter_config(config, model_config)
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Check every target before the first is replaced, so that a refusal leaves the model as it was."""
+        config = cast("RandbasisConfig", peft_config)
+        if config.target_modules in (DUMMY_TARGET_MODULES, "all-linear"):
+            return
+        modules = dict(model.named_modules())
+        inside = tuple(f"{key}." for key, module in modules.items() if isinstance(module, BaseTunerLayer))
+        matched = [
+            key
+            for key in modules
+            if key and not key.startswith(inside) and self._check_target_module_exists(config, key)
+        ]
+        if not matched:
+            raise _nothing_matched(config, list(modules))
+        for key in matched:
+            self._check_target(config, key, modules[key])
+
+    def _check_target(self, config: RandbasisConfig, key: str, module: nn.Module) -> None:
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        shape = layer_shape(base)
+        if shape is None:
+            raise LayerTypeError(
+                f"target_modules matches {key!r}, a {type(base).__name__}, but only linear layers can be adapted "
+                "(nn.Linear, Conv1D, quantized linear); leave it out, or train it whole with modules_to_save"
+            )
+        expected = _expected_shape(config, key)
+        if expected is not None and tuple(expected) != shape:
+            raise BaseMismatchError(
+                f"this adapter was made for another base model: the first matrix that differs is {key!r}, "
+                f"{expected[0]}×{expected[1]} there and {shape[0]}×{shape[1]} here (out×in); "
+                f"load it on {config.base_model_name_or_path or 'the base model it was made for'}"
+            )
+        method = config.method_for(key)
+        for part in resolve_parts(key, parts_of(key, config.target_slices), shape[0], self._model_config()):
+            method.check_matrix(part.rows, shape[1])
+
+    def _model_config(self) -> Mapping[str, Any]:
+        config = self.get_model_config(self.model)
+        text = config.get("text_config")
+        return {**config, **text} if isinstance(text, dict) else config
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        model_type = self._model_config().get("model_type")
+        if model_type in _MAMBA_TYPES and target_name in _MAMBA_UNUSED_FORWARD:
+            raise TargetError(
+                f"target {target_name!r} of model type {model_type!r} cannot be adapted: its weight is used without "
+                "calling the layer, so an adapter would have no effect; leave it out of target_modules"
+            )
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = cast("RandbasisConfig", peft_config)
+        self._check_target(config, current_key, target)
+        options = AdapterOptions(config.dropout, check_order(config.contraction), config.init_weights)
+        adds_to_ours = isinstance(target, RandbasisLinear)
+        layer = target if adds_to_ours else RandbasisLinear(target, get_quantization_kwargs(cast("Any", self)))
+        parts = resolve_parts(
+            current_key, parts_of(current_key, config.target_slices), layer.out_features, self._model_config()
+        )
+        if not adds_to_ours:
+            layer.set_adapter(adapter_name)
+        layer.update_layer(adapter_name, config.method_for(current_key), parts, current_key, options)
+        if not adds_to_ours:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, and note which layers of which shapes the adapter is made for."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        shapes: dict[str, tuple[int, int]] = {
+            key: (layer.out_features, layer.in_features)
+            for key, layer in model.named_modules()
+            if isinstance(layer, RandbasisLinear) and adapter_name in layer.adapted
+        }
+        cast("RandbasisConfig", self.peft_config[adapter_name]).made_for = _compress_shapes(shapes)
+
+    # --- mixed batches ---
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """Give every adapted layer the ``adapter_names`` of a batch for the length of one call."""
+        adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        self._check_adapter_names(adapter_names)
+        beams = kwargs.get("num_beams")
+        repeats = beams if isinstance(beams, int) else 1
+        repeated = [name for name in adapter_names for _ in range(repeats)]
+        encoder = self.model.get_encoder() if repeats > 1 and hasattr(self.model, "get_encoder") else None
+        in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
+        handles: list[Any] = []
+        try:
+            for module in self.modules():
+                if isinstance(module, (RandbasisLinear, AuxiliaryTrainingWrapper)):
+                    # Beam search repeats the rows of the decoder, never those of an encoder.
+                    names = list(adapter_names) if module in in_encoder else repeated
+                    hook = partial(_pass_adapter_names, adapter_names=names)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
+        if self.training:
+            raise AdapterNameError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first."
+            )
+        if isinstance(adapter_names, str):
+            raise AdapterNameError(
+                f"adapter_names must be a list with one name for each row, got the string {adapter_names!r}; "
+                f"write [{adapter_names!r}] * batch_size"
+            )
+        known = {name for layer in self._layers() for name in layer.adapted}
+        unknown = sorted(set(adapter_names) - known - {BASE})
+        if unknown:
+            raise AdapterNameError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; {near(unknown[0], known | {BASE})}"
+            )
+
+    def _layers(self) -> Iterator[RandbasisLinear]:
+        return (module for module in self.model.modules() if isinstance(module, RandbasisLinear))
+
+    # --- combinations ---
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        **_: Any,
+    ) -> None:
+        """Add an adapter whose coefficients are a weighted sum of those of others with the same basis.
+
+        Coefficients of one seed, law and shape are a vector space, so their means and differences are adapters. For
+        PRANC, ΔW is linear in them and the result is exactly the weighted sum of the ΔW; for the other methods it is a
+        point between the adapters, as LoRA's ``"linear"`` is.
+
+        Args:
+            adapters: names of the adapters.
+            weights: one factor for each.
+            adapter_name: name of the new adapter; nothing happens when it exists.
+            combination_type: only ``"linear"``.
+
+        Raises:
+            AdapterNameError: an adapter does not exist.
+            CombinationError: the adapters differ in more than their coefficients, or the type has no meaning here.
+        """
+        if adapter_name in self.peft_config:
+            return
+        self._check_combination(adapters, weights, combination_type)
+        config = cast("RandbasisConfig", self.peft_config[adapters[0]])
+        self.peft_config[adapter_name] = type(config)(**config.to_dict())
+        self.inject_adapter(self.model, adapter_name)
+        with torch.no_grad():
+            for layer in self._layers():
+                for index, one in enumerate(layer.matrices(adapter_name)):
+                    for name, target in layer.coefficients(adapter_name, one).items():
+                        target.zero_()
+                        for source, weight in zip(adapters, weights, strict=True):
+                            their = layer.matrices(source)[index]
+                            target.add_(layer.coefficients(source, their)[name], alpha=weight)
+
+    def _check_combination(self, adapters: list[str], weights: list[float], combination_type: str) -> None:
+        for name in adapters:
+            if name not in self.peft_config:
+                raise AdapterNameError(f"Adapter {name} does not exist; {near(name, self.peft_config)}")
+        if not adapters or len(adapters) != len(weights):
+            raise CombinationError(
+                f"weights must have one entry for each adapter, got {len(adapters)} adapters and {len(weights)} weights"
+            )
+        if combination_type != "linear":
+            raise CombinationError(
+                f"combination_type must be 'linear', got {combination_type!r}: other combinations of adapters have no "
+                "coefficients on this basis; convert them with peft.convert_to_lora and combine the LoRA adapters"
+            )
+        for layer in self._layers():
+            first = [(one.method, one.matrix, one.part) for one in layer.matrices(adapters[0])]
+            for name in adapters[1:]:
+                if [(one.method, one.matrix, one.part) for one in layer.matrices(name)] != first:
+                    raise CombinationError(
+                        f"adapters must share method, seed, law, rank and targets to be combined, {name!r} differs from "
+                        f"{adapters[0]!r}: coefficients on different bases cannot be added; convert both with "
+                        "peft.convert_to_lora and combine the LoRA adapters"
+                    )
+
+    # --- loading ---
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As PEFT's, after a check of names, counts and values; a refused adapter is taken off the model again."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            _check_loaded(model, adapter_name, remapped)
+        except (AdapterFilesError, CoefficientCountError, CoefficientValueError):
+            _take_off(model, adapter_name)
+            raise
+        return remapped
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs
+
+
+def _nothing_matched(config: RandbasisConfig, keys: list[str]) -> TargetError:
+    names = {key.rpartition(".")[2] for key in keys if key and not key.rpartition(".")[2].isdigit()}
+    if isinstance(config.target_modules, str):
+        hint = "a string is one regular expression for whole module names; or pass a list of names"
+        wanted = repr(config.target_modules)
+    else:
+        listed = sorted(config.target_modules or [])
+        hint = near(listed[0].rpartition(".")[2], names) if listed else "name at least one module"
+        wanted = str(listed)
+    return TargetError(f"Target modules {wanted} not found in the base model: {hint}")
+
+
+def _generic(key: str) -> str:
+    """A module path with its numbers replaced by ``*``."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", key)
+
+
+def _compress_shapes(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
+    """One entry for all layers of a pattern that have one shape, else one for each."""
+    by_pattern: dict[str, set[tuple[int, int]]] = {}
+    for key, shape in shapes.items():
+        by_pattern.setdefault(_generic(key), set()).add(shape)
+    return {
+        (_generic(key) if len(by_pattern[_generic(key)]) == 1 else key): list(shape) for key, shape in shapes.items()
+    }
+
+
+def _expected_shape(config: RandbasisConfig, key: str) -> list[int] | None:
+    """The shape that a saved adapter expects of a module, by its whole path or, under a wrapper, by the end of it."""
+    shapes = config.base_shapes or {}
+    for name in (key, _generic(key)):
+        if name in shapes:
+            return shapes[name]
+        for known, shape in shapes.items():
+            if name.endswith(f".{known}") or known.endswith(f".{name}"):
+                return shape
+    return None
+
+
+def _check_loaded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Raise unless a state dict has exactly this adapter's tensors, of the right shapes and finite."""
+    wanted = {
+        key: tensor
+        for key, tensor in model.state_dict().items()
+        if f".{PREFIX}" in f".{key}" and f".{adapter_name}." in key
+    }
+    missing = sorted(wanted.keys() - state_dict.keys())
+    if missing:
+        foreign = sorted(key for key in state_dict if f".{PREFIX}" not in key)
+        also = f"; it has tensors that no method of randbasis writes, such as {foreign[0]!r}" if foreign else ""
+        raise AdapterFilesError(
+            f"the adapter's tensors must be complete, {len(missing)} are missing, the first is {missing[0]!r}{also}; "
+            "load a directory written by save_pretrained for this base model and these targets"
+        )
+    for key, tensor in wanted.items():
+        found = state_dict[key]
+        if tuple(found.shape) != tuple(tensor.shape):
+            raise CoefficientCountError(
+                f"{key} must have shape {list(tensor.shape)} by the adapter's rank and basis, got {list(found.shape)}; "
+                "the coefficients and adapter_config.json do not belong together"
+            )
+        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+            raise CoefficientValueError(
+                f"{key} has values that are not finite; the training diverged or the file is damaged: "
+                "use an earlier checkpoint"
+            )
+
+
+def _take_off(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter that could not be loaded; the last one takes our layers with it."""
+    tuner = next((module for module in model.modules() if isinstance(module, RandbasisModel)), None)
+    if tuner is None or adapter_name not in tuner.peft_config:
+        return
+    if len(tuner.peft_config) == 1:
+        tuner.unload()
+    else:
+        tuner.delete_adapter(adapter_name)
+
+
+def register() -> None:
+    """Make PEFT know the methods of this package; repeated calls change nothing.
+
+    Raises:
+        RegistrationError: PEFT's list of methods does not take another.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if TYPE_NAME not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(
+            name=TYPE_NAME.lower(), config_cls=RandbasisConfig, model_cls=RandbasisModel, prefix=PREFIX
+        )

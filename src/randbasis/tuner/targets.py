@@ -1,0 +1,165 @@
+"""Which matrices of a model a configuration names: modules, and slices of fused projections, math §4.
+
+A target is a module name as PEFT understands it, optionally with parts in brackets: ``c_attn[q]``, ``c_attn[q,v]``,
+``gate_up_proj[up]``, ``qkv[1/3]`` (the second of three equal parts), ``qkv[0:192]`` (output rows).
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from randbasis.errors import SliceError, TargetError, near
+
+_TARGET = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<parts>[^\[\]]*)\])?")
+_INTERLEAVED = ("query_key_value", "c_attn_interleaved")
+_ATTENTION_PARTS = {"q": 0, "k": 1, "v": 2, "query": 0, "key": 1, "value": 2}
+_GATED_PARTS = {"gate": 0, "up": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A range of output rows of a layer.
+
+    Attributes:
+        name: as the user wrote it; empty for the whole layer.
+        start: first row.
+        stop: row after the last.
+    """
+
+    name: str
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        """Number of output rows."""
+        return self.stop - self.start
+
+    @property
+    def suffix(self) -> str:
+        """The name as the end of an attribute name."""
+        return "_" + re.sub(r"\W", "_", self.name) if self.name else ""
+
+
+def split_names(text: str) -> list[str]:
+    """Split ``"c_attn[q,v],c_fc"`` at the commas that are not in brackets."""
+    return [name.strip() for name in re.split(r",(?![^\[]*\])", text) if name.strip()]
+
+
+def split_slices(targets: Iterable[str]) -> tuple[set[str], dict[str, list[str]]]:
+    """Module names, and the parts asked for of those that have any.
+
+    Args:
+        targets: entries of ``target_modules``.
+
+    Returns:
+        ``{"c_attn", "c_fc"}`` and ``{"c_attn": ["q", "v"]}`` for ``["c_attn[q]", "c_attn[v]", "c_fc"]``.
+
+    Raises:
+        TargetError: an entry is not of the form ``name`` or ``name[part,...]``.
+        SliceError: a module is named both whole and in parts.
+    """
+    whole: set[str] = set()
+    slices: dict[str, list[str]] = {}
+    for target in targets:
+        match = _TARGET.fullmatch(target)
+        if match is None:
+            raise TargetError(
+                f"target_modules entries must look like 'name' or 'name[part,part]', got {target!r}; "
+                "write for example 'c_attn[q,v]'"
+            )
+        name, parts = match["name"], match["parts"]
+        if parts is None:
+            whole.add(name)
+            continue
+        wanted = [part.strip() for part in parts.split(",") if part.strip()]
+        if not wanted:
+            raise SliceError(f"target_modules entry {target!r} names no part; write for example {name}[q]")
+        known = slices.setdefault(name, [])
+        known.extend(part for part in wanted if part not in known)
+    both = sorted(whole & slices.keys())
+    if both:
+        raise SliceError(
+            f"target_modules names {both[0]!r} both whole and in parts {slices[both[0]]}; keep one of the two"
+        )
+    return whole | slices.keys(), slices
+
+
+def parts_of(key: str, slices: Mapping[str, list[str]]) -> list[str]:
+    """The parts asked for of the module ``key``: those of the longest name that matches it, none for a whole module."""
+    names = [name for name in slices if key == name or key.endswith(f".{name}")]
+    return list(slices[max(names, key=len)]) if names else []
+
+
+def resolve_parts(key: str, wanted: list[str], out_features: int, model_config: Mapping[str, Any]) -> list[Part]:
+    """Output rows of each part, in the order of the rows.
+
+    ``q``, ``k``, ``v`` follow the number of query and key-value heads in the model's configuration when these add up to
+    the layer's width, else they are equal thirds; ``gate`` and ``up`` are halves.
+
+    Args:
+        key: module path, for messages.
+        wanted: part names; empty for the whole layer.
+        out_features: output rows of the layer.
+        model_config: the model's configuration as a mapping.
+
+    Raises:
+        SliceError: a part is unknown, does not divide the layer, lies outside of it or overlaps another.
+    """
+    if not wanted:
+        return [Part("", 0, out_features)]
+    parts = sorted((_resolve(key, name, out_features, model_config) for name in wanted), key=lambda p: p.start)
+    for first, second in zip(parts, parts[1:], strict=False):
+        if second.start < first.stop:
+            raise SliceError(
+                f"parts of {key!r} must not overlap, got {first.name}={first.start}:{first.stop} and "
+                f"{second.name}={second.start}:{second.stop}; leave one out"
+            )
+    return parts
+
+
+def _resolve(key: str, name: str, rows: int, model_config: Mapping[str, Any]) -> Part:
+    if match := re.fullmatch(r"(\d+):(\d+)", name):
+        start, stop = int(match[1]), int(match[2])
+        if not 0 <= start < stop <= rows:
+            raise SliceError(f"rows {name} of {key!r} must lie in 0:{rows} and not be empty; use for example 0:{rows}")
+        return Part(name, start, stop)
+    if match := re.fullmatch(r"(\d+)/(\d+)", name):
+        return _equal(key, name, int(match[1]), int(match[2]), rows)
+    if name in _GATED_PARTS:
+        return _equal(key, name, _GATED_PARTS[name], 2, rows)
+    if name in _ATTENTION_PARTS:
+        return _attention(key, name, rows, model_config)
+    known = [*_ATTENTION_PARTS, *_GATED_PARTS]
+    raise SliceError(
+        f"part {name!r} of {key!r} is unknown: {near(name, known)}; or write rows 'start:stop' or 'i/n' for equal parts"
+    )
+
+
+def _equal(key: str, name: str, index: int, count: int, rows: int) -> Part:
+    if count <= 0 or index >= count:
+        raise SliceError(f"part {name!r} of {key!r} must be i/n with i < n, counted from 0; use for example 0/3")
+    if rows % count:
+        raise SliceError(
+            f"part {name!r} of {key!r} does not divide it: {rows} rows are not {count} equal parts; "
+            "name the rows, for example [0:64]"
+        )
+    size = rows // count
+    return Part(name, index * size, (index + 1) * size)
+
+
+def _attention(key: str, name: str, rows: int, model_config: Mapping[str, Any]) -> Part:
+    if key.rpartition(".")[2] in _INTERLEAVED:
+        raise SliceError(
+            f"part {name!r} of {key!r} is not one range of rows: this projection interleaves query, key and value by "
+            "head; adapt the whole layer, or name rows 'start:stop'"
+        )
+    index = _ATTENTION_PARTS[name]
+    heads = model_config.get("num_attention_heads") or model_config.get("n_head")
+    groups = model_config.get("num_key_value_heads") or heads
+    if isinstance(heads, int) and isinstance(groups, int) and heads > 0 and rows % (heads + 2 * groups) == 0:
+        size = rows // (heads + 2 * groups)
+        bounds = [0, heads * size, (heads + groups) * size, rows]
+        return Part(name, bounds[index], bounds[index + 1])
+    return _equal(key, name, index, 3, rows)
