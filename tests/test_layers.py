@@ -22,12 +22,12 @@ ROWS: dict[str, set[str]] = {
     "methods": {"torch"},
     "contraction": {"torch"},
     "tuner": {"torch", "peft", "transformers", "safetensors", "accelerate"},
+    "__init__": set(),
     "train": {
         "torch", "numpy", "peft", "transformers", "safetensors", "accelerate", "pandas", "PIL", "sacrebleu", "sklearn",
         "scipy", "matplotlib", "tqdm", "rich",
     },
     "compare": {"torch", "numpy", "peft", "transformers", "matplotlib", "rich", "tqdm"},
-    "__init__": set(),
     "cli": {"typer", "rich"},
     "__main__": set(),
 }  # fmt: skip
