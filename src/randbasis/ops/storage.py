@@ -35,7 +35,8 @@ def check_storage(name: str) -> BasisStorage:
         if name == kind:
             return kind
     raise StorageError(
-        f"basis_storage must be one of {list(get_args(BasisStorage))}, got {name!r}; {near(name, get_args(BasisStorage))}"
+        f"basis_storage must be one of {list(get_args(BasisStorage))}, got {name!r}; "
+        f"{near(name, get_args(BasisStorage))}"
     )
 
 

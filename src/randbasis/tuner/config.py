@@ -64,6 +64,7 @@ class RandbasisConfig(PeftConfig):
     base_shapes: dict[str, list[int]] | None = None
 
     def __new__(cls, *_: Any, **options: Any) -> "RandbasisConfig":
+        """The class of the named method when the base class is called, as PEFT does with a saved configuration."""
         if cls is not RandbasisConfig or "method" not in options:
             return super().__new__(cls)
         chosen = config_class(options["method"])
@@ -82,7 +83,8 @@ class RandbasisConfig(PeftConfig):
             raise UnknownMethodError("method must be named, got ''; use NolaConfig, VeraConfig, RandLoraConfig, ...")
         if self.method != self.method_cls.name:
             raise UnknownMethodError(
-                f"{type(self).__name__} is for method {self.method_cls.name!r}, got method={self.method!r}; leave it out"
+                f"{type(self).__name__} is for method {self.method_cls.name!r}, got method={self.method!r}; "
+                "leave it out"
             )
         self.peft_type = PEFT_TYPE
         self._check_common()

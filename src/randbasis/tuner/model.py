@@ -27,9 +27,11 @@ from randbasis.errors import (
     CoefficientValueError,
     CombinationError,
     LayerTypeError,
+    RankError,
     TargetError,
     near,
 )
+from randbasis.methods import Method
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.layer import BASE, AdapterOptions, RandbasisLinear, layer_shape
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
@@ -94,7 +96,7 @@ class RandbasisModel(BaseTuner):
             )
         method = config.method_for(key)
         for part in resolve_parts(key, parts_of(key, config.target_slices), shape[0], self._model_config()):
-            method.check_matrix(part.rows, shape[1])
+            _check_rank(method, key, part.rows, shape[1])
 
     def _model_config(self) -> Mapping[str, Any]:
         config = self.get_model_config(self.model)
@@ -187,7 +189,8 @@ class RandbasisModel(BaseTuner):
         unknown = sorted(set(adapter_names) - known - {BASE})
         if unknown:
             raise AdapterNameError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; {near(unknown[0], known | {BASE})}"
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; "
+                f"{near(unknown[0], known | {BASE})}"
             )
 
     def _layers(self) -> Iterator[RandbasisLinear]:
@@ -252,9 +255,9 @@ class RandbasisModel(BaseTuner):
             for name in adapters[1:]:
                 if [(one.method, one.matrix, one.part) for one in layer.matrices(name)] != first:
                     raise CombinationError(
-                        f"adapters must share method, seed, law, rank and targets to be combined, {name!r} differs from "
-                        f"{adapters[0]!r}: coefficients on different bases cannot be added; convert both with "
-                        "peft.convert_to_lora and combine the LoRA adapters"
+                        "adapters must share method, seed, law, rank and targets to be combined, "
+                        f"{name!r} differs from {adapters[0]!r}: coefficients on different bases cannot be added; "
+                        "convert both with peft.convert_to_lora and combine the LoRA adapters"
                     )
 
     # --- loading ---
@@ -271,6 +274,16 @@ class RandbasisModel(BaseTuner):
             _take_off(model, adapter_name)
             raise
         return remapped
+
+
+def _check_rank(method: Method, key: str, out_features: int, in_features: int) -> None:
+    largest = method.max_rank(out_features, in_features)
+    rank = getattr(method, "r", 0)
+    if largest is not None and rank > largest:
+        raise RankError(
+            f"r must be at most {largest} for {method.name} on {key!r} of {out_features}×{in_features}, got r={rank}; "
+            f"use r <= {largest}, or rank_pattern for this layer"
+        )
 
 
 def _pass_adapter_names(

@@ -7,6 +7,7 @@ A target is a module name as PEFT understands it, optionally with parts in brack
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from randbasis.errors import SliceError, TargetError, near
@@ -110,7 +111,7 @@ def resolve_parts(key: str, wanted: list[str], out_features: int, model_config: 
     if not wanted:
         return [Part("", 0, out_features)]
     parts = sorted((_resolve(key, name, out_features, model_config) for name in wanted), key=lambda p: p.start)
-    for first, second in zip(parts, parts[1:], strict=False):
+    for first, second in pairwise(parts):
         if second.start < first.stop:
             raise SliceError(
                 f"parts of {key!r} must not overlap, got {first.name}={first.start}:{first.stop} and "
