@@ -86,7 +86,7 @@ class CausalLanguage(Task):
             columns,
             min(limit, settings.max_length or DEFAULT_MAX_LENGTH),
             settings.separator,
-            _end_id(tokenizer, settings.end_token),
+            end_token_id(tokenizer, settings.end_token),
         )
         task.choose_metric(settings.loop.metric)
         task.with_generation = task.metric in ("bleu", "chrf")
@@ -129,9 +129,8 @@ class CausalLanguage(Task):
         if not self.prompted:
             assert self.columns["text"] is not None
             return self._blocks([text_of(value) for value in table.column(self.columns["text"])])
-        assert self.columns["prompt"] is not None
         assert self.columns["target"] is not None
-        prompts = [text_of(value) for value in table.column(self.columns["prompt"])]
+        prompts = self.prompts(table)
         if not training and self.columns["target"] not in table.columns:
             return [{"prompt": prompt, "input_ids": self.prompt_ids(prompt)} for prompt in prompts]
         examples: list[Example] = []
@@ -142,9 +141,13 @@ class CausalLanguage(Task):
             self.answer_length = max(sum(label != -100 for label in e["labels"]) for e in examples)
         return examples
 
+    def prompts(self, table: Table) -> list[str]:
+        """The prompts of a table as texts."""
+        return [text_of(value) for value in table.column(self.columns["prompt"] or "")]
+
     def prompt_ids(self, prompt: str) -> list[int]:
         """Tokens of a prompt and the separator, as generation starts from them; cut on the left to leave room."""
-        ids: list[int] = self.tokenizer(prompt + self.separator)["input_ids"]
+        ids: list[int] = self.tokenizer(prompt + self.separator if self.prompted else prompt)["input_ids"]
         if ids and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
             ids = ids[:-1]
         room = max(1, self.max_length * 3 // 4)
@@ -237,7 +240,12 @@ class CausalLanguage(Task):
         return [{"prediction": texts[prompt]} for prompt in prompts]
 
 
-def _end_id(tokenizer: Any, token: str | None) -> int:
+def end_token_id(tokenizer: Any, token: str | None) -> int:
+    """The id of the token that ends a text; ``None`` is the tokenizer's own.
+
+    Raises:
+        SettingError: the tokenizer has no such token.
+    """
     if token is None:
         if tokenizer.eos_token_id is None:
             raise SettingError("the tokenizer has no end-of-text token; name one of its tokens with end_token")

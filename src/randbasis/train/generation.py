@@ -86,7 +86,7 @@ def generate_texts(
 ) -> list[str]:
     """Continue each prompt until ``end_id``.
 
-    Sampling draws from torch's process-wide generator, as transformers does, seeded for this call and put back after it.
+    Sampling draws from torch's process-wide generator, as transformers does: seeded for this call, then put back.
 
     Args:
         model: a causal language model, adapted or not.

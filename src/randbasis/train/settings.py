@@ -1,8 +1,9 @@
 """What a training run is told, as plain values: checked before any file is written and any model is read."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from randbasis.errors import HyperparameterError, RankError, SettingError, near
 
@@ -17,7 +18,7 @@ class DataSettings:
 
     Args:
         train: a file of rows, or a folder or zip of images with a folder for each class.
-        eval: the same for the held-out rows. ``None``: a split named by the archive, else ``eval_fraction`` of ``train``.
+        eval: the same for the held-out rows. ``None``: a split that the archive names, else a share of ``train``.
         eval_fraction: the share held out when ``eval`` is not given.
         kind: kind of the files when their names do not tell: csv, tsv, jsonl, json, txt.
         text_column: the text (classification, or a language model of plain text).
@@ -255,8 +256,34 @@ class TrainSettings:
         return {name: _plain(value) for name, value in asdict(self).items()}
 
 
+def settings_from_words(words: Mapping[str, Any]) -> TrainSettings:
+    """The settings of a run from one flat mapping, as the command gives them; other words are left out.
+
+    ``data`` and ``eval_data`` are the files; ``targets`` may be one string of names separated by commas.
+    """
+    flat = {**words, "train": words["data"], "eval": words.get("eval_data")}
+    if isinstance(flat.get("targets"), str):
+        flat["targets"] = split_names(flat["targets"])
+
+    def parts(kind: type[DataSettings | AdapterSettings | LoopSettings | TrainSettings]) -> dict[str, Any]:
+        return {field.name: flat[field.name] for field in fields(kind) if field.name in flat}
+
+    own = {name: value for name, value in parts(TrainSettings).items() if name != "data"}
+    return TrainSettings(
+        data=DataSettings(**parts(DataSettings)),
+        adapter=AdapterSettings(**parts(AdapterSettings)),
+        loop=LoopSettings(**parts(LoopSettings)),
+        **own,
+    )
+
+
 def split_names(text: str) -> tuple[str, ...]:
-    """Names separated by commas, where a comma inside brackets belongs to the name: ``c_attn[q,v],c_proj``."""
+    """Names separated by commas, where a comma inside brackets belongs to the name: ``c_attn[q,v],c_proj``.
+
+    A regular expression, ``re:PATTERN``, is one name whatever it contains.
+    """
+    if text.startswith("re:"):
+        return (text,)
     names, depth, start = list[str](), 0, 0
     for position, character in enumerate(text):
         depth += (character == "[") - (character == "]")
@@ -268,5 +295,5 @@ def split_names(text: str) -> tuple[str, ...]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in cast(dict[str, Any], value).items()}
     return str(value) if isinstance(value, Path) else value

@@ -128,8 +128,9 @@ def _kind_of(path: Path) -> str:
 def _text(path: Path) -> io.TextIOWrapper:
     with path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
-    stream = cast(io.BufferedReader, gzip.open(path)) if packed else path.open("rb")
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    if packed:
+        return cast(io.TextIOWrapper, gzip.open(path, "rt", encoding="utf-8-sig", newline=""))
+    return path.open(encoding="utf-8-sig", newline="")
 
 
 def _read_separated(

@@ -1,0 +1,307 @@
+"""The command: one function a subcommand, each a few lines over the library.
+
+Exit codes: 0, 1 when the work failed, 2 when what was asked for cannot be done. With ``--json`` the output stream
+carries one JSON document and nothing else; progress and messages go to the error stream.
+"""
+
+import json
+import math
+import os
+import traceback
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer import Option
+
+from randbasis.errors import RandbasisError
+
+TRACEBACK_VARIABLE = "RANDBASIS_TRACEBACK"
+USAGE = (ValueError, TypeError, FileNotFoundError, FileExistsError)
+
+app = typer.Typer(
+    name="randbasis",
+    help="Fine-tunes in kilobytes: an adapter is a seed and a few thousand coefficients.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+of_data = partial(Option, rich_help_panel="Data")
+of_adapter = partial(Option, rich_help_panel="Adapter")
+of_loop = partial(Option, rich_help_panel="Optimisation")
+of_task = partial(Option, rich_help_panel="Task")
+of_texts = partial(Option, rich_help_panel="Texts")
+
+AsJson = Annotated[bool, Option("--json", help="One JSON document on the output stream.")]
+Overwrite = Annotated[bool, Option(help="Replace what is in the output.")]
+Adapter = Annotated[str | None, Option(help="Folder of a training run, or of a PEFT adapter of a language model.")]
+Base = Annotated[str | None, Option(help="Folder or hub name of the base; by default the one the adapter names.")]
+Rows = Annotated[str | None, of_data(help="csv, tsv, jsonl, json or txt, also .gz; or a folder or zip of images.")]
+Kind = Annotated[str | None, of_data("--format", help="csv, tsv, jsonl, json, txt; when the name does not tell.")]
+Split = Annotated[str | None, of_data(help="Split of an archive of images, such as test.")]
+Limit = Annotated[int | None, of_data(help="Use that many rows.")]
+Batch = Annotated[int, Option(help="Rows at a time.")]
+Dtype = Annotated[str, Option(help="Of the base: float32, bfloat16, float16.")]
+Device = Annotated[str, Option(help="auto or cpu.")]
+Threads = Annotated[int | None, Option(help="Threads of torch.")]
+TextColumn = Annotated[str | None, of_data(help="Column of the text, by name, or by index from 0 without a header.")]
+PairColumn = Annotated[str | None, of_data(help="Column of a second text.")]
+PromptColumn = Annotated[str | None, of_data(help="Column of what the language model is given.")]
+TargetColumn = Annotated[str | None, of_data(help="Column of what it has to write.")]
+LabelColumn = Annotated[str | None, of_data(help="Column of the class or number.")]
+NewTokens = Annotated[int | None, of_texts(help="Longest answer; by default the longest of training.")]
+Beams = Annotated[int, of_texts(help="Beams of a beam search; 1 is greedy.")]
+LengthPenalty = Annotated[float, of_texts(help="Exponent of the length in a beam's score.")]
+
+
+@app.callback()
+def randbasis() -> None:
+    """Fine-tunes in kilobytes: an adapter is a seed and a few thousand coefficients."""
+
+
+@app.command(
+    epilog="Example: randbasis train --task sequence-classification --model MODEL --data train.tsv --eval-data dev.tsv "
+    "--text-column sentence --label-column label --method nola --rank 4 --basis 64 --seed 1 --output runs/sst2"
+)
+def train(
+    task: Annotated[str, Option(help="causal-lm, sequence-classification or image-classification.")],
+    model: Annotated[str, Option(help="Folder or hub name of the base.")],
+    data: Annotated[str, Option(help="csv, tsv, jsonl, json or txt, also .gz; or a folder or zip of images.")],
+    output: Annotated[Path, Option(help="Folder for adapter, task, summary and plot.")],
+    eval_data: Annotated[str | None, of_data(help="Held-out rows; by default a share of the data.")] = None,
+    eval_fraction: Annotated[float, of_data(help="Share to hold out without --eval-data.")] = 0.1,
+    kind: Kind = None,
+    text_column: TextColumn = None,
+    text_pair_column: PairColumn = None,
+    prompt_column: PromptColumn = None,
+    target_column: TargetColumn = None,
+    label_column: LabelColumn = None,
+    label_kind: Annotated[str, of_data(help="auto, class or number (a regression).")] = "auto",
+    limit: Annotated[int | None, of_data(help="Train on that many rows.")] = None,
+    shots: Annotated[int | None, of_data(help="Train on that many rows of each class.")] = None,
+    eval_limit: Annotated[int | None, of_data(help="Evaluate on that many rows.")] = None,
+    method: Annotated[str, Option(help="nola, vera, randlora, pranc; or lora, none (a head alone).")] = "nola",
+    rank: Annotated[int | None, of_adapter(help="Rank (nola, vera, randlora, lora).")] = None,
+    basis: Annotated[int | None, of_adapter(help="Basis matrices (nola, pranc).")] = None,
+    basis_b: Annotated[
+        int | None, of_adapter(help="Basis matrices of B, where another number than of A (nola).")
+    ] = None,
+    alpha: Annotated[float | None, of_adapter(help="Scale (nola, randlora, pranc, lora).")] = None,
+    seed: Annotated[int, of_adapter(help="Seed of the basis.")] = 0,
+    law: Annotated[str | None, of_adapter(help="Law of the basis: sign, uniform, normal, sparse(S).")] = None,
+    parametrization: Annotated[str | None, of_adapter(help="offset or plain (nola).")] = None,
+    unique_basis: Annotated[bool, of_adapter(help="A basis of its own for each layer (nola).")] = False,
+    targets: Annotated[str, Option(help="all-linear, or NAME,NAME, slices too: c_attn[q,v].")] = "all-linear",
+    dropout: Annotated[float, of_adapter(help="Dropout on the input of the adapter.")] = 0.0,
+    batch_size: Annotated[int, of_loop(help="Rows a step.")] = 16,
+    eval_batch_size: Annotated[int | None, of_loop(help="Rows at a time when evaluating.")] = None,
+    epochs: Annotated[float, of_loop(help="Passes over the rows.")] = 3.0,
+    max_steps: Annotated[int | None, of_loop(help="Steps, instead of epochs.")] = None,
+    learning_rate: Annotated[float, of_loop(help="Of the adapter.")] = 1e-2,
+    head_learning_rate: Annotated[float | None, of_loop(help="Of the head; by default as the adapter.")] = None,
+    warmup: Annotated[float, of_loop(help="Share of the steps in which the learning rate rises.")] = 0.06,
+    schedule: Annotated[str, of_loop(help="linear, cosine, constant, ...: how it falls.")] = "linear",
+    weight_decay: Annotated[float, of_loop(help="Of the adapter and the head's matrices.")] = 0.0,
+    max_grad_norm: Annotated[float, of_loop(help="Gradients are clipped to this norm.")] = 1.0,
+    accumulate: Annotated[int, of_loop(help="Batches a step.")] = 1,
+    label_smoothing: Annotated[float, of_loop(help="Of the classes.")] = 0.0,
+    train_seed: Annotated[int, of_loop(help="Head, order, dropout and held-out rows.")] = 0,
+    metric: Annotated[str | None, of_loop(help="accuracy, matthews, pearson, spearman, loss, bleu, ...")] = None,
+    eval_every: Annotated[int | None, of_loop(help="Steps between evaluations.")] = None,
+    early_stop: Annotated[int | None, of_loop(help="Stop after that many evaluations without a better metric.")] = None,
+    keep: Annotated[str, of_loop(help="Save the best or the last parameters.")] = "best",
+    max_length: Annotated[int | None, of_task(help="Tokens a row.")] = None,
+    pooling: Annotated[str, of_task(help="Of a text encoder: auto, mean, cls, or the model's own head.")] = "auto",
+    separator: Annotated[str, of_task(help="Between prompt and target.")] = " => ",
+    end_token: Annotated[str | None, of_task(help="Token that ends a text; by default the tokenizer's.")] = None,
+    image_size: Annotated[int | None, of_task(help="Side of the images in pixels.")] = None,
+    flip: Annotated[bool, of_task(help="Mirror half of the training images.")] = False,
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, Option(help="Go on from the last checkpoint in the output.")] = False,
+    keep_checkpoints: Annotated[bool, Option(help="Leave the checkpoints in the output.")] = False,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    threads: Threads = None,
+    quiet: Annotated[bool, Option(help="No progress.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a base model on a file of rows."""
+    given = dict(locals())
+    with reported(as_json):
+        from randbasis.train.run import train as run
+        from randbasis.train.settings import settings_from_words
+
+        outcome = run(settings_from_words(given), console=None if quiet else Console(stderr=True))
+        answer({"output": str(output), **outcome.summary}, as_json)
+
+
+@app.command(epilog="Example: randbasis evaluate --adapter runs/sst2 --data dev.tsv.gz")
+def evaluate(
+    adapter: Adapter = None,
+    data: Rows = None,
+    model: Base = None,
+    kind: Kind = None,
+    split: Split = None,
+    text_column: TextColumn = None,
+    text_pair_column: PairColumn = None,
+    prompt_column: PromptColumn = None,
+    target_column: TargetColumn = None,
+    label_column: LabelColumn = None,
+    texts: Annotated[
+        bool | None, Option(help="Generate texts for BLEU and chrF; by default if there are prompts.")
+    ] = None,
+    max_new_tokens: NewTokens = None,
+    beams: Beams = 1,
+    length_penalty: LengthPenalty = 1.0,
+    limit: Limit = None,
+    batch_size: Batch = 32,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score an adapter: loss, accuracy, Matthews, Pearson and Spearman; BLEU and chrF with several references."""
+    given = dict(locals())
+    with reported(as_json):
+        from randbasis.train.evaluation import evaluate as run
+        from randbasis.train.evaluation import use_from_words
+
+        answer(run(use_from_words(given), texts=texts), as_json)
+
+
+@app.command(epilog="Example: randbasis predict --adapter runs/sst2 --data reviews.csv --output answers.jsonl")
+def predict(
+    adapter: Adapter = None,
+    data: Rows = None,
+    model: Base = None,
+    output: Annotated[Path | None, Option(help="File of JSON lines; by default the output stream.")] = None,
+    kind: Kind = None,
+    split: Split = None,
+    text_column: TextColumn = None,
+    text_pair_column: PairColumn = None,
+    prompt_column: PromptColumn = None,
+    max_new_tokens: NewTokens = None,
+    beams: Beams = 1,
+    length_penalty: LengthPenalty = 1.0,
+    limit: Limit = None,
+    batch_size: Batch = 32,
+    overwrite: Overwrite = False,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer every row of a file: a class with its probability, a number, or a text."""
+    given = dict(locals())
+    with reported(as_json):
+        from randbasis.train.evaluation import predict as run
+        from randbasis.train.evaluation import refuse_existing, use_from_words
+
+        refuse_existing(output, overwrite=overwrite)
+        answer_rows(run(use_from_words(given)), output, as_json, overwrite=overwrite)
+
+
+@app.command(epilog="Example: randbasis generate --adapter runs/e2e --prompt 'name[Alimentum], area[city centre]'")
+def generate(
+    adapter: Adapter = None,
+    prompt: Annotated[list[str] | None, Option(help="A prompt; may be given several times.")] = None,
+    data: Rows = None,
+    model: Base = None,
+    output: Annotated[Path | None, Option(help="File of JSON lines; by default the output stream.")] = None,
+    kind: Kind = None,
+    prompt_column: PromptColumn = None,
+    max_new_tokens: NewTokens = None,
+    beams: Beams = 1,
+    length_penalty: LengthPenalty = 1.0,
+    sample: Annotated[bool, of_texts(help="Draw from the distribution.")] = False,
+    temperature: Annotated[float, of_texts(help="Of the distribution.")] = 1.0,
+    top_k: Annotated[int, of_texts(help="Draw among that many tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, of_texts(help="Draw among the fewest tokens of that probability.")] = 1.0,
+    repetition_penalty: Annotated[float, of_texts(help="Above 1 makes used tokens less probable.")] = 1.0,
+    seed: Annotated[int, of_texts(help="Seed of the sampling.")] = 0,
+    limit: Limit = None,
+    batch_size: Batch = 32,
+    overwrite: Overwrite = False,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write texts from prompts: greedy, beam search or sampling."""
+    given = dict(locals())
+    with reported(as_json):
+        from randbasis.train.evaluation import generate as run
+        from randbasis.train.evaluation import refuse_existing, use_from_words
+
+        refuse_existing(output, overwrite=overwrite)
+        answer_rows(run(use_from_words(given), prompt or []), output, as_json, overwrite=overwrite)
+
+
+@contextmanager
+def reported(as_json: bool) -> Generator[None]:
+    """Errors of this package as one message and an exit code; everything else as Python shows it.
+
+    A bad value, a missing file or an existing output is bad usage and exits with 2; a failure of the work with 1.
+    ``RANDBASIS_TRACEBACK=1`` in the environment shows where an error came from.
+    """
+    try:
+        yield
+    except (RandbasisError, OSError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            traceback.print_exc()
+        usage = isinstance(error, RandbasisError) and isinstance(error, USAGE)
+        if as_json:
+            typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2 if usage else 1) from error
+
+
+def answer(document: dict[str, Any], as_json: bool) -> None:
+    """One result, as JSON or as a table of its plain values."""
+    if as_json:
+        typer.echo(json.dumps(_finite(document), ensure_ascii=False))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in document.items():
+        if name == "settings":
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {_shown(item)}" for key, item in cast(dict[str, Any], value).items())
+        table.add_row(name.replace("_", " "), _shown(value))
+    Console(soft_wrap=True).print(table)
+
+
+def answer_rows(rows: list[dict[str, Any]], output: Path | None, as_json: bool, *, overwrite: bool) -> None:
+    """Many results: into a file of JSON lines, or onto the output stream."""
+    from randbasis.train.evaluation import json_line, write_lines
+
+    if output is not None:
+        write_lines(rows, output, overwrite=overwrite)
+        answer({"output": str(output), "rows": len(rows)}, as_json)
+    elif as_json:
+        typer.echo(json_line({"rows": rows}))
+    else:
+        for row in rows:
+            typer.echo(json_line(row))
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: ``null``."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in cast(dict[str, Any], value).items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
