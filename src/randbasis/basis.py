@@ -176,7 +176,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
         high1, low1 = _multiply(c2, _MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _MASK, (k1 + _KEY_INCREMENTS[1]) & _MASK
-    return tuple(torch.broadcast_tensors(c0, c1, c2, c3))
+    zero = c0 & c1 & c2 & c3 & 0
+    return tuple(out | zero for out in (c0, c1, c2, c3))
 
 
 def _check_range(axis: str, start: int, size: int, limit: int) -> None:
@@ -216,7 +217,7 @@ def block_words(
     )
     stream = torch.tensor(basis.stream, dtype=torch.int64, device=device)
     outs = philox((b[None, None, :], r[None, :, None], i[:, None, None], stream), basis.key)
-    words = torch.stack(torch.broadcast_tensors(*outs), dim=-1).reshape(index[1], row[1], 4 * block[1])
+    words = torch.stack(outs, dim=-1).reshape(index[1], row[1], 4 * block[1])
     return torch.where(words > 0x7FFFFFFF, words - 0x100000000, words).to(torch.int32)
 
 

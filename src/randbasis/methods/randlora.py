@@ -111,7 +111,7 @@ class RandLora(Method):
         gamma = prepared["randlora_gamma"].to(x.dtype).unsqueeze(1)
         kind_a, kind_b = self.storage(a), self.storage(b)
         if matrix.in_features > matrix.out_features:
-            wide = project(x, b, kind_b).unflatten(-1, (b.count, b.rows))
+            wide = project(x, b, kind_b).view(*x.shape[:-1], b.count, b.rows)
             return (project(wide * lam, a, kind_a, transpose=True) * gamma).sum(-2)
         narrow = project(x.unsqueeze(-2) * gamma, a, kind_a) * lam
         return project(narrow.flatten(-2), b, kind_b, transpose=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from randbasis.basis import Basis, Law, parse_law
+from randbasis.errors import BasisShapeError
 from randbasis.ops import backends
 from randbasis.ops.reference import Slab, Tile, tiles
 from randbasis.ops.storage import BasisStorage, Stored, check_storage, choose_storage, held, hold
@@ -105,7 +106,8 @@ def _(x: Tensor, name: list[int], law: str, join_rows: bool, transpose: bool, st
     _, _, _, count, rows, cols = name
     height, width = (count * rows, cols) if join_rows else (count, rows * cols)
     taken, given = (height, width) if transpose else (width, height)
-    torch._check(x.dim() == 2 and x.shape[1] == taken, lambda: f"product needs [n, {taken}], got {list(x.shape)}")
+    if x.dim() != 2 or x.shape[1] != taken:
+        raise BasisShapeError(f"x must be [n, {taken}] for this slab, got {list(x.shape)}; reshape it")
     return x.new_empty(x.shape[0], given)
 
 

@@ -9,6 +9,7 @@ range it is computed in.
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -46,20 +47,30 @@ _INCREMENT1 = np.uint64(0xBB67AE85)
 _ONE = np.uint32(1)
 
 
-def _compiled(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """numba's decorator with its types, and with the compiled code kept on disk where numba finds a place for it."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError as error:
-            warnings.warn(f"the compiled loops are compiled again in every process: {error}", stacklevel=2)
-            return njit(**options)(function)
-
-    return decorate
+def _inlined(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """numba's decorator with its types: a part of the kernels."""
+    return njit(**options)  # pyright: ignore[reportUnknownVariableType]
 
 
-@_compiled()
+def _kernel(function: Callable[P, R]) -> Callable[P, R]:
+    """A kernel: it runs without the GIL, and its compiled code is kept on disk where numba finds a place for it."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # as numba says that no place is writable
+        _say_that_nothing_is_kept()
+        return njit(nogil=True)(function)
+
+
+@cache
+def _say_that_nothing_is_kept() -> None:
+    warnings.warn(
+        "numba finds no writable place for compiled code, so the loops are compiled again in every process; "
+        "set NUMBA_CACHE_DIR to a writable folder",
+        stacklevel=2,
+    )
+
+
+@_inlined()
 def _round(
     c0: np.uint64, c1: np.uint64, c2: np.uint64, c3: np.uint64, k0: np.uint64, k1: np.uint64
 ) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
@@ -70,7 +81,7 @@ def _round(
     return (product1 >> _HALF) ^ c1 ^ k0, product1, (product0 >> _HALF) ^ c3 ^ k1, product0
 
 
-@_compiled()
+@_inlined()
 def _generate(out: Words, lanes: Lanes, first: int, source: Source, count: int) -> None:
     """Philox4x32-10, math (1)-(3), on ``count`` lanes; ``first`` is added to every index."""
     block, row, index = lanes
@@ -87,12 +98,12 @@ def _generate(out: Words, lanes: Lanes, first: int, source: Source, count: int) 
         out[4 * lane + 3] = np.uint32(c3)
 
 
-@_compiled()
+@_inlined()
 def _new_lanes(count: int) -> Lanes:
     return np.empty(count, np.uint32), np.empty(count, np.uint32), np.empty(count, np.uint32)
 
 
-@_compiled()
+@_inlined()
 def _aim(lanes: Lanes, line: int, at: tuple[int, int, int], blocks: int) -> None:
     """Point the lanes of one line at ``blocks`` blocks from ``at = (index, row, block)``."""
     block, row, index = lanes
@@ -103,7 +114,7 @@ def _aim(lanes: Lanes, line: int, at: tuple[int, int, int], blocks: int) -> None
         block[lane] = at[2] + b
 
 
-@_compiled()
+@_inlined()
 def _fetch(
     raw: Words, lanes: Lanes, index: int, source: Source, packed_line: int, step: int, lines: int, strip: int
 ) -> tuple[Words, int, int]:
@@ -128,7 +139,7 @@ def _fetch(
     return raw, 0, held
 
 
-@_compiled()
+@_inlined()
 def _popcount(u: np.uint32) -> np.int32:
     """Bits set among the low 16."""
     u = np.uint32(u - ((u >> _ONE) & np.uint32(0x5555)))
@@ -137,7 +148,7 @@ def _popcount(u: np.uint32) -> np.int32:
     return np.int32((u + (u >> np.uint32(8))) & np.uint32(0x1F))
 
 
-@_compiled()
+@_inlined()
 def _decode(out: Floats, fetched: tuple[Words, int, int], decoder: Decoder, one: Any) -> None:
     """``LINES`` lines of a strip as floating-point entries, the table of laws in math.md; ``one`` has their dtype."""
     words, first, step = fetched
@@ -166,7 +177,7 @@ def _decode(out: Floats, fetched: tuple[Words, int, int], decoder: Decoder, one:
                 entries[col] = np.int32(np.int32(u < threshold) - np.int32(u >= 65536 - threshold))
 
 
-@_compiled(fastmath={"contract"})
+@_inlined(fastmath={"contract"})
 def _add_products(out: Floats, entries: Floats, factors: Floats) -> None:
     """``out[col] += Σ_g factors[g] · entries[g, col]``, in the order of g."""
     for col in range(STRIP):
@@ -178,7 +189,7 @@ def _add_products(out: Floats, entries: Floats, factors: Floats) -> None:
 
 # Reassociation lets the compiler sum in lanes. The order that it picks is fixed in the code that it makes, because the
 # trip count is a constant: it depends on the processor, never on threads or ranges.
-@_compiled(fastmath={"contract", "reassoc"})
+@_inlined(fastmath={"contract", "reassoc"})
 def _add_dots(out: Floats, entries: Floats, vector: Floats) -> None:
     """``out[g] += Σ_col vector[col] · entries[g, col]``: a loop over columns that reads the vector once."""
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = vector.dtype.type(0)
@@ -196,7 +207,7 @@ def _add_dots(out: Floats, entries: Floats, vector: Floats) -> None:
         out[g] += s
 
 
-@_compiled(nogil=True)
+@_kernel
 def words(
     out: Words, source: Source, first: tuple[int, int, int], rows: int, blocks: int, start: int, stop: int
 ) -> None:
@@ -224,7 +235,7 @@ def words(
         _generate(out[4 * done : 4 * (done + count)], lanes, 0, source, count)
 
 
-@_compiled(nogil=True)
+@_kernel
 def expand(
     out: Floats, source: Source, decoder: Decoder, first: tuple[int, int], rows: int, start: int, stop: int
 ) -> None:
@@ -254,7 +265,7 @@ def expand(
                 target[col] = entries[g * STRIP + col]
 
 
-@_compiled(nogil=True)
+@_kernel
 def combine(out: Floats, factors: Floats, count: int, source: Source, decoder: Decoder, start: int, stop: int) -> None:
     """``out[n, row, col] = Σᵢ factors[n, i] · entry(i, row, col)``; a unit is one strip of one row.
 
@@ -289,7 +300,7 @@ def combine(out: Floats, factors: Floats, count: int, source: Source, decoder: D
                 out[j, at, left + col] = total[j * STRIP + col]
 
 
-@_compiled(nogil=True)
+@_kernel
 def inner(
     out: Floats, vectors: Floats, count: int, share: int, source: Source, decoder: Decoder, start: int, stop: int
 ) -> None:

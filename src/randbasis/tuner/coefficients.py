@@ -3,7 +3,7 @@
 Each is a module with a ``.weight``, which is what sharding, state dicts and transformers' own loader expect.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,8 @@ class Streams(nn.Module):
     def values(self) -> list[tuple[int, ...]]:
         """The streams as integers."""
         if self._read_from is not self.weight and not self.weight.is_meta:
-            self._values = [tuple(row) for row in self.weight.tolist()]
+            rows = cast("list[list[int]]", self.weight.tolist())
+            self._values = [tuple(row) for row in rows]
             self._read_from = self.weight
         return self._values
 

@@ -75,7 +75,7 @@ class RandbasisConfig(PeftConfig):
                 f"{chosen.__name__} has no option {unknown[0]!r} ({near(unknown[0], known)}); "
                 "the adapter may come from a newer version of randbasis: upgrade, or remove the option"
             )
-        return super().__new__(chosen)
+        return object.__new__(chosen)
 
     def __post_init__(self) -> None:
         super().__post_init__()

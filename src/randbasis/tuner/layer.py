@@ -3,11 +3,15 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
+from peft.utils.quantization_utils import (
+    QuantizationBackend,
+    quantization_extra_repr,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +29,7 @@ from randbasis.contraction import (
 from randbasis.errors import AdapterNameError, ContractionError, LayerTypeError, MergeError
 from randbasis.methods import Matrix, Method
 from randbasis.ops import Stored
+from randbasis.tuner.base_weight import BaseWeight, base_device, base_dtype, layer_shape, quantization_of
 from randbasis.tuner.coefficients import Coefficients, Streams
 from randbasis.tuner.factor_cache import FactorCache
 from randbasis.tuner.targets import Part
@@ -64,18 +69,6 @@ class AdapterOptions:
     init_weights: bool
 
 
-def layer_shape(base: nn.Module) -> tuple[int, int] | None:
-    """``(out, in)`` of a linear layer, quantized or not; None when the module is not one."""
-    if isinstance(base, nn.Linear):
-        return base.out_features, base.in_features
-    if isinstance(base, Conv1D):
-        return base.nf, cast("int", base.nx)
-    for names in (("outfeatures", "infeatures"), ("out_features", "in_features")):
-        if resolve_quantization_backend(base) is not None and all(hasattr(base, name) for name in names):
-            return getattr(base, names[0]), getattr(base, names[1])
-    return None
-
-
 class RandbasisLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer and any number of adapters of any method of this package on it or on parts of it.
 
@@ -107,11 +100,9 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         self.randbasis_streams = nn.ModuleDict({})
         self.merged_adapters: list[str] = []
         self._cache = FactorCache()
-        self._unmerged: tuple[nn.Module, Tensor] | None = None
+        self._unmerged: BaseWeight | None = None
         self._disable_adapters = False
-        self.quantization_backend: QuantizationBackend | None = resolve_quantization_backend(
-            inner, **dict(quantization or {})
-        )
+        self.quantization_backend: QuantizationBackend | None = quantization_of(inner, quantization)
 
     # --- adapters on this layer ---
 
@@ -154,7 +145,8 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         for name, shape in method.coefficient_shapes(part.rows, self.in_features).items():
             start = torch.full(shape, starts[name], dtype=torch.float32)
             if not options.init_weights:
-                noise = basis_entries(method.seed, f"{method.name}/init/{name}/{path}", "normal", (1, 1, start.numel()))
+                stream = f"{method.name}/init/{len(self.options)}/{name}/{path}"
+                noise = basis_entries(method.seed, stream, "normal", (1, 1, start.numel()))
                 start = start + (NOISE / 2) * noise.view(shape)
             attribute = f"randbasis_{name}{part.suffix}"
             self._container(attribute)[adapter] = Coefficients(start)
@@ -169,13 +161,21 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter, but keep its dtype: coefficients are float32 beside a base in half precision."""
-        target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        target = device or base_device(self.get_base_layer())
         for name in (*self.adapter_layer_names, "randbasis_streams"):
             container = cast("nn.ModuleDict", getattr(self, name))
             if target is None or adapter_name not in container:
                 continue
             if all(not tensor.is_meta for tensor in container[adapter_name].state_dict().values()):
                 container[adapter_name].to(target)
+
+    def cast_to_base(self, adapter: str) -> None:
+        """Give the coefficients of an adapter the dtype of the base layer, when that is a floating dtype."""
+        dtype = base_dtype(self.get_base_layer())
+        for name in self.adapter_layer_names:
+            container = cast("nn.ModuleDict", getattr(self, name))
+            if adapter in container and dtype is not None:
+                container[adapter].to(dtype=dtype)
 
     def matrices(self, adapter: str) -> list[AdaptedMatrix]:
         """The matrices that an adapter has on this layer, their streams as stored."""
@@ -205,8 +205,7 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
             adapter: its name.
         """
         delta = self._full_delta(adapter, None)
-        dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
-        delta = delta.to(dtype) if dtype is not None and dtype.is_floating_point else delta
+        delta = delta.to(base_dtype(self.get_base_layer()) or delta.dtype)
         return delta.T if self.transposed else delta
 
     def _full_delta(self, adapter: str, only: Sequence[AdaptedMatrix] | None) -> Tensor:
@@ -261,8 +260,7 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
     def _replace_base_weight(self, merged: Tensor) -> None:
         base = self.get_base_layer()
         if self._unmerged is None:
-            weight = cast("Tensor", base.weight)
-            self._unmerged = (base, weight if self.quantization_backend is not None else weight.data)
+            self._unmerged = BaseWeight.of(base, quantized=self.quantization_backend is not None)
         self.set_base_weight(merged)
         self._cache.clear()
 
@@ -271,16 +269,9 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base, original = self._unmerged
-        if self.quantization_backend is None:
-            weight = cast("Tensor", base.weight)
-            weight.data = original.to(weight.device, weight.dtype)
-        else:
-            # Some backends put a whole new layer in the place of the old one.
-            self.base_layer = base
-            base.weight = cast("nn.Parameter", original)
-            if hasattr(base, "state"):
-                cast("Any", base.state).reset_grads()
+        if self._unmerged.base is not self.get_base_layer():
+            self.base_layer = self._unmerged.base
+        self._unmerged.restore()
         self._unmerged = None
         self.merged_adapters.clear()
         self._cache.clear()
@@ -324,7 +315,7 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         else:
             result = self._base_result(x, *args, **kwargs)
             for name, matrices in by_weight.items():
-                delta = self._cached(name, matrices, "delta", lambda n=name, m=matrices: self._full_delta(n, m))
+                delta = self._cached(name, matrices, "delta", partial(self._full_delta, name, matrices))
                 result = result + weight_order(self._dropped(x, name, dtype), delta.to(dtype)).to(result.dtype)
         for name, one in by_token:
             prepared = self._prepared(name, one)
@@ -345,7 +336,7 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         weight = cast("Tensor", base.weight)
         weight = weight.T if self.transposed else weight
         deltas = [
-            self._cached(name, matrices, "delta", lambda n=name, m=matrices: self._full_delta(n, m))
+            self._cached(name, matrices, "delta", partial(self._full_delta, name, matrices))
             for name, matrices in by_weight.items()
         ]
         total = deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(0)
@@ -405,7 +396,8 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:
             raise AdapterNameError(
-                f"adapter_names needs unmerged adapters, got merged {self.merged_adapters}; call unmerge() first"
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
+                f"Merged are {self.merged_adapters}."
             )
         if x.shape[0] != len(adapter_names):
             raise AdapterNameError(
@@ -452,6 +444,10 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         if mode:
             self._cache.clear()
         return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """The quantization of the base layer, for ``print(model)``."""
+        return quantization_extra_repr(self)
 
     def __repr__(self) -> str:
         return "randbasis." + super().__repr__()

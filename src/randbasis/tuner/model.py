@@ -1,18 +1,22 @@
 """Adapters in a model, through PEFT: injection, mixed batches, weighted combinations, checked loading."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,  # pyright: ignore[reportPrivateUsage]
+)
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
-    register_peft_method,
+    peft_types,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -49,7 +53,8 @@ class RandbasisModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = RandbasisLinear
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = cast("dict[str, list[str]]", TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
+    model: nn.Module
 
     # --- injection ---
 
@@ -65,9 +70,10 @@ class RandbasisModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every target before the first is replaced, so that a refusal leaves the model as it was."""
         config = cast("RandbasisConfig", peft_config)
-        if config.target_modules in (DUMMY_TARGET_MODULES, "all-linear"):
+        if config.target_modules == DUMMY_TARGET_MODULES:
             return
-        modules = dict(model.named_modules())
+        _maybe_include_all_linear_layers(config, model)
+        modules = dict(_named_modules(model))
         inside = tuple(f"{key}." for key, module in modules.items() if isinstance(module, BaseTunerLayer))
         matched = [
             key
@@ -99,9 +105,9 @@ class RandbasisModel(BaseTuner):
             _check_rank(method, key, part.rows, shape[1])
 
     def _model_config(self) -> Mapping[str, Any]:
-        config = self.get_model_config(self.model)
-        text = config.get("text_config")
-        return {**config, **text} if isinstance(text, dict) else config
+        config = cast("dict[str, Any]", self.get_model_config(self.model))
+        text = cast("dict[str, Any]", config.get("text_config") or {})
+        return {**config, **text}
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
         model_type = self._model_config().get("model_type")
@@ -142,15 +148,23 @@ class RandbasisModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         shapes: dict[str, tuple[int, int]] = {
             key: (layer.out_features, layer.in_features)
-            for key, layer in model.named_modules()
+            for key, layer in _named_modules(model)
             if isinstance(layer, RandbasisLinear) and adapter_name in layer.adapted
         }
         cast("RandbasisConfig", self.peft_config[adapter_name]).made_for = _compress_shapes(shapes)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Coefficients are float32; without ``autocast_adapter_dtype`` they take the dtype of their base layer."""
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
+            return
+        for layer in self._layers():
+            layer.cast_to_base(adapter_name)
+
     # --- mixed batches ---
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Generator[None]:
         """Give every adapted layer the ``adapter_names`` of a batch for the length of one call."""
         adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
         if adapter_names is None:
@@ -160,8 +174,7 @@ class RandbasisModel(BaseTuner):
         beams = kwargs.get("num_beams")
         repeats = beams if isinstance(beams, int) else 1
         repeated = [name for name in adapter_names for _ in range(repeats)]
-        encoder = self.model.get_encoder() if repeats > 1 and hasattr(self.model, "get_encoder") else None
-        in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
+        in_encoder = self._encoder_modules() if repeats > 1 else set[nn.Module]()
         handles: list[Any] = []
         try:
             for module in self.modules():
@@ -174,6 +187,13 @@ class RandbasisModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _encoder_modules(self) -> set[nn.Module]:
+        """Modules of the encoder of an encoder-decoder model."""
+        if not hasattr(self.model, "get_encoder"):
+            return set()
+        encoder = cast("Any", self.model).get_encoder()
+        return set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
 
     def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
         if self.training:
@@ -274,6 +294,10 @@ class RandbasisModel(BaseTuner):
             _take_off(model, adapter_name)
             raise
         return remapped
+
+
+def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return list(cast("Iterator[tuple[str, nn.Module]]", model.named_modules()))
 
 
 def _check_rank(method: Method, key: str, out_features: int, in_features: int) -> None:
@@ -381,6 +405,6 @@ def register() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     if TYPE_NAME not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(
+        cast("Any", peft_types).register_peft_method(
             name=TYPE_NAME.lower(), config_cls=RandbasisConfig, model_cls=RandbasisModel, prefix=PREFIX
         )
