@@ -1,8 +1,7 @@
 """One adapted layer for all methods: ``nn.Linear``, ``Conv1D``, slices of fused projections, quantized bases."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -18,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 
 from randbasis.basis import basis_entries
 from randbasis.contraction import (
-    OrderChoice,
     check_order,
     choose_order,
     fused_weight_order,
@@ -28,45 +26,14 @@ from randbasis.contraction import (
 )
 from randbasis.errors import AdapterNameError, ContractionError, LayerTypeError, MergeError
 from randbasis.methods import Matrix, Method
-from randbasis.ops import Stored
+from randbasis.tuner.adapted_matrix import AdaptedMatrix, AdapterOptions, batch_groups
 from randbasis.tuner.base_weight import BaseWeight, base_device, base_dtype, layer_shape, quantization_of
 from randbasis.tuner.coefficients import Coefficients, Streams
 from randbasis.tuner.factor_cache import FactorCache
 from randbasis.tuner.targets import Part
 
-BASE = "__base__"
-"""The name that stands for no adapter in a mixed batch."""
-
 NOISE = 0.1
 """Standard deviation of what ``init_weights=False`` adds to the starts of the coefficients."""
-
-
-@dataclass
-class AdaptedMatrix:
-    """One adapter on one part of a layer.
-
-    Attributes:
-        part: which output rows.
-        method: hyper-parameters.
-        matrix: shape and streams.
-        attributes: coefficient name → name of the layer's attribute that holds it.
-        held: keeps the frozen matrices stored while this lives.
-    """
-
-    part: Part
-    method: Method
-    matrix: Matrix
-    attributes: dict[str, str]
-    held: tuple[Stored, ...]
-
-
-@dataclass(frozen=True)
-class AdapterOptions:
-    """What an adapter asks of every layer beside its method."""
-
-    dropout: float
-    contraction: OrderChoice
-    init_weights: bool
 
 
 class RandbasisLinear(nn.Module, BaseTunerLayer):
@@ -407,26 +374,16 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         result = self._base_result(x, *args, **kwargs)
         dtype = _compute_dtype(x)
         rows = self._cast_input_dtype(x, dtype).reshape(x.shape[0], -1, self.in_features)
-        for one, names in self._groups(adapter_names):
-            members = [row for row, name in enumerate(adapter_names) if name in names]
-            slots = torch.tensor([names.index(adapter_names[row]) for row in members], device=x.device)
-            stacked = self._stacked(names, one)
-            everyone = len(members) == len(adapter_names)
-            index = torch.tensor(members, device=x.device)
-            own = rows if everyone else rows[index]
-            gathered = {key: value.to(dtype)[slots] for key, value in stacked.items()}
-            h = one.method.apply(own, gathered, one.matrix)
-            h = self._embed(h, one.part).to(result.dtype).view(len(members), *result.shape[1:])
+        for group in batch_groups(adapter_names, self.matrices):
+            one = group.matrix
+            slots = torch.tensor(group.slots, device=x.device)
+            index = torch.tensor(group.rows, device=x.device)
+            everyone = len(group.rows) == len(adapter_names)
+            gathered = {key: value.to(dtype)[slots] for key, value in self._stacked(group.names, one).items()}
+            h = one.method.apply(rows if everyone else rows[index], gathered, one.matrix)
+            h = self._embed(h, one.part).to(result.dtype).view(len(group.rows), *result.shape[1:])
             result = result + h if everyone else result.index_add(0, index, h)
         return result
-
-    def _groups(self, adapter_names: Sequence[str]) -> Iterator[tuple[AdaptedMatrix, list[str]]]:
-        """Adapters that one batched product serves: the same method, basis and part."""
-        groups: dict[Any, tuple[AdaptedMatrix, list[str]]] = {}
-        for name in dict.fromkeys(adapter_names):
-            for one in self.matrices(name) if name != BASE else []:
-                groups.setdefault((one.method, one.matrix, one.part), (one, []))[1].append(name)
-        yield from groups.values()
 
     def _stacked(self, names: list[str], one: AdaptedMatrix) -> dict[str, Tensor]:
         """What the method prepares of the coefficients of several adapters, ``[len(names), ...]`` each."""

@@ -36,8 +36,10 @@ from randbasis.errors import (
     near,
 )
 from randbasis.methods import Method
+from randbasis.tuner.adapted_matrix import BASE, AdapterOptions
+from randbasis.tuner.base_weight import layer_shape
 from randbasis.tuner.config import RandbasisConfig
-from randbasis.tuner.layer import BASE, AdapterOptions, RandbasisLinear, layer_shape
+from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.targets import parts_of, resolve_parts
 
