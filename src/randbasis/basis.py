@@ -92,7 +92,10 @@ def parse_law(name: str | Law) -> Law:
             "use for example law='sign' or law='sparse(6)'"
         )
     threshold = round(65536 / sparsity)
-    return Law(f"sparse({sparsity:.12g})", bits=16, variance=2 * threshold / 65536, threshold=threshold)
+    # All digits: ops get a law by its name, and a rounded s may have another threshold.
+    return Law(
+        f"sparse({repr(sparsity).removesuffix('.0')})", bits=16, variance=2 * threshold / 65536, threshold=threshold
+    )
 
 
 def check_seed(seed: SupportsIndex) -> int:
@@ -117,13 +120,15 @@ def stream_of(name: str | int) -> int:
             basis of one matrix, or the stream itself.
 
     Raises:
-        BasisShapeError: an integer that does not fit 32 unsigned bits.
+        BasisShapeError: neither a name nor an integer of 32 unsigned bits.
     """
     if isinstance(name, str):
         return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:4], "little")
-    if not 0 <= name < 2**32:
-        raise BasisShapeError(f"a stream must be from 0 to 2**32 - 1, got {name}; use stream_of('method/role')")
-    return name
+    if isinstance(name, bool) or not hasattr(name, "__index__") or not 0 <= name < 2**32:
+        raise BasisShapeError(
+            f"a stream must be an integer from 0 to 2**32 - 1, got {name!r}; use stream_of('method/role')"
+        )
+    return operator.index(name)
 
 
 @dataclass(frozen=True, slots=True)
