@@ -66,7 +66,9 @@ def batch_groups(adapter_names: Sequence[str], matrices: Callable[[str], Sequenc
     """
     groups: dict[Hashable, tuple[AdaptedMatrix, list[str]]] = {}
     for name in dict.fromkeys(adapter_names):
-        for one in matrices(name) if name != BASE else []:
+        if name == BASE:
+            continue
+        for one in matrices(name):
             groups.setdefault((one.method, one.matrix, one.part), (one, []))[1].append(name)
     result: list[BatchGroup] = []
     for one, names in groups.values():
