@@ -24,10 +24,10 @@ ROWS: dict[str, set[str]] = {
     "tuner": {"torch", "peft", "transformers", "safetensors", "accelerate"},
     "__init__": set(),
     "train": {
-        "torch", "numpy", "peft", "transformers", "safetensors", "accelerate", "pandas", "PIL", "sacrebleu", "sklearn",
-        "scipy", "matplotlib", "tqdm", "rich",
+        "torch", "numpy", "peft", "transformers", "safetensors", "accelerate", "PIL", "sacrebleu", "sklearn", "scipy",
+        "matplotlib", "rich",
     },
-    "compare": {"torch", "numpy", "peft", "transformers", "matplotlib", "rich", "tqdm"},
+    "compare": {"torch", "numpy", "peft", "transformers", "matplotlib", "rich"},
     "cli": {"typer", "rich"},
     "__main__": set(),
 }  # fmt: skip
