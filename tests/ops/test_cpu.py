@@ -271,6 +271,17 @@ def test_arguments_are_left_as_they_were_and_may_be_strided():
     assert_close(products, reference.inner(vectors, slab), torch.float64)
 
 
+def test_the_default_device_of_torch_is_not_asked():
+    slab = slab_of("sign", (6, 3, 300))
+    expected = results(slab, 2, torch.float32, None)
+    coefficients, vectors = normal_tensor(2, 6, dtype=torch.float32), normal_tensor(2, 3, 300, dtype=torch.float32)
+    with torch.device("meta"):
+        words = cpu.words(*slab.basis.key, slab.basis.stream, 0, 6, 0, 3, 0, slab.blocks)
+        entries = cpu.expand(slab, Tile(0, 6, 0, 3), torch.float32)
+        got = [words, entries, cpu.combine(coefficients, slab), cpu.inner(vectors, slab)]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_a_value_that_is_not_finite_reaches_the_sums_that_hold_it_and_no_other():
     slab = slab_of("sign", (10, 2, 300))
     coefficients, vectors = torch.ones(2, 10), torch.ones(2, 2, 300)

@@ -154,7 +154,7 @@ def words(
     """
     from randbasis.ops import cpu_kernels as kernels
 
-    out = torch.empty(count, rows, 4 * blocks, dtype=torch.int32)
+    out = torch.empty(count, rows, 4 * blocks, dtype=torch.int32, device="cpu")
     if not out.numel():
         return out
     flat = out.view(-1).numpy().view(np.uint32)
@@ -183,7 +183,7 @@ def expand(slab: Slab, tile: Tile, dtype: torch.dtype, packed: Tensor | None = N
     """
     from randbasis.ops import cpu_kernels as kernels
 
-    out = torch.empty(tile.count, tile.rows, slab.cols, dtype=dtype)
+    out = torch.empty(tile.count, tile.rows, slab.cols, dtype=dtype, device="cpu")
     source = _source(slab.basis, packed, (tile.count, tile.rows, 4 * slab.blocks))
     if not out.numel():
         return out
@@ -211,7 +211,7 @@ def combine(coefficients: Tensor, slab: Slab, packed: Tensor | None = None) -> T
     if coefficients.shape != (n, slab.count):
         raise BasisShapeError(f"coefficients must be [n, {slab.count}], got {list(coefficients.shape)}")
     source = _source(slab.basis, packed, (slab.count, slab.rows, 4 * slab.blocks))
-    out = torch.empty(n, slab.rows, slab.cols, dtype=coefficients.dtype)
+    out = torch.empty(n, slab.rows, slab.cols, dtype=coefficients.dtype, device="cpu")
     if not out.numel():
         return out
     padded = coefficients.new_zeros(n, -(-slab.count // kernels.LINES) * kernels.LINES)
@@ -245,13 +245,13 @@ def inner(vectors: Tensor, slab: Slab, packed: Tensor | None = None) -> Tensor:
     spans, places = -(-slab.count // kernels.SPAN), slab.rows * _strips(slab.cols)
     share = -(-places // max(1, _PARTS // spans))
     parts = -(-places // share)
-    sums = torch.empty(parts, n, spans * kernels.SPAN, dtype=torch.float64).numpy()
+    sums = torch.empty(parts, n, spans * kernels.SPAN, dtype=torch.float64, device="cpu").numpy()
 
     def kernel(start: int, stop: int) -> None:
         kernels.inner(sums, matrices, slab.count, share, source, decoder, start, stop)
 
     _run(kernel, parts * spans, slab.entries * (1 + n // 4))
-    out = torch.empty(n, slab.count, dtype=vectors.dtype)
+    out = torch.empty(n, slab.count, dtype=vectors.dtype, device="cpu")
     # NumPy's sum, because torch may split one over threads.
     out.numpy()[:] = sums.sum(0)[:, : slab.count]
     return out
