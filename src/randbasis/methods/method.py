@@ -22,6 +22,9 @@ from randbasis.errors import CoefficientCountError, RankError
 from randbasis.ops import BasisStorage, Slab, check_storage, choose_storage, hold
 from randbasis.ops.storage import Stored
 
+RANK_LIMIT = 1 << 16
+"""Largest rank and largest number of basis matrices that any method allows."""
+
 Coefficients = Mapping[str, Tensor]
 """Coefficient name → tensor, in the method's order."""
 
@@ -59,13 +62,18 @@ class Factors:
 
 
 def check_positive(argument: str, value: int) -> None:
-    """Raise unless a rank or a number of basis matrices is a positive integer.
+    """Raise unless a rank or a number of basis matrices is a positive integer of a size that can be meant.
 
     Raises:
-        RankError: it is not.
+        RankError: it is not positive, or above :data:`RANK_LIMIT`.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise RankError(f"{argument} must be a positive integer, got {value!r}; use for example {argument}=8")
+    if value > RANK_LIMIT:
+        raise RankError(
+            f"{argument} must be at most {RANK_LIMIT} (a factor of that height is larger than any layer), got {value}; "
+            f"use for example {argument}=1024"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +115,6 @@ class Method(ABC):
     @abstractmethod
     def rank(self, out_features: int, in_features: int) -> int:
         """``q`` of math §2: the inner dimension of the factors."""
-
-    def max_rank(self, out_features: int, in_features: int) -> int | None:
-        """The largest ``r`` that makes sense for a matrix of that shape; None when there is no bound."""
-        return None
 
     # --- the basis of a matrix ---
 

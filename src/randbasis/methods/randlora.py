@@ -45,12 +45,8 @@ class RandLora(Method):
                 "leave alpha out or use scaling='hf'"
             )
 
-    def max_rank(self, out_features: int, in_features: int) -> int | None:
-        """The smaller side: one term of that rank is already full, math (16)."""
-        return min(out_features, in_features)
-
     def terms(self, out_features: int, in_features: int) -> int:
-        """``n_b = ceil(min / r)``."""
+        """``n_b = ceil(min / r)``; one term when ``r`` is above the smaller side, which adds no rank."""
         return -(-min(out_features, in_features) // self.r)
 
     def coefficient_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:

@@ -192,7 +192,7 @@ class RandLoraConfig(RandbasisConfig):
     """RandLoRA, math (14)-(17): full rank, ``n (r + min)`` coefficients a matrix.
 
     Args:
-        r: rank of one term; must not exceed the smaller side of any target.
+        r: rank of one term; coefficients go with its inverse.
         scaling: ``"hf"`` = alpha / r or ``"paper"`` = 2/√n (15).
         alpha: of the ``"hf"`` scaling; None means 20 r.
         alpha_pattern: regular expression of module names → alpha.

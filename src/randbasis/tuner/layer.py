@@ -33,7 +33,7 @@ from randbasis.tuner.factor_cache import FactorCache
 from randbasis.tuner.targets import Part
 
 NOISE = 0.1
-"""Standard deviation of what ``init_weights=False`` adds to the starts of the coefficients."""
+"""Standard deviation of what ``init_weights=False`` adds to the starts of the coefficients, relative to the start."""
 
 
 class RandbasisLinear(nn.Module, BaseTunerLayer):
@@ -114,7 +114,7 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
             if not options.init_weights:
                 stream = f"{method.name}/init/{len(self.options)}/{name}/{path}"
                 noise = basis_entries(method.seed, stream, "normal", (1, 1, start.numel()))
-                start = start + (NOISE / 2) * noise.view(shape)
+                start = start + (NOISE / 2) * (starts[name] or 1.0) * noise.view(shape)
             attribute = f"randbasis_{name}{part.suffix}"
             self._container(attribute)[adapter] = Coefficients(start)
             attributes[name] = attribute

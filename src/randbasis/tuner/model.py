@@ -31,11 +31,9 @@ from randbasis.errors import (
     CoefficientValueError,
     CombinationError,
     LayerTypeError,
-    RankError,
     TargetError,
     near,
 )
-from randbasis.methods import Method
 from randbasis.tuner.adapted_matrix import BASE, AdapterOptions
 from randbasis.tuner.base_weight import layer_shape
 from randbasis.tuner.config import RandbasisConfig
@@ -102,9 +100,7 @@ class RandbasisModel(BaseTuner):
                 f"{expected[0]}×{expected[1]} there and {shape[0]}×{shape[1]} here (out×in); "
                 f"load it on {config.base_model_name_or_path or 'the base model it was made for'}"
             )
-        method = config.method_for(key)
-        for part in resolve_parts(key, parts_of(key, config.target_slices), shape[0], self._model_config()):
-            _check_rank(method, key, part.rows, shape[1])
+        resolve_parts(key, parts_of(key, config.target_slices), shape[0], self._model_config())
 
     def _model_config(self) -> Mapping[str, Any]:
         config = cast("dict[str, Any]", self.get_model_config(self.model))
@@ -300,16 +296,6 @@ class RandbasisModel(BaseTuner):
 
 def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(cast("Iterator[tuple[str, nn.Module]]", model.named_modules()))
-
-
-def _check_rank(method: Method, key: str, out_features: int, in_features: int) -> None:
-    largest = method.max_rank(out_features, in_features)
-    rank = getattr(method, "r", 0)
-    if largest is not None and rank > largest:
-        raise RankError(
-            f"r must be at most {largest} for {method.name} on {key!r} of {out_features}×{in_features}, got r={rank}; "
-            f"use r <= {largest}, or rank_pattern for this layer"
-        )
 
 
 def _pass_adapter_names(
