@@ -137,6 +137,11 @@ class RandbasisConfig(PeftConfig):
                     break
         return self.method_cls(**options)
 
+    def hyperparameters(self) -> dict[str, Any]:
+        """What its method is told of a whole model: seed, law, rank, ...; not how the basis is kept."""
+        names = {f.name for f in fields(self.method_cls)} - {"basis_storage"}
+        return {name: getattr(self, name) for name in sorted(names)}
+
 
 @dataclass
 class NolaConfig(RandbasisConfig):

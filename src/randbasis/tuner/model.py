@@ -1,6 +1,5 @@
 """Adapters in a model, through PEFT: injection, mixed batches, weighted combinations, checked loading."""
 
-import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -35,6 +34,7 @@ from randbasis.errors import (
     near,
 )
 from randbasis.tuner.adapted_matrix import BASE, AdapterOptions
+from randbasis.tuner.base_shapes import compress_shapes, expected_shape
 from randbasis.tuner.base_weight import layer_shape
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.layer import RandbasisLinear
@@ -93,8 +93,8 @@ class RandbasisModel(BaseTuner):
                 f"target_modules matches {key!r}, a {type(base).__name__}, but only linear layers can be adapted "
                 "(nn.Linear, Conv1D, quantized linear); leave it out, or train it whole with modules_to_save"
             )
-        expected = _expected_shape(config, key)
-        if expected is not None and tuple(expected) != shape:
+        expected = expected_shape(config.base_shapes, key)
+        if expected is not None and expected != shape:
             raise BaseMismatchError(
                 f"this adapter was made for another base model: the first matrix that differs is {key!r}, "
                 f"{expected[0]}×{expected[1]} there and {shape[0]}×{shape[1]} here (out×in); "
@@ -149,7 +149,7 @@ class RandbasisModel(BaseTuner):
             for key, layer in _named_modules(model)
             if isinstance(layer, RandbasisLinear) and adapter_name in layer.adapted
         }
-        cast("RandbasisConfig", self.peft_config[adapter_name]).made_for = _compress_shapes(shapes)
+        cast("RandbasisConfig", self.peft_config[adapter_name]).made_for = compress_shapes(shapes)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Coefficients are float32; without ``autocast_adapter_dtype`` they take the dtype of their base layer."""
@@ -315,33 +315,6 @@ def _nothing_matched(config: RandbasisConfig, keys: list[str]) -> TargetError:
         hint = near(listed[0].rpartition(".")[2], names) if listed else "name at least one module"
         wanted = str(listed)
     return TargetError(f"Target modules {wanted} not found in the base model: {hint}")
-
-
-def _generic(key: str) -> str:
-    """A module path with its numbers replaced by ``*``."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", key)
-
-
-def _compress_shapes(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
-    """One entry for all layers of a pattern that have one shape, else one for each."""
-    by_pattern: dict[str, set[tuple[int, int]]] = {}
-    for key, shape in shapes.items():
-        by_pattern.setdefault(_generic(key), set()).add(shape)
-    return {
-        (_generic(key) if len(by_pattern[_generic(key)]) == 1 else key): list(shape) for key, shape in shapes.items()
-    }
-
-
-def _expected_shape(config: RandbasisConfig, key: str) -> list[int] | None:
-    """The shape that a saved adapter expects of a module, by its whole path or, under a wrapper, by the end of it."""
-    shapes = config.base_shapes or {}
-    for name in (key, _generic(key)):
-        if name in shapes:
-            return shapes[name]
-        for known, shape in shapes.items():
-            if name.endswith(f".{known}") or known.endswith(f".{name}"):
-                return shape
-    return None
 
 
 def _check_loaded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
