@@ -63,9 +63,9 @@ def words(slab: Slab, device: torch.device) -> Tensor:
     if compiled(device, torch.int32):
         basis = slab.basis
         return cpu.words(*basis.key, basis.stream, 0, slab.count, 0, slab.rows, 0, slab.blocks)
-    parts = [reference.words(slab, tile, device) for tile in reference.tiles(slab)]
-    shape = (slab.count, slab.rows, 4 * slab.blocks)
-    return torch.cat([part.flatten() for part in parts]).view(shape) if parts else torch.empty(shape, dtype=torch.int32)
+    parts = [reference.words(slab, tile, device).flatten() for tile in reference.tiles(slab)]
+    empty = torch.empty(0, dtype=torch.int32, device=device)
+    return torch.cat([empty, *parts]).view(slab.count, slab.rows, 4 * slab.blocks)
 
 
 def expand(slab: Slab, tile: Tile, dtype: torch.dtype, device: torch.device, packed: Tensor | None = None) -> Tensor:

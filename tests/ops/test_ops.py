@@ -1,0 +1,316 @@
+"""Every op against the plain product with its integer entries, against gradcheck, and against torch's opcheck."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from randbasis.basis import Basis, basis_entries
+from randbasis.errors import StorageError
+from randbasis.ops import BasisStorage, Slab, combine, entries, hold, project, sandwich
+
+LAWS = ("sign", "uniform", "normal", "sparse(3)")
+STORAGES: tuple[BasisStorage, ...] = ("packed", "dense", "recompute")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("reference", "auto")
+CPU = torch.device("cpu")
+#: Rounding of a sum of a few hundred products, relative to the largest result.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("RANDBASIS_BACKEND", request.param)
+    return request.param
+
+
+def slab_of(law: str, count: int, rows: int, cols: int, name: str = "ops/test") -> Slab:
+    return Slab(Basis.named(2**40 + 5, name, law), count, rows, cols)
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def naive(slab: Slab) -> Tensor:
+    """Integer entries of a slab as float64, by the specification alone."""
+    basis = slab.basis
+    return basis_entries(basis.seed, basis.stream, basis.law, (slab.count, slab.rows, slab.cols)).double()
+
+
+def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=TOLERANCE[dtype])
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+SHAPES = [(1, 1, 1), (3, 2, 129), (9, 5, 63), (2, 11, 300), (70, 1, 17)]
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_against_naive(law: str, shape: tuple, storage: BasisStorage, dtype: torch.dtype) -> None:
+    slab = slab_of(law, *shape)
+    held = hold(slab, storage)
+    matrices = naive(slab)
+    c, g = numbers(2, 3, slab.count, dtype=dtype), numbers(4, slab.cols, dtype=dtype)
+    y = numbers(4, slab.count * slab.rows, dtype=dtype)
+    assert_close(combine(c, slab, storage), torch.einsum("abk,kij->abij", c.double(), matrices), dtype)
+    assert_close(project(g, slab, storage), g.double() @ matrices.flatten(0, 1).T, dtype)
+    assert_close(project(y, slab, storage, transpose=True), y.double() @ matrices.flatten(0, 1), dtype)
+    got = entries(slab, storage, dtype, CPU)
+    assert got.dtype == dtype
+    assert torch.equal(got.double(), matrices)
+    assert held.storage == storage
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("with_columns", [True, False])
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sandwich_against_naive(law: str, with_columns: bool, storage: BasisStorage, dtype: torch.dtype) -> None:
+    """Value and gradients, with the gradients of the naive sum taken by autograd."""
+    a, b = slab_of(law, 1, 5, 33, "ops/a"), slab_of(law, 4, 5, 47, "ops/b")
+    held = hold(a, storage), hold(b, storage)
+    # Products of two entries of the uniform law reach 255², the end of float16: hence the small coefficients.
+    small = 2.0**-8 if law == "uniform" else 1.0
+    diagonal = (small * numbers(4, 5, dtype=dtype)).requires_grad_()
+    columns = numbers(4, 33, dtype=dtype, seed=1).requires_grad_() if with_columns else None
+    inputs = [diagonal] if columns is None else [diagonal, columns]
+    exact = [value.detach().double().requires_grad_() for value in inputs]
+    ones = torch.ones(4, 33, dtype=torch.float64)
+    scaled = exact[0].unsqueeze(-1) * naive(a) * (exact[1] if with_columns else ones).unsqueeze(1)
+    expected = torch.einsum("jri,jro->oi", scaled, naive(b))
+    got = sandwich(diagonal, columns, a, b, storage)
+    assert_close(got, expected, dtype)
+    weights = small * numbers(47, 33, dtype=dtype, seed=2)
+    for gradient, wanted in zip(
+        torch.autograd.grad(got, inputs, weights), torch.autograd.grad(expected, exact, weights.double()), strict=True
+    ):
+        assert_close(gradient, wanted, dtype)
+    assert len(held) == 2
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("storage", STORAGES)
+def test_gradients_of_products_against_autograd(storage: BasisStorage) -> None:
+    slab = slab_of("uniform", 6, 4, 150)
+    held = hold(slab, storage)
+    matrices = naive(slab)
+    cases: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], int]] = [
+        (lambda c: combine(c, slab, storage), lambda c: torch.einsum("nk,kij->nij", c, matrices), 6),
+        (lambda x: project(x, slab, storage), lambda x: x @ matrices.flatten(0, 1).T, 150),
+        (lambda x: project(x, slab, storage, transpose=True), lambda x: x @ matrices.flatten(0, 1), 24),
+    ]
+    for ours, theirs, width in cases:
+        x = numbers(3, width).requires_grad_()
+        expected = theirs(x)
+        weights = numbers(*expected.shape, seed=3)
+        (wanted,) = torch.autograd.grad(expected, x, weights)
+        (got,) = torch.autograd.grad(ours(x), x, weights)
+        assert_close(got, wanted, torch.float64)
+    assert held.storage == storage
+
+
+def test_storage_kinds_give_the_same_entries_bit_for_bit() -> None:
+    for law in LAWS:
+        slab = slab_of(law, 5, 3, 140)
+        held = [hold(slab, storage) for storage in STORAGES]
+        first, *others = [entries(slab, stored.storage, torch.float32, CPU) for stored in held]
+        assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("storage", STORAGES)
+def test_no_rows(storage: BasisStorage) -> None:
+    slab = slab_of("sign", 3, 2, 130)
+    held = hold(slab, storage)
+    assert combine(numbers(0, 3), slab, storage).shape == (0, 2, 130)
+    assert project(numbers(0, 130), slab, storage).shape == (0, 6)
+    assert project(numbers(0, 6), slab, storage, transpose=True).shape == (0, 130)
+    assert held.storage == storage
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("storage", STORAGES)
+def test_tensors_that_are_not_contiguous(storage: BasisStorage) -> None:
+    slab = slab_of("sign", 6, 4, 150)
+    held = hold(slab, storage)
+    c, x = numbers(6, 3).T, numbers(150, 5).T
+    assert torch.equal(combine(c, slab, storage), combine(c.contiguous(), slab, storage))
+    torch.testing.assert_close(project(x, slab, storage), project(x.contiguous(), slab, storage))
+    wide = numbers(3, 4, 150).transpose(1, 2).contiguous().transpose(1, 2)
+    leaf = c.clone().requires_grad_()
+    (got,) = torch.autograd.grad(combine(leaf, slab, storage), leaf, wide)
+    assert_close(got, torch.einsum("nij,kij->nk", wide, naive(slab)), torch.float64)
+    assert held.storage == storage
+
+
+# --- what values do not depend on -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("ambience", ["bfloat16 default", "meta default device", "autocast", "deterministic"])
+def test_ambience_changes_nothing(storage: BasisStorage, ambience: str) -> None:
+    slab, b = slab_of("normal", 6, 5, 150), slab_of("normal", 4, 5, 40, "ops/b")
+    a = slab_of("normal", 1, 5, 33, "ops/a")
+    c, x, diagonal = numbers(2, 6, dtype=torch.float32), numbers(3, 150, dtype=torch.float32), numbers(4, 5)
+
+    def run() -> list[Tensor]:
+        held = [hold(one, storage) for one in (slab, a, b)]
+        leaf = c.clone().requires_grad_()
+        out = combine(leaf, slab, storage)
+        (gradient,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
+        values = [out.detach(), gradient, project(x, slab, storage), sandwich(diagonal, None, a, b, storage)]
+        assert len(held) == 3
+        return [*values, entries(slab, storage, torch.float32, CPU).clone()]
+
+    expected = run()
+    contexts: dict[str, Callable[[], AbstractContextManager]] = {
+        "meta default device": lambda: torch.device("meta"),
+        "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    }
+    before = torch.get_default_dtype()
+    try:
+        if ambience == "bfloat16 default":
+            torch.set_default_dtype(torch.bfloat16)
+        torch.use_deterministic_algorithms(ambience == "deterministic")
+        with contexts.get(ambience, nullcontext)():
+            got = run()
+    finally:
+        torch.set_default_dtype(before)
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("backend")
+def test_thread_count_changes_nothing() -> None:
+    """Entries and words bit for bit; the compiled sums too, torch's own products within rounding."""
+    slab = slab_of("sign", 40, 16, 1000)
+    c = numbers(2, 40, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append((entries(slab, "recompute", torch.float32, CPU), combine(c, slab, "recompute")))
+    finally:
+        torch.set_num_threads(threads)
+    for matrices, sums in found[1:]:
+        assert torch.equal(matrices, found[0][0])
+        torch.testing.assert_close(sums, found[0][1], rtol=0, atol=1e-4)
+
+
+# --- gradcheck --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("law", ["sign", "sparse(3)"])
+def test_gradcheck_and_gradgradcheck_of_products(storage: BasisStorage, law: str) -> None:
+    slab = slab_of(law, 3, 2, 5)
+    held = hold(slab, storage)
+    cases: list[tuple[Callable[[Tensor], Tensor], int]] = [
+        (lambda c: combine(c, slab, storage), 3),
+        (lambda x: project(x, slab, storage), 5),
+        (lambda x: project(x, slab, storage, transpose=True), 6),
+    ]
+    for function, width in cases:
+        x = numbers(2, width).requires_grad_()
+        assert torch.autograd.gradcheck(function, x)
+        # Given, because gradgradcheck would draw it from the global generator.
+        weights = numbers(*function(x).shape, seed=2).requires_grad_()
+        assert torch.autograd.gradgradcheck(lambda x, f=function: f(x).square(), x, weights)
+    assert held.storage == storage
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("storage", STORAGES)
+def test_gradcheck_of_sandwich(storage: BasisStorage) -> None:
+    a, b = slab_of("sparse(3)", 1, 2, 4, "ops/a"), slab_of("sparse(3)", 3, 2, 5, "ops/b")
+    held = hold(a, storage), hold(b, storage)
+    diagonal, columns = numbers(3, 2).requires_grad_(), numbers(3, 4, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda d, c: sandwich(d, c, a, b, storage), (diagonal, columns))
+    assert torch.autograd.gradcheck(lambda d: sandwich(d, None, a, b, storage), diagonal)
+    assert len(held) == 2
+
+
+def test_second_derivative_of_sandwich_is_refused_not_zero() -> None:
+    a, b = slab_of("sign", 1, 2, 4, "ops/a"), slab_of("sign", 3, 2, 5, "ops/b")
+    diagonal = numbers(3, 2).requires_grad_()
+    out = sandwich(diagonal, None, a, b, "recompute").square().sum()
+    (gradient,) = torch.autograd.grad(out, diagonal, create_graph=True)
+    with pytest.raises(RuntimeError, match="sandwich_backward"):
+        gradient.sum().backward()
+
+
+# --- torch.library.opcheck --------------------------------------------------------------------------------------------
+
+
+def name_of(slab: Slab) -> list[int]:
+    return [*slab.basis.key, slab.basis.stream, slab.count, slab.rows, slab.cols]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("join_rows", [True, False])
+@pytest.mark.parametrize("transpose", [True, False])
+def test_opcheck_of_product(storage: str, dtype: torch.dtype, join_rows: bool, transpose: bool) -> None:
+    slab = slab_of("sign", 3, 2, 5)
+    held = hold(slab, storage)  # type: ignore[arg-type]
+    height, width = (6, 5) if join_rows else (3, 10)
+    x = numbers(4, height if transpose else width, dtype=dtype).requires_grad_()
+    arguments = (x, name_of(slab), "sign", join_rows, transpose, storage)
+    torch.library.opcheck(torch.ops.randbasis.product.default, arguments)
+    assert held.storage == storage
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("with_columns", [True, False])
+def test_opcheck_of_sandwich(storage: str, dtype: torch.dtype, with_columns: bool) -> None:
+    a, b = slab_of("sign", 1, 2, 4, "ops/a"), slab_of("sign", 3, 2, 5, "ops/b")
+    held = hold(a, storage), hold(b, storage)  # type: ignore[arg-type]
+    diagonal = numbers(3, 2, dtype=dtype).requires_grad_()
+    columns = numbers(3, 4, dtype=dtype, seed=1).requires_grad_() if with_columns else None
+    frozen = (name_of(a), name_of(b), "sign", storage)
+    torch.library.opcheck(torch.ops.randbasis.sandwich.default, (diagonal, columns, *frozen))
+    plain = [None if value is None else value.detach() for value in (diagonal, columns)]
+    gradient = numbers(5, 4, dtype=dtype, seed=2)
+    torch.library.opcheck(torch.ops.randbasis.sandwich_backward.default, (gradient, *plain, *frozen))
+    assert len(held) == 2
+
+
+def test_ops_are_traced_whole() -> None:
+    """``torch.compile`` sees one call an op and no graph break."""
+    slab = slab_of("sign", 3, 2, 5)
+    compiled = torch.compile(
+        lambda c, x: project(x, slab, "recompute") * combine(c, slab, "recompute").sum(),
+        fullgraph=True,
+        backend="eager",
+    )
+    c, x = numbers(2, 3), numbers(4, 5)
+    torch.testing.assert_close(compiled(c, x), project(x, slab, "recompute") * combine(c, slab, "recompute").sum())
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_storage_is_refused_by_every_op() -> None:
+    slab, x = slab_of("sign", 3, 2, 5), numbers(4, 5)
+    with pytest.raises(StorageError, match=r"basis_storage must be one of .* got 'disk'"):
+        torch.ops.randbasis.product(x, name_of(slab), "sign", True, False, "disk")
+    with pytest.raises(StorageError, match=r"basis_storage must be one of .* got 'disk'"):
+        torch.ops.randbasis.sandwich(numbers(3, 2), None, name_of(slab), name_of(slab), "sign", "disk")
