@@ -199,8 +199,10 @@ class Conformance:
         if report.when in ("setup", "teardown") and report.passed:
             return
         entry: dict[str, Any] = {"outcome": report.outcome, **dict(report.user_properties)}
-        if report.skipped and isinstance(report.longrepr, tuple):
-            entry["message"] = report.longrepr[2]
+        if report.skipped:
+            expected = getattr(report, "wasxfail", None)
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            entry["message"] = reason if expected is None else f"expected failure: {expected}"
         self.outcomes[report.nodeid] = entry
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

@@ -98,7 +98,7 @@ def run_pytest(target: str, folder: Path, packages: Path, files: list[str], work
     results.unlink(missing_ok=True)
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(packages)]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(HERE), str(packages)])),
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
@@ -135,11 +135,14 @@ def summary(outcomes: dict[str, Any], files: list[str]) -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> str:
     """Write the report as text: the table, then every failure, then the reasons to skip."""
-    lines = [f"{'method':<10} {'file':<32} {'passed':>7} {'failed':>7} {'skipped':>8}"]
+    width = max(len(method) for method in report)
+    lines = [f"{'method':<{width}}  {'file':<30} {'passed':>7} {'failed':>7} {'skipped':>8}"]
     for method, result in report.items():
         total = sum(result["counts"].values(), Counter())
         for file, count in [*result["counts"].items(), ("all", total)]:
-            lines.append(f"{method:<10} {file:<32} {count['passed']:>7} {count['failed']:>7} {count['skipped']:>8}")
+            lines.append(
+                f"{method:<{width}}  {file:<30} {count['passed']:>7} {count['failed']:>7} {count['skipped']:>8}"
+            )
     for method, result in report.items():
         lines += ["", f"{method}: failures by reason"]
         lines += [f"{number:>5}  {why}" for why, number in Counter(result["failures"].values()).most_common()]
@@ -178,7 +181,9 @@ def main() -> int:
     cache = arguments.cache.resolve()
     cache.mkdir(parents=True, exist_ok=True)
     folder, packages = prepare_tests(cache), prepare_packages(cache)
-    files = FILES[:1] if arguments.quick else arguments.file or FILES
+    wanted = FILES[:1] if arguments.quick else arguments.file or FILES
+    files = [file for file in wanted if (folder / "tests" / f"{file}.py").exists()]
+    print("".join(f"this version of PEFT has no {file}\n" for file in wanted if file not in files), end="")
     only = QUICK_ROW if arguments.quick else ""
     targets = {arguments.target: arguments.target} if arguments.target else TARGETS
     chosen = {name: targets[name] for name in (not arguments.target and arguments.method) or targets}
