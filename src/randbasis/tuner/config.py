@@ -92,6 +92,7 @@ class RandbasisConfig(PeftConfig):
         self.method_for("")
 
         self.made_for: dict[str, list[int]] | None = None
+        self.restored = False
 
     def to_dict(self) -> dict[str, Any]:
         """The options as a mapping, with the shapes of the layers that were adapted last."""

@@ -155,6 +155,12 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
                     one.held = one.method.hold(one.matrix)
         return adapted
 
+    def copy_streams(self, source: str, target: str) -> None:
+        """Give an adapter the stored streams of another one; nothing to do where the basis is shared."""
+        if source in self.randbasis_streams:
+            stored = cast("Streams", self.randbasis_streams[source])
+            self.randbasis_streams[target] = Streams(stored.values).to(stored.weight.device)
+
     def coefficients(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
         """The coefficient tensors of one matrix of an adapter, in the method's order."""
         return {name: getattr(self, attribute)[adapter].weight for name, attribute in one.attributes.items()}
@@ -205,6 +211,23 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapted]
         if not names:
             return
+        merged = self._merged_weight(names, safe=safe_merge)
+        self._replace_base_weight(merged)
+        self.merged_adapters.extend(names)
+
+    def check_merge(self, adapter_names: Sequence[str] | None, *, safe_merge: bool) -> None:
+        """Raise what :meth:`merge` would raise, and merge nothing.
+
+        Raises:
+            MergeError: as :meth:`merge`.
+        """
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in wanted if name in self.adapted and name not in self.merged_adapters]
+        backend = self.quantization_backend
+        if names and (safe_merge or (backend is not None and not backend.supports_merge)):
+            self._merged_weight(names, safe=safe_merge)
+
+    def _merged_weight(self, names: Sequence[str], *, safe: bool) -> Tensor:
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise MergeError(
@@ -216,13 +239,12 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
             total = sum((self._full_delta(name, None) for name in names), start=torch.zeros((), device=before.device))
             change = total.T if self.transposed else total
             merged = (before.to(torch.promote_types(before.dtype, change.dtype)) + change).to(before.dtype)
-        if safe_merge and not bool(torch.isfinite(merged).all()):
+        if safe and not bool(torch.isfinite(merged).all()):
             raise MergeError(
                 f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken; "
                 "merged weights must be finite, the base weight was left as it was; retrain or reload the adapter"
             )
-        self._replace_base_weight(merged)
-        self.merged_adapters.extend(names)
+        return merged
 
     def _replace_base_weight(self, merged: Tensor) -> None:
         base = self.get_base_layer()

@@ -214,6 +214,34 @@ class RandbasisModel(BaseTuner):
     def _layers(self) -> Iterator[RandbasisLinear]:
         return (module for module in self.model.modules() if isinstance(module, RandbasisLinear))
 
+    # --- merging ---
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's, but all layers or none: every layer is checked before the first is written.
+
+        Raises:
+            MergeError: a layer cannot be merged, or safe_merge found a value that is not finite.
+        """
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        for layer in self._layers():
+            layer.check_merge(adapter_names, safe_merge=safe_merge)
+
     # --- combinations ---
 
     def add_weighted_adapter(
@@ -248,6 +276,7 @@ class RandbasisModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
             for layer in self._layers():
+                layer.copy_streams(adapters[0], adapter_name)
                 for index, one in enumerate(layer.matrices(adapter_name)):
                     for name, target in layer.coefficients(adapter_name, one).items():
                         target.zero_()
@@ -284,13 +313,20 @@ class RandbasisModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As PEFT's, after a check of names, counts and values; a refused adapter is taken off the model again."""
+        """As PEFT's, after a check of names, counts and values.
+
+        A refused adapter is taken off the model again if it was put there to be loaded; one that was there before
+        stays with the coefficients that it had.
+        """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        ours = cast("RandbasisConfig", config)
         try:
             _check_loaded(model, adapter_name, remapped)
         except (AdapterFilesError, CoefficientCountError, CoefficientValueError):
-            _take_off(model, adapter_name)
+            if not ours.restored and (ours.inference_mode or ours.base_shapes is not None):
+                _take_off(model, adapter_name)
             raise
+        ours.restored = True
         return remapped
 
 
