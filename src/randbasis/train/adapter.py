@@ -33,7 +33,7 @@ _METHODS: dict[str, _Words] = {
     ),
     "vera": _Words("VeraConfig", {"rank": "r", **_COMMON}),
     "randlora": _Words("RandLoraConfig", {"rank": "r", "alpha": "alpha", **_COMMON}),
-    "pranc": _Words("PrancConfig", {"basis": "num_basis", "alpha": "alpha", **_COMMON}),
+    "pranc": _Words("PrancConfig", {"basis": "num_basis", "unique_basis": "share_basis", **_COMMON}),
     "lora": _Words("LoraConfig", {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}),
 }
 
