@@ -1,5 +1,6 @@
 """The README keeps its word: its Python runs, its `randbasis` commands run, its `make` targets exist."""
 
+import csv
 import re
 import shlex
 import subprocess
@@ -47,8 +48,19 @@ def test_python_snippets_run_in_order(tmp_path: Path, console_environment: dict[
 
 
 def test_randbasis_commands_run_in_order(tmp_path: Path, console_environment: dict[str, str]):
+    write_reviews(tmp_path / "reviews.csv", 40)
+    write_reviews(tmp_path / "more-reviews.csv", 8)
     script = "set -euo pipefail\n" + "\n".join(c for c in COMMANDS if c.startswith("randbasis "))
     must_succeed(["bash", "-c", script], tmp_path, console_environment)
+
+
+def write_reviews(file: Path, rows: int) -> None:
+    """The data that the README tells its reader to bring."""
+    opinions = [("a delight from start to end", "good"), ("a waste of two hours", "bad")]
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["text", "label"])
+        writer.writerows((f"film {i}: {text}", label) for i in range(rows // 2) for text, label in opinions)
 
 
 def must_succeed(command: list[str], folder: Path, environment: dict[str, str]) -> None:
