@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from randbasis.basis import Basis, basis_entries
-from randbasis.errors import StorageError
+from randbasis.errors import BasisShapeError, StorageError
 from randbasis.ops import BasisStorage, Slab, combine, entries, hold, project, sandwich
 
 LAWS = ("sign", "uniform", "normal", "sparse(3)")
@@ -306,6 +306,24 @@ def test_ops_are_traced_whole() -> None:
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_vectors_of_another_width_are_refused(storage: BasisStorage) -> None:
+    """Wider or narrower, also where a tile or a reshape would take them."""
+    slab = slab_of("sign", 3, 2, 5)
+    held = hold(slab, storage)
+    cases: list[tuple[Callable[[Tensor], Tensor], int]] = [
+        (lambda c: combine(c, slab, storage), 3),
+        (lambda x: project(x, slab, storage), 5),
+        (lambda x: project(x, slab, storage, transpose=True), 6),
+    ]
+    for function, width in cases:
+        for wrong in (width - 1, width + 1, 2 * width):
+            with pytest.raises(BasisShapeError) as refusal:
+                function(numbers(4, wrong))
+            assert f"x must be [n, {width}] for this slab, got [4, {wrong}]; reshape it" in str(refusal.value)
+    assert held.storage == storage
 
 
 def test_unknown_storage_is_refused_by_every_op() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from randbasis.basis import Basis, Law, check_seed, parse_law, stream_of
 from randbasis.errors import CoefficientCountError, RankError
-from randbasis.ops import BasisStorage, Slab, check_storage, choose_storage, hold
+from randbasis.ops import BasisStorage, Slab, check_storage, choose_storage, hold, project
 from randbasis.ops.storage import Stored
 
 RANK_LIMIT = 1 << 16
@@ -167,6 +167,15 @@ class Method(ABC):
     def prepare(self, coefficients: Coefficients, matrix: Matrix) -> dict[str, Tensor]:
         """What :meth:`apply` needs of the coefficients and what is worth caching while they do not change."""
         return dict(coefficients)
+
+    def project(self, x: Tensor, slab: Slab, *, transpose: bool = False) -> tuple[Tensor, float]:
+        """A product with the integer entries of a slab, and the factor that it still needs for unit variance, math (5).
+
+        Entries of the uniform law reach 255, and float16 ends at 65504: a factor that shrinks is applied to ``x``.
+        """
+        before = min(1.0, self.unit)
+        y = project(x if before == 1 else x * before, slab, self.storage(slab), transpose=transpose)
+        return y, self.unit / before
 
     @abstractmethod
     def apply(self, x: Tensor, prepared: Mapping[str, Tensor], matrix: Matrix) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from randbasis.errors import HyperparameterError
 from randbasis.methods.method import Coefficients, Factors, Matrix, Method, check_positive
-from randbasis.ops import Slab, entries, project, sandwich
+from randbasis.ops import Slab, entries, sandwich
 
 Scaling = Literal["hf", "paper"]
 
@@ -71,13 +71,15 @@ class RandLora(Method):
             self.slab(matrix, "B", self.terms(out, in_), self.r, max(out, in_)),
         )
 
-    def _scale(self, matrix: Matrix) -> float:
-        """Scaling (15) times the unit factors of A and B."""
+    def _factor(self, matrix: Matrix) -> float:
+        """Scaling (15)."""
         if self.scaling == "paper":
-            factor = 2.0 / math.sqrt(self.terms(matrix.out_features, matrix.in_features))
-        else:
-            factor = (20.0 * self.r if self.alpha is None else self.alpha) / self.r
-        return factor * self.unit**2
+            return 2.0 / math.sqrt(self.terms(matrix.out_features, matrix.in_features))
+        return (20.0 * self.r if self.alpha is None else self.alpha) / self.r
+
+    def _scale(self, matrix: Matrix) -> float:
+        """Scaling times the unit factors of A and B."""
+        return self._factor(matrix) * self.unit**2
 
     def factors(self, coefficients: Coefficients, matrix: Matrix) -> Factors:
         """``[B₀ B₁ …]`` and ``[Λ₀ A Γ₀; Λ₁ A Γ₁; …]``, swapped and transposed when in > out."""
@@ -103,11 +105,13 @@ class RandLora(Method):
     def apply(self, x: Tensor, prepared: Mapping[str, Tensor], matrix: Matrix) -> Tensor:
         """``Σⱼ Bⱼ (λⱼ ⊙ A (γⱼ ⊙ x))`` by row, math (22): two shared products, whatever the number of adapters."""
         a, b = self.slabs(matrix)
-        lam = (prepared["randlora_lambda"] * self._scale(matrix)).to(x.dtype).unsqueeze(1)
-        gamma = prepared["randlora_gamma"].to(x.dtype).unsqueeze(1)
-        kind_a, kind_b = self.storage(a), self.storage(b)
+        lam, gamma = (prepared[name].to(x.dtype).unsqueeze(1) for name in ("randlora_lambda", "randlora_gamma"))
+        factor = self._factor(matrix)
         if matrix.in_features > matrix.out_features:
-            wide = project(x, b, kind_b).view(*x.shape[:-1], b.count, b.rows)
-            return (project(wide * lam, a, kind_a, transpose=True) * gamma).sum(-2)
-        narrow = project(x.unsqueeze(-2) * gamma, a, kind_a) * lam
-        return project(narrow.flatten(-2), b, kind_b, transpose=True)
+            wide, unit = self.project(x, b)
+            scaled = wide.view(*x.shape[:-1], b.count, b.rows) * (factor * unit * lam)
+            narrow, unit = self.project(scaled, a, transpose=True)
+            return (narrow * (unit * gamma)).sum(-2)
+        narrow, unit = self.project(x.unsqueeze(-2) * gamma, a)
+        h, unit = self.project((narrow * (factor * unit * lam)).flatten(-2), b, transpose=True)
+        return h if unit == 1 else h * unit

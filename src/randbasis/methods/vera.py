@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from randbasis.methods.method import Coefficients, Factors, Matrix, Method, check_positive
-from randbasis.ops import Slab, entries, project, sandwich
+from randbasis.ops import Slab, entries, sandwich
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,5 +77,7 @@ class Vera(Method):
         """``b ⊙ (B (d ⊙ (A x)))`` by row, math (21): two shared products, whatever the number of adapters."""
         a, b = self.slabs(matrix)
         d, rows = prepared["vera_d"].to(x.dtype), prepared["vera_b"].to(x.dtype)
-        inner = project(x, a, self.storage(a)) * (self._scale(matrix) * d).unsqueeze(1)
-        return project(inner, b, self.storage(b), transpose=True) * rows.unsqueeze(1)
+        inner, unit = self.project(x, a)
+        inner = inner * (unit * math.sqrt(2 / matrix.in_features) * d).unsqueeze(1)
+        h, unit = self.project(inner, b, transpose=True)
+        return h * (unit * math.sqrt(2 / self.r) * rows).unsqueeze(1)

@@ -72,6 +72,7 @@ def _no_autocast(x: Tensor) -> torch.autocast:
 
 @torch.library.custom_op("randbasis::product", mutates_args=())
 def _product(x: Tensor, name: list[int], law: str, join_rows: bool, transpose: bool, storage: str) -> Tensor:
+    _product_width(x, name, join_rows, transpose)
     slab = _slab(name, parse_law(law))
     kind = check_storage(storage)
     with _no_autocast(x):
@@ -103,12 +104,17 @@ def _product_by_rows(x: Tensor, slab: Slab, transpose: bool, storage: BasisStora
 
 @_product.register_fake
 def _(x: Tensor, name: list[int], law: str, join_rows: bool, transpose: bool, storage: str) -> Tensor:
+    return x.new_empty(x.shape[0], _product_width(x, name, join_rows, transpose))
+
+
+def _product_width(x: Tensor, name: list[int], join_rows: bool, transpose: bool) -> int:
+    """Columns of the product, once those of ``x`` are checked."""
     _, _, _, count, rows, cols = name
     height, width = (count * rows, cols) if join_rows else (count, rows * cols)
     taken, given = (height, width) if transpose else (width, height)
     if x.dim() != 2 or x.shape[1] != taken:
         raise BasisShapeError(f"x must be [n, {taken}] for this slab, got {list(x.shape)}; reshape it")
-    return x.new_empty(x.shape[0], given)
+    return given
 
 
 def _product_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -135,8 +141,11 @@ def combine(coefficients: Tensor, slab: Slab, storage: BasisStorage) -> Tensor:
 
     Returns:
         ``[..., rows, cols]`` in the dtype of the coefficients.
+
+    Raises:
+        BasisShapeError: the coefficients do not end in ``count``.
     """
-    flat = coefficients.reshape(-1, slab.count)
+    flat = coefficients.reshape(-1, coefficients.shape[-1])
     out = _product(flat, _name(slab), slab.basis.law.name, False, True, storage)
     return out.view(*coefficients.shape[:-1], slab.rows, slab.cols)
 
@@ -152,6 +161,9 @@ def project(x: Tensor, slab: Slab, storage: BasisStorage, *, transpose: bool = F
 
     Returns:
         ``[..., count * rows]``; ``[..., cols]`` when transposed.
+
+    Raises:
+        BasisShapeError: ``x`` has another width.
     """
     flat = x.reshape(-1, x.shape[-1])
     out = _product(flat, _name(slab), slab.basis.law.name, True, transpose, storage)
