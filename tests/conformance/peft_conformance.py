@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, PeftConfig, VeraConfig
 
 RENAMED = {
@@ -38,6 +39,9 @@ OWN_CASES = [
     ("rank 1", "MLP", {"target_modules": ["lin0"], "r": 1}),
     ("weight order", "MLP", {"target_modules": ["lin0", "lin1"], "contraction": "weight"}),
     ("recomputed basis", "EmbConv1D", {"target_modules": ["conv1d"], "basis_storage": "recompute"}),
+    ("another law", "MLP", {"target_modules": ["lin1"], "law": "uniform"}),
+    ("one basis a matrix", "MLP", {"target_modules": ["lin0", "lin1"], "share_basis": False}),
+    ("paper scaling", "MLP", {"target_modules": ["lin0", "lin1"], "scaling": "paper"}),
     ("Conv1D and Linear", "EmbConv1D", {"target_modules": ["conv1d", "lin0"]}),
 ]
 
@@ -136,6 +140,12 @@ def functions_of(module: Any) -> Iterator[Any]:
             yield value
 
 
+def holds_not_finite(values: dict[str, Any]) -> bool:
+    """Tell whether one of a function's local variables is a tensor with a value that is not finite."""
+    tensors = [value for value in values.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    return any(not bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
 class Conformance:
     """The hooks: rewrite the tables, keep the converted tests, unlock them, write down what came out."""
 
@@ -182,6 +192,9 @@ class Conformance:
             if hasattr(module, "LoraConfig"):
                 monkeypatch.setattr(module, "LoraConfig", self.target)
         monkeypatch.setattr(request.module, "skip_deberta_lora_tests", lambda *_: None, raising=False)
+        if self.target.__name__ == "RandLoraConfig" and hasattr(request.module, "RandLoraConfig"):
+            # PEFT's tests train RandLoRA with a learning rate of its own, for its scaling of 20.
+            monkeypatch.setattr(request.module, "RandLoraConfig", self.target)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> Iterator[None]:
@@ -192,6 +205,7 @@ class Conformance:
                 ("exception", f"{kind.__module__}.{kind.__qualname__}"),
                 ("message", str(call.excinfo.value)),
                 ("place", f"{Path(place.path).name}:{place.lineno + 1}"),
+                ("diverged", holds_not_finite(place.frame.f_locals)),
             ]
         return report
 

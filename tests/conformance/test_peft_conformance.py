@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, VeraConfig
-from peft_conformance import convert_table, converted_kwargs, functions_of
+from peft_conformance import convert_table, converted_kwargs, functions_of, holds_not_finite
 from run_peft_tests import faults, reason_of, summary
 
 
@@ -92,13 +93,24 @@ def test_finds_inherited_test_methods():
     assert {function.__name__ for function in functions_of(module)} == {"test_inherited", "test_own", "test_free"}
 
 
-def test_report_separates_unsupported_layer_types_from_faults():
+def test_report_separates_expected_failures_from_faults():
     refused = {"outcome": "failed", "exception": "randbasis.errors.LayerTypeError", "message": "got Conv2d(3, 4)"}
     wrong = {"outcome": "failed", "exception": "builtins.AssertionError", "message": "", "place": "t.py:7"}
-    assert reason_of(refused) == "unsupported layer type: Conv2d"
-    assert reason_of(wrong) == "AssertionError: no message (t.py:7)"
+    assert reason_of("a.py::t1", refused) == "unsupported layer type: Conv2d"
+    assert reason_of("a.py::t1", wrong) == "AssertionError: no message (t.py:7)"
     good = summary({"tests/a.py::t1": refused, "tests/a.py::t2": {"outcome": "passed"}}, ["a"])
     assert good["counts"]["a"] == {"passed": 1, "failed": 1, "skipped": 0}
     assert faults({"nola": good}) == []
     bad = summary({"tests/a.py::t1": wrong}, ["a", "b"])
-    assert faults({"nola": bad}) == ["nola: 1 failures of supported layers", "nola: no test of b was converted"]
+    assert faults({"nola": bad}) == ["nola: 1 unexpected failures", "nola: no test of b was converted"]
+
+
+def test_divergence_excuses_one_test_of_one_method_and_only_with_values_that_are_not_finite():
+    failed = {"outcome": "failed", "exception": "builtins.AssertionError", "diverged": True}
+    known = "a.py::T::test_disable_adapters[row-MLP-RandLoraConfig-k]"
+    assert reason_of(known, failed).startswith("the test's own training diverges")
+    assert reason_of(known, failed | {"diverged": False}).startswith("AssertionError")
+    assert reason_of(known.replace("RandLora", "Nola"), failed).startswith("AssertionError")
+    assert reason_of(known.replace("disable", "delete"), failed).startswith("AssertionError")
+    assert holds_not_finite({"a": torch.tensor([1.0, float("nan")]), "b": 1})
+    assert not holds_not_finite({"a": torch.tensor([1.0]), "b": torch.tensor([1])})
