@@ -23,6 +23,7 @@ ROWS: dict[str, set[str]] = {
     "contraction": {"torch"},
     "tuner": {"torch", "peft", "transformers", "safetensors", "accelerate"},
     "__init__": set(),
+    "report": {"rich", "matplotlib"},
     "train": {
         "torch", "numpy", "peft", "transformers", "safetensors", "accelerate", "PIL", "sacrebleu", "sklearn", "scipy",
         "matplotlib", "rich",

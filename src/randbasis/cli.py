@@ -16,6 +16,7 @@ from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from typer import Option
 
@@ -243,6 +244,74 @@ def generate(
         answer_rows(run(use_from_words(given), prompt or []), output, as_json, overwrite=overwrite)
 
 
+@app.command(
+    epilog="Example: randbasis plan MODEL --method nola --basis 64 --targets query,value. MODEL may be a folder with "
+    "nothing but a config.json."
+)
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of the base; only its config.json is read.")],
+    method: Annotated[str, Option(help="nola, vera, randlora, pranc; or lora.")] = "nola",
+    rank: Annotated[int | None, Option(help="Rank (nola, vera, randlora, lora).")] = None,
+    basis: Annotated[int | None, Option(help="Basis matrices (nola, pranc).")] = None,
+    basis_b: Annotated[int | None, Option(help="Basis matrices of B, where another number than of A (nola).")] = None,
+    unique_basis: Annotated[bool, Option(help="A basis of its own for each layer (nola).")] = False,
+    targets: Annotated[str, Option(help="all-linear, or NAME,NAME, slices too: c_attn[q,v].")] = "all-linear",
+    as_json: AsJson = False,
+) -> None:
+    """Count what an adapter would have, and its bytes, from a configuration alone."""
+    with reported(as_json):
+        from randbasis.report import plan_table
+        from randbasis.train.adapter import peft_config
+        from randbasis.train.settings import AdapterSettings, split_names
+        from randbasis.tuner.plan import plan as run
+
+        names = split_names(targets)
+        settings = AdapterSettings(method, rank, basis, basis_b, unique_basis=unique_basis, targets=names)
+        planned = run(model, peft_config(settings, task_type=None, head=[]))
+        answer_table(planned.as_json(), plan_table(planned), as_json)
+
+
+@app.command(epilog="Example: randbasis inspect runs/sst2 --plot spectra.png")
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter.")],
+    model: Annotated[str | None, Option(help="Folder or hub name of the base; only its config.json is read.")] = None,
+    plot: Annotated[Path | None, Option(help="PNG of norms and spectra to write.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell method, seed and counts of an adapter, and norm and spectrum of each change of a weight."""
+    with reported(as_json):
+        from randbasis.report import inspection_table, plot_inspection
+        from randbasis.train.evaluation import refuse_existing
+        from randbasis.tuner.inspection import inspect_adapter
+
+        refuse_existing(plot, overwrite=overwrite)
+        progress = partial(track, description="matrices", console=Console(stderr=True), transient=True)
+        found = inspect_adapter(adapter, model, track=progress)
+        if plot is not None:
+            plot_inspection(found, plot)
+        answer_table(found.as_json(), inspection_table(found), as_json)
+
+
+@app.command(epilog="Example: randbasis merge --model MODEL --adapter runs/e2e --output merged --dtype bfloat16")
+def merge(
+    model: Annotated[str, Option(help="Folder or hub name of the base.")],
+    adapter: Annotated[str, Option(help="Folder of an adapter.")],
+    output: Annotated[Path, Option(help="Folder for the model and its tokenizer.")],
+    dtype: Annotated[str, Option(help="auto (as the base is stored), float32, bfloat16, float16.")] = "auto",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add an adapter to the weights of its base: a model that plain transformers loads."""
+    with reported(as_json):
+        from randbasis.train.adapter_folder import read_folder
+        from randbasis.tuner.merging import merge_adapter
+
+        labels = read_folder(adapter).task.get("labels")
+        merged = merge_adapter(model, adapter, output, dtype=dtype, overwrite=overwrite, labels=labels)
+        answer(merged.as_json(), as_json)
+
+
 @contextmanager
 def reported(as_json: bool) -> Generator[None]:
     """Errors of this package as one message and an exit code; everything else as Python shows it.
@@ -275,6 +344,14 @@ def answer(document: dict[str, Any], as_json: bool) -> None:
             value = ", ".join(f"{key} {_shown(item)}" for key, item in cast(dict[str, Any], value).items())
         table.add_row(name.replace("_", " "), _shown(value))
     Console(soft_wrap=True).print(table)
+
+
+def answer_table(document: dict[str, Any], table: Table, as_json: bool) -> None:
+    """One result, as JSON or as a table of its own."""
+    if as_json:
+        answer(document, as_json)
+    else:
+        Console().print(table)
 
 
 def answer_rows(rows: list[dict[str, Any]], output: Path | None, as_json: bool, *, overwrite: bool) -> None:

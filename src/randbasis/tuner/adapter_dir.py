@@ -63,11 +63,19 @@ class AdapterDir:
         """All tensors, by their names in the file."""
         return load_file(self.weights)
 
-    def own_config(self, **changes: Any) -> RandbasisConfig:
-        """A copy of the configuration with other values for some of its fields."""
+    def bare_config(self, *, head: bool = False) -> RandbasisConfig:
+        """A copy of the configuration that puts the adapter on any model without a basis being stored or drawn.
+
+        Args:
+            head: keep ``modules_to_save``.
+        """
         config = deepcopy(self.config)
-        for name, value in changes.items():
-            setattr(config, name, value)
+        config.basis_storage = "recompute"
+        config.init_weights = True
+        config.task_type = None
+        config.base_model_name_or_path = None
+        if not head:
+            config.modules_to_save = None
         return config
 
 

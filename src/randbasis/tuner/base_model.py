@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import logging
 
 from randbasis.errors import BaseMismatchError, DataMissingError
 from randbasis.tuner.base_weight import layer_shape
@@ -32,6 +33,17 @@ def model_readable(name: str, part: str) -> Generator[None]:
             f"model {name!r}: its {part} cannot be read; give a folder with a config.json of transformers, or a "
             f"name on the hub ({type(error).__name__}: {first})"
         ) from error
+
+
+@contextmanager
+def quiet_transformers() -> Generator[None]:
+    """No advice of transformers on heads that are about to be replaced; its progress bars stay."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -64,7 +76,7 @@ def meta_model(config: PreTrainedConfig, auto: Any = None) -> PreTrainedModel:
         DataMissingError: the architecture cannot be built from its configuration.
     """
     name = config.name_or_path or str(config.model_type)
-    with model_readable(name, "architecture"), torch.device("meta"):
+    with model_readable(name, "architecture"), quiet_transformers(), torch.device("meta"):
         return cast("PreTrainedModel", (auto or auto_class(config)).from_config(config))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict  # pyright: ignore[reportUnknownVariableType]
 from torch import nn
 
@@ -109,7 +109,7 @@ class Plan:
         }
 
 
-def plan(model: str | Path, config: RandbasisConfig | LoraConfig) -> Plan:
+def plan(model: str | Path, config: PeftConfig | None) -> Plan:
     """Count what an adapter would have, from the base model's configuration alone; no weights are read.
 
     Decoders are taken with, everything else without their head; ``"all-linear"`` leaves the head and the pooler out.
@@ -123,10 +123,10 @@ def plan(model: str | Path, config: RandbasisConfig | LoraConfig) -> Plan:
         HyperparameterError: the configuration is of another method of PEFT.
         RandbasisError: what putting the adapter on the model would raise, such as a target that matches nothing.
     """
-    if not isinstance(config, (RandbasisConfig, LoraConfig)):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(config, (RandbasisConfig, LoraConfig)):
+        kind = "no adapter" if config is None else type(config).__name__
         raise HyperparameterError(
-            f"config must be of a method of randbasis or PEFT's LoraConfig, got {type(config).__name__}; "
-            "use for example NolaConfig"
+            f"only methods of randbasis and PEFT's LoraConfig can be planned, got {kind}; use for example NolaConfig"
         )
     base = meta_model(read_config(str(model)))
     if hasattr(base, "pooler"):
@@ -178,8 +178,10 @@ def _counted(config: RandbasisConfig | LoraConfig) -> RandbasisConfig:
     else:
         counted = deepcopy(config)
     counted.basis_storage = "recompute"
+    counted.init_weights = True
     counted.modules_to_save = None
     counted.task_type = None
+    counted.base_model_name_or_path = None
     return counted
 
 
