@@ -231,6 +231,20 @@ def test_weighted_adapter_saves_and_reloads(tmp_path):
     assert torch.equal(outputs(again, case.batch()), outputs(model, case.batch()))
 
 
+def test_weighted_adapter_takes_the_stored_streams_of_its_sources(tmp_path):
+    """Sources whose streams came from a file and not from this model's paths: the sum lives on the same basis."""
+    case = Case("in_proj", "nola-own-basis")
+    model = case.adapted()
+    expected = outputs(model, case.batch())
+    streams = {n: t + 1 for n, t in model.state_dict().items() if "randbasis_streams" in n}
+    model.load_state_dict(streams, strict=False)
+    moved = outputs(model, case.batch())
+    assert not torch.allclose(moved, expected, atol=1e-3)
+    model.add_weighted_adapter(["default"], [1.0], "copy")
+    model.set_adapter("copy")
+    assert torch.equal(outputs(model, case.batch()), moved)
+
+
 @pytest.mark.parametrize("method", ONE_EACH)
 @pytest.mark.parametrize("difference", [{"seed": 5}, {"law": "normal"}, {"target_modules": ("q_proj",)}, {"r": 2}])
 def test_adapters_on_different_bases_cannot_be_combined(method, difference):

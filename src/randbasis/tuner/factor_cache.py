@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 CAPACITY = 64
 """Results kept on one layer; the oldest goes first. Mixed batches make one for each set of names."""
@@ -12,14 +13,28 @@ CAPACITY = 64
 _Stamp = tuple[int, int]
 
 
+class _OptimizerSteps:
+    """Counts the steps of all optimizers: fused ones change parameters without moving their version counters."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        register_optimizer_step_post_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.taken += 1
+
+
+_STEPS = _OptimizerSteps()
+
+
 class FactorCache:
     """Results by key, each valid while its source tensors are the same objects in the same version.
 
-    A write through ``tensor.data`` is not seen by torch's version counter; ``layer.train()`` empties the cache.
+    Any step of an optimizer of torch ends the validity of all. A write through ``tensor.data`` is not seen by torch's version counter; ``layer.train()`` empties the cache.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[list[Tensor], list[_Stamp], Any]] = {}
+        self._kept: dict[Hashable, tuple[list[Tensor], list[_Stamp], int, Any]] = {}
 
     def get(self, key: Hashable, sources: Sequence[Tensor], compute: Callable[[], Any], *, usable: bool) -> Any:
         """The result for a key, computed when there is none or a source has changed.
@@ -37,13 +52,13 @@ class FactorCache:
         found = self._kept.get(key)
         if found is not None:
             same = len(found[0]) == len(sources) and all(a is b for a, b in zip(found[0], sources, strict=True))
-            if same and found[1] == stamps:
-                return found[2]
+            if same and found[1] == stamps and found[2] == _STEPS.taken:
+                return found[3]
         result = compute()
         self._kept.pop(key, None)
         while len(self._kept) >= CAPACITY:
             self._kept.pop(next(iter(self._kept)))
-        self._kept[key] = (list(sources), stamps, result)
+        self._kept[key] = (list(sources), stamps, _STEPS.taken, result)
         return result
 
     def clear(self) -> None:

@@ -161,6 +161,11 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
             stored = cast("Streams", self.randbasis_streams[source])
             self.randbasis_streams[target] = Streams(stored.values).to(stored.weight.device)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's, and forget the factors that were kept."""
+        super().delete_adapter(adapter_name)
+        self._cache.clear()
+
     def coefficients(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
         """The coefficient tensors of one matrix of an adapter, in the method's order."""
         return {name: getattr(self, attribute)[adapter].weight for name, attribute in one.attributes.items()}
@@ -377,7 +382,7 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
 
     def _cached(self, adapter: str, matrices: Sequence[AdaptedMatrix], what: str, compute: Any) -> Any:
         sources = [c for one in matrices for c in self.coefficients(adapter, one).values()]
-        key = (what, adapter, tuple(one.part.name for one in matrices))
+        key = (what, adapter, tuple((one.part.name, one.matrix) for one in matrices))
         return self._cache.get(key, sources, compute, usable=not self.training)
 
     # --- mixed batches ---
@@ -416,7 +421,13 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
             return one.method.prepare(stacked, one.matrix)
 
         sources = [tensor for c in own for tensor in c.values()]
-        return self._cache.get(("stacked", tuple(names), one.part.name), sources, compute, usable=not self.training)
+        key = ("stacked", tuple(names), one.part.name, one.matrix)
+        return self._cache.get(key, sources, compute, usable=not self.training)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "RandbasisLinear":
+        # A change of dtype or device and back may put other values at the old address in the old version.
+        self._cache.clear()
+        return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "RandbasisLinear":
         """Set the mode; factors kept for evaluation are dropped when training starts."""
