@@ -24,6 +24,7 @@ ROWS: dict[str, set[str]] = {
     "tuner": {"torch", "peft", "transformers", "safetensors", "accelerate"},
     "__init__": set(),
     "report": {"rich", "matplotlib"},
+    "report": {"rich", "matplotlib"},
     "train": {
         "torch", "numpy", "peft", "transformers", "safetensors", "accelerate", "PIL", "sacrebleu", "sklearn", "scipy",
         "matplotlib", "rich",
