@@ -44,6 +44,7 @@ MAKERS = {
     "randlora transposed": Maker(RandLora, {"r": 2, "scaling": "paper"}, 4, 7),
     "randlora ragged": Maker(RandLora, {"r": 3, "alpha": 9.0}, 7, 5),
     "randlora ragged transposed": Maker(RandLora, {"r": 4}, 5, 6),
+    "randlora r>min": Maker(RandLora, {"r": 6}, 3, 5),
     "pranc": Maker(Pranc, {"num_basis": 5}, 4, 6),
     "pranc unique": Maker(Pranc, {"num_basis": 3, "share_basis": False}, 5, 3),
 }
