@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,11 @@ from typing import Any, cast
 import peft
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from randbasis.errors import AdapterFilesError, BaseMismatchError, RandbasisError, SaveError
+from randbasis.train.randomness import confined_randomness
 from randbasis.train.task import TASK_FILE
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -89,8 +90,9 @@ def load_adapter(model: nn.Module, path: str | Path, *, trainable: bool = False)
         return model
     _read_weights(folder.path / ADAPTER_WEIGHTS)
     try:
-        config = PeftConfig.from_pretrained(str(folder.path))
-        return PeftModel.from_pretrained(cast(Any, model), str(folder.path), config=config, is_trainable=trainable)
+        config = cast(PeftConfig, PeftConfig.from_pretrained(str(folder.path)))
+        with confined_randomness(0):  # PEFT's own methods draw a start before they read the file
+            return PeftModel.from_pretrained(cast(Any, model), str(folder.path), config=config, is_trainable=trainable)
     except RandbasisError:
         raise
     except (KeyError, TypeError) as error:
@@ -104,7 +106,9 @@ def load_adapter(model: nn.Module, path: str | Path, *, trainable: bool = False)
 def restore_parameters(model: nn.Module, path: Path) -> None:
     """Set the trained parameters of a model to those of a folder that was written from it."""
     if isinstance(model, PeftModel):
-        peft.set_peft_model_state_dict(model, _read_weights(path / ADAPTER_WEIGHTS), adapter_name=model.active_adapter)
+        peft.set_peft_model_state_dict(
+            model, _read_weights(path / ADAPTER_WEIGHTS), adapter_name=model.active_adapters[0]
+        )
     else:
         _set_parameters(model, _read_weights(path / HEAD_WEIGHTS), path)
 
@@ -116,7 +120,7 @@ def save_parameters(model: nn.Module, path: Path) -> None:
         model.save_pretrained(str(path), save_embedding_layers=cast(Any, False))
         (path / "README.md").unlink(missing_ok=True)  # an empty form that PEFT writes
     else:
-        save_file(trained_parameters(model), path / HEAD_WEIGHTS, metadata={"format": "pt"})
+        safetensors.save_file(trained_parameters(model), path / HEAD_WEIGHTS, metadata={"format": "pt"})
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -125,7 +129,7 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def staged(target: Path) -> Generator[Path]:
     """A folder to write into whose files move to ``target`` only when the block has succeeded.
 
     Raises:
@@ -143,7 +147,7 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def saving(target: Path, undo: Callable[[], None] | None = None) -> Iterator[None]:
+def saving(target: Path, undo: Callable[[], None] | None = None) -> Generator[None]:
     """Turn what a failed write raises into one message.
 
     Args:
@@ -178,7 +182,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        return safetensors.load_file(path)
     except (SafetensorError, OSError) as error:
         raise AdapterFilesError(f"{path} cannot be read as safetensors: {error}") from error
 

@@ -1,8 +1,8 @@
 """Reading a frozen base model with transformers, quietly and without touching the caller's random state."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from randbasis.errors import DataMissingError, SettingError
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Generator[None]:
     """Neither progress bars nor the report that a fresh head is fresh; both settings are put back."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -27,7 +27,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 @contextmanager
-def explained(name: str, part: str) -> Iterator[None]:
+def explained(name: str, part: str) -> Generator[None]:
     """What transformers raises when a model cannot be read, as one message that says what was asked for.
 
     Raises:
@@ -47,13 +47,13 @@ def explained(name: str, part: str) -> Iterator[None]:
 def read_config(name: str) -> PreTrainedConfig:
     """The configuration of a folder or hub name."""
     with explained(name, "configuration"):
-        return AutoConfig.from_pretrained(name)
+        return cast(PreTrainedConfig, AutoConfig.from_pretrained(name))
 
 
 def read_tokenizer(name: str) -> Any:
     """The tokenizer of a folder or hub name."""
     with explained(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(name)
+        return cast(Any, AutoTokenizer).from_pretrained(name)
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -135,8 +135,8 @@ class CausalLanguage(Task):
             return [{"prompt": prompt, "input_ids": self.prompt_ids(prompt)} for prompt in prompts]
         examples: list[Example] = []
         for prompt, value in zip(prompts, table.column(self.columns["target"]), strict=True):
-            targets = [text_of(item) for item in value] if isinstance(value, list) else [text_of(value)]
-            examples += [self._pair(prompt, target) for target in targets]
+            targets = cast(list[Any], value) if isinstance(value, list) else [value]
+            examples += [self._pair(prompt, text_of(target)) for target in targets]
         if training:
             self.answer_length = max(sum(label != -100 for label in e["labels"]) for e in examples)
         return examples

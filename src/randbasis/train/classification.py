@@ -1,7 +1,7 @@
 """Classes or numbers from one text or two."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ class TextClassification(Task):
         count = len(self.labels) if self.labels else 1
         with explained(name, "model"), confined_randomness(seed):
             if self.pooling == "model":
-                model = AutoModelForSequenceClassification.from_pretrained(
+                model: Any = cast(Any, AutoModelForSequenceClassification).from_pretrained(
                     name, num_labels=count, dtype=torch_dtype(dtype), ignore_mismatched_sizes=True
                 )
                 model.config.problem_type = "single_label_classification" if self.labels else "regression"

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from randbasis.errors import SettingError
@@ -119,8 +118,8 @@ def generate_texts(
                 "eos_token_id": end_id,
                 "pad_token_id": padding,
             }
-            output = cast(torch.Tensor, cast(Any, model).generate(**inputs, **arguments))
-            for place, row in zip(places, output[:, used:].tolist(), strict=True):
+            output = cast(Any, model).generate(**inputs, **arguments)[:, used:]
+            for place, row in zip(places, cast(list[list[int]], output.tolist()), strict=True):
                 answer = row[: row.index(end_id)] if end_id in row else row
                 texts[place] = tokenizer.decode(answer, skip_special_tokens=True).strip()
     return texts

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -153,7 +153,7 @@ class ImageClassification(Task):
     def load_model(self, name: str, *, dtype: str, seed: int) -> nn.Module:
         """See :meth:`Task.load_model`."""
         with explained(name, "model"), confined_randomness(seed):
-            model = AutoModelForImageClassification.from_pretrained(
+            model: Any = cast(Any, AutoModelForImageClassification).from_pretrained(
                 name,
                 dtype=torch_dtype(dtype),
                 ignore_mismatched_sizes=True,
@@ -240,7 +240,7 @@ class ImageClassification(Task):
 
 def _processor(model: str) -> Any:
     with explained(model, "image processor"):
-        return AutoImageProcessor.from_pretrained(model)
+        return cast(Any, AutoImageProcessor).from_pretrained(model)
 
 
 def _decode(reference: ImageRef, archives: dict[Path, zipfile.ZipFile]) -> Any:
@@ -259,5 +259,5 @@ def _draw_head(module: nn.Module) -> None:
     """A fresh linear layer, whether or not the checkpoint had one of the same shape."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
-        if module.bias is not None:
+        if cast(Any, module.bias) is not None:
             nn.init.zeros_(module.bias)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +163,8 @@ def training_arguments(loop: LoopSettings, rows: int, folder: Path, task: Task) 
     steps_an_epoch = math.ceil(math.ceil(rows / loop.batch_size) / loop.accumulate)
     every = loop.eval_every or (math.ceil(loop.max_steps / 5) if loop.max_steps else steps_an_epoch)
     total = loop.max_steps or math.ceil(loop.epochs * steps_an_epoch)
-    if loop.dtype == "float16" and (loop.device == "cpu" or not torch.cuda.is_available()):
+    on_cpu = loop.device == "cpu" or not torch.accelerator.is_available()
+    if loop.dtype == "float16" and on_cpu:
         raise SettingError("dtype float16 can only be trained with on a GPU; take bfloat16 or float32")
     return TrainingArguments(
         output_dir=str(folder),
@@ -178,7 +179,7 @@ def training_arguments(loop: LoopSettings, rows: int, folder: Path, task: Task) 
         gradient_accumulation_steps=loop.accumulate,
         label_smoothing_factor=loop.label_smoothing,
         seed=loop.train_seed,
-        use_cpu=loop.device == "cpu",
+        use_cpu=on_cpu,
         bf16=loop.dtype == "bfloat16",
         fp16=loop.dtype == "float16",
         eval_strategy="steps",
@@ -229,7 +230,7 @@ def _result(trainer: AdapterTrainer, task: Task, before: dict[str, float], secon
 
 
 @contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Generator[None]:
     """Torch with ``count`` threads inside the block; ``None`` leaves them."""
     own = torch.get_num_threads()
     if count is not None:
@@ -241,7 +242,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_logging() -> Iterator[None]:
+def _quiet_logging() -> Generator[None]:
     verbosity = logging.get_verbosity()
     try:
         yield

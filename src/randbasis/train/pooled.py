@@ -31,7 +31,7 @@ class PooledClassifier(PreTrainedModel):
         self.pooling = pooling
         self.encoder = encoder
         self.dropout = nn.Dropout(getattr(config, "hidden_dropout_prob", 0.0))
-        self.classifier = nn.Linear(cast(int, config.hidden_size), config.num_labels)
+        self.classifier = nn.Linear(cast(int, config.hidden_size), cast(int, config.num_labels))
         nn.init.normal_(self.classifier.weight, std=getattr(config, "initializer_range", 0.02))
         nn.init.zeros_(self.classifier.bias)
 
@@ -39,6 +39,8 @@ class PooledClassifier(PreTrainedModel):
     def from_encoder(cls, name: str, *, num_labels: int, pooling: str, dtype: torch.dtype) -> "PooledClassifier":
         """The encoder of a folder or hub name with a fresh head, drawn from torch's current generator."""
         encoder = cast(PreTrainedModel, AutoModel.from_pretrained(name, dtype=dtype))
+        if getattr(encoder, "pooler", None) is not None:
+            cast(Any, encoder).pooler = None  # not used here, so nothing of it should be adapted
         config = encoder.config
         config.num_labels = num_labels
         model = cls(config, encoder, pooling)

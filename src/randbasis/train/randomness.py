@@ -1,7 +1,7 @@
 """Third parties draw from the process-wide generators; here that is confined to a block."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 
 
 @contextmanager
-def confined_randomness(seed: int) -> Iterator[None]:
+def confined_randomness(seed: int) -> Generator[None]:
     """Seed every process-wide generator inside the block and put each back as it was after it.
 
     Head initialisation, dropout and sampling of transformers use these generators; the caller's streams stay as they

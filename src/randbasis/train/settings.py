@@ -262,8 +262,9 @@ def settings_from_words(words: Mapping[str, Any]) -> TrainSettings:
     ``data`` and ``eval_data`` are the files; ``targets`` may be one string of names separated by commas.
     """
     flat = {**words, "train": words["data"], "eval": words.get("eval_data")}
-    if isinstance(flat.get("targets"), str):
-        flat["targets"] = split_names(flat["targets"])
+    targets = flat.get("targets")
+    if isinstance(targets, str):
+        flat["targets"] = split_names(targets)
 
     def parts(kind: type[DataSettings | AdapterSettings | LoopSettings | TrainSettings]) -> dict[str, Any]:
         return {field.name: flat[field.name] for field in fields(kind) if field.name in flat}
@@ -296,4 +297,6 @@ def split_names(text: str) -> tuple[str, ...]:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in cast(dict[str, Any], value).items()}
+    if isinstance(value, tuple):
+        return list(cast(tuple[Any, ...], value))
     return str(value) if isinstance(value, Path) else value

@@ -129,7 +129,7 @@ def _text(path: Path) -> io.TextIOWrapper:
     with path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
     if packed:
-        return cast(io.TextIOWrapper, gzip.open(path, "rt", encoding="utf-8-sig", newline=""))
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
 
 

@@ -1,7 +1,7 @@
 """The contract of a task: rows to examples, examples to batches, a model to scores and answers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -100,7 +100,7 @@ class Task(ABC):
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
+def inference(model: nn.Module) -> Generator[None]:
     """Evaluation mode without gradients for a block; the mode of every module is put back after it.
 
     A base in half precision runs under autocast, as it does in training, so that its float32 head fits.

@@ -54,7 +54,7 @@ class EpochOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order: list[int] = torch.randperm(self.count, generator=generator).tolist()
+        order = permutation(self.count, generator)
         if self.lengths is None:
             return iter(order)
         lengths, stretch, size = self.lengths, 50 * self.batch_size, self.batch_size
@@ -65,8 +65,13 @@ class EpochOrder(Sampler[int]):
         ]
         batches = [order[start : start + size] for start in range(0, self.count, size)]
         tail = batches.pop() if len(batches[-1]) < size else []
-        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        shuffled = permutation(len(batches), generator)
         return iter([row for i in shuffled for row in batches[i]] + tail)
+
+
+def permutation(count: int, generator: torch.Generator) -> list[int]:
+    """The numbers below ``count`` in an order that the generator decides."""
+    return cast(list[int], cast(Any, torch.randperm(count, generator=generator)).tolist())
 
 
 class AdapterTrainer(Trainer):
@@ -107,12 +112,12 @@ class AdapterTrainer(Trainer):
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        data = self.train_dataset if train_dataset is None else train_dataset
+        data: Any = cast(Any, self).train_dataset if train_dataset is None else train_dataset
         return EpochOrder(len(cast(Rows, data)), self.args.train_batch_size, self.args.seed, self.row_lengths)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over three groups: adapter, head, and the head's biases and norms, which do not decay."""
-        if self.optimizer is None:
+        if cast(Any, self.optimizer) is None:
             decay, groups = self.args.weight_decay, parameter_groups(cast(nn.Module, self.model))
             rates = {
                 "adapter": (self.args.learning_rate, decay),
