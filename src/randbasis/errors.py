@@ -76,6 +76,70 @@ class AdapterFilesError(RandbasisError, ValueError):
     """An adapter directory is missing, incomplete, or was not written by this package."""
 
 
+class PackedFileError(RandbasisError, ValueError):
+    """A packed adapter file breaks a rule of its format; each rule has a class of its own below this one."""
+
+
+class TruncatedFileError(PackedFileError):
+    """A packed file is shorter or longer than its header says."""
+
+
+class HeaderSizeError(PackedFileError):
+    """The header of a packed file is longer than the limit or than the file."""
+
+
+class HeaderError(PackedFileError):
+    """The header of a packed file is not one of a safetensors file."""
+
+
+class NotPackedError(PackedFileError):
+    """A safetensors file is not a packed adapter of this package."""
+
+
+class FormatVersionError(PackedFileError):
+    """A packed file has a version of the format that this version of the package does not read."""
+
+
+class SpecSyntaxError(PackedFileError):
+    """The spec of a packed file is not a JSON object."""
+
+
+class SpecKeyError(PackedFileError):
+    """The spec of a packed file lacks a key, or has one that its version does not know."""
+
+
+class SpecValueError(PackedFileError):
+    """A value in the spec of a packed file is of another kind or range than its key promises."""
+
+
+class UnsafeNameError(PackedFileError):
+    """A name in a packed file is an absolute path, or climbs out of its directory."""
+
+
+class ExtraTensorError(PackedFileError):
+    """The tensors of a packed file are not the ones that its spec names."""
+
+
+class CoefficientTensorError(PackedFileError):
+    """A tensor of a packed file has another dtype or shape than its spec implies."""
+
+
+class CodeError(PackedFileError):
+    """Quantized coefficients hold a code, or a bit after the last code, that no writer writes."""
+
+
+class DigestError(PackedFileError):
+    """The content of a packed file is not what its digest was taken of."""
+
+
+class PackedFileMissingError(RandbasisError, FileNotFoundError):
+    """There is no packed file of that name."""
+
+
+class PrecisionError(RandbasisError, ValueError):
+    """Coefficients cannot be stored at the precision asked for."""
+
+
 class BaseMismatchError(RandbasisError, ValueError):
     """An adapter was made for a base model of another shape."""
 

@@ -38,6 +38,7 @@ class RandbasisConfig(PeftConfig):
         rank_pattern: regular expression of module names → r, instead of the common one.
         target_slices: parts of each sliced module; filled from ``target_modules``.
         base_shapes: shapes of the layers that a saved adapter was made for; checked when it is put on a model.
+        base_model_type: ``model_type`` of the base that a saved adapter was made for.
 
     Raises:
         RandbasisError: a value that its method cannot take, each rule with its own class.
@@ -62,6 +63,7 @@ class RandbasisConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict[str, int])
     target_slices: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     base_shapes: dict[str, list[int]] | None = None
+    base_model_type: str | None = None
 
     def __new__(cls, *_: Any, **options: Any) -> "RandbasisConfig":
         """The class of the named method when the base class is called, as PEFT does with a saved configuration."""
@@ -92,11 +94,16 @@ class RandbasisConfig(PeftConfig):
         self.method_for("")
 
         self.made_for: dict[str, list[int]] | None = None
+        self.made_for_type: str | None = None
         self.restored = False
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as a mapping, with the shapes of the layers that were adapted last."""
-        return {**super().to_dict(), "base_shapes": self.made_for or self.base_shapes}
+        """The options as a mapping, with the type of the model and the shapes of the layers that were adapted last."""
+        return {
+            **super().to_dict(),
+            "base_shapes": self.made_for or self.base_shapes,
+            "base_model_type": self.made_for_type or self.base_model_type,
+        }
 
     def _check_common(self) -> None:
         check_order(self.contraction)

@@ -149,7 +149,9 @@ class RandbasisModel(BaseTuner):
             for key, layer in _named_modules(model)
             if isinstance(layer, RandbasisLinear) and adapter_name in layer.adapted
         }
-        cast("RandbasisConfig", self.peft_config[adapter_name]).made_for = compress_shapes(shapes)
+        config = cast("RandbasisConfig", self.peft_config[adapter_name])
+        config.made_for = compress_shapes(shapes)
+        config.made_for_type = cast("dict[str, Any]", self.get_model_config(self.model)).get("model_type")
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Coefficients are float32; without ``autocast_adapter_dtype`` they take the dtype of their base layer."""
