@@ -10,7 +10,7 @@ WORKERS ?= auto
 CLI_PAGE := $(BIN)/python -m typer randbasis.cli utils docs --name randbasis --title "The command"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check docs clean
+.PHONY: help install demo test check bench conformance docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -35,6 +35,12 @@ check: $(INSTALLED) ## ruff, pyright (strict on src), and whether docs/cli.md is
 test: check ## check, then the test suite (PYTEST_ARGS="-k nola" picks tests)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 	@echo "make test: lint, format, types, docs/cli.md and the test suite passed"
+
+bench: $(INSTALLED) ## time bases and training steps, checked first; rows, table and plot in benchmarks/results (ARGS=...)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+conformance: $(INSTALLED) ## PEFT's own tests on our configurations (ARGS="--method nola", "--quick")
+	$(BIN)/python tests/conformance/run_peft_tests.py $(ARGS)
 
 docs: $(INSTALLED) ## write docs/cli.md from the command's help, and build the site into site/
 	$(CLI_PAGE) --output docs/cli.md
