@@ -95,7 +95,7 @@ def sentences(count: int, seed: int) -> list[dict[str, str]]:
     generator = random.Random(seed)
     rows: list[dict[str, str]] = []
     for i in range(count):
-        words = generator.sample(OTHER, generator.randint(2, 5)) + [generator.choice(GOOD if i % 2 else BAD)]
+        words = [*generator.sample(OTHER, generator.randint(2, 5)), generator.choice(GOOD if i % 2 else BAD)]
         generator.shuffle(words)
         rows.append({"sentence": " ".join(words), "label": "pos" if i % 2 else "neg"})
     return rows

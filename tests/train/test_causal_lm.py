@@ -28,12 +28,14 @@ from randbasis.train.metrics import bleu, chrf
 
 
 def settings_of(model: str, data: DataSettings, **rest: object) -> TrainSettings:
-    return TrainSettings("causal-lm", model, data, "never-made", **rest)  # pyright: ignore[reportArgumentType]
+    return TrainSettings("causal-lm", model, data, "never-made", **rest)
 
 
 @pytest.fixture
 def pairs(language_model: str, pairs_jsonl: str) -> TrainSettings:
-    return settings_of(language_model, DataSettings(pairs_jsonl, prompt_column="mr", target_column="ref"), separator="=")
+    return settings_of(
+        language_model, DataSettings(pairs_jsonl, prompt_column="mr", target_column="ref"), separator="="
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_plain_text_is_learned_in_blocks(language_model: str, tmp_path: Path):
     path = tmp_path / "texts.txt"
     path.write_text("abcdefghij\nxyz\n")
     prepared = prepare(settings_of(language_model, DataSettings(path, text_column="text", eval=path), max_length=5))
-    tokens = [prepared.task.tokenizer.convert_ids_to_tokens(e["input_ids"]) for e in prepared.train]  # pyright: ignore
+    tokens = [prepared.task.tokenizer.convert_ids_to_tokens(e["input_ids"]) for e in prepared.train]
     assert ["".join(block) for block in tokens] == ["<s>abcd", "efghi", "j</s>", "<s>xyz</s>"]
     assert all(e["labels"] == e["input_ids"] for e in prepared.train)
 
@@ -138,7 +140,7 @@ def test_beams_and_sampling(trained: Path):
     before = torch.get_rng_state()
 
     def texts(**settings: object) -> list[str]:
-        chosen = GenerationSettings(max_new_tokens=12, **settings)  # pyright: ignore[reportArgumentType]
+        chosen = GenerationSettings(max_new_tokens=12, **settings)
         rows = generate(UseSettings(adapter=trained, generation=chosen), list("abcdef"))
         return [row["text"] for row in rows]
 
@@ -157,12 +159,14 @@ def test_beams_and_sampling(trained: Path):
 )  # fmt: skip
 def test_bad_generation_settings(trained: Path, change: dict[str, float], message: str):
     with pytest.raises(SettingError, match=message):
-        generate(UseSettings(adapter=trained, generation=GenerationSettings(**change)), ["a"])  # pyright: ignore
+        generate(UseSettings(adapter=trained, generation=GenerationSettings(**change)), ["a"])
 
 
 def test_a_base_alone_and_a_foreign_adapter(language_model: str, trained: Path, tmp_path: Path, pairs_jsonl: str):
     columns = {"prompt": "mr", "target": "ref"}
-    base = evaluate(UseSettings(model=language_model, data=pairs_jsonl, columns=columns), texts=False)["metrics"]["loss"]
+    base = evaluate(UseSettings(model=language_model, data=pairs_jsonl, columns=columns), texts=False)["metrics"][
+        "loss"
+    ]
     (tmp_path / "foreign").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "foreign" / name).write_bytes((trained / name).read_bytes())

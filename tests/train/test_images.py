@@ -27,7 +27,9 @@ from randbasis.train.images import ImageClassification, read_images
 
 @pytest.fixture
 def settings(vision_model: str, image_folder: Path, tmp_path: Path) -> TrainSettings:
-    loop = LoopSettings(max_steps=20, batch_size=8, learning_rate=1e-2, head_learning_rate=5e-2, eval_every=10, threads=1)
+    loop = LoopSettings(
+        max_steps=20, batch_size=8, learning_rate=1e-2, head_learning_rate=5e-2, eval_every=10, threads=1
+    )
     return TrainSettings("image-classification", vision_model, DataSettings(image_folder), tmp_path / "run",
                          adapter=AdapterSettings("lora", rank=2), loop=loop)  # fmt: skip
 
@@ -45,8 +47,10 @@ def test_folder_and_zip_list_the_same(image_folder: Path, tmp_path: Path):
     folder, packed = read_images(image_folder), read_images(zip_of(image_folder, tmp_path / "images.zip", "top/"))
     assert {name: len(table.rows) for name, table in folder.items()} == {"train": 16, "test": 8}
     for name, table in folder.items():
-        assert packed[name].column("label") == table.column("label") == ["blue"] * (len(table.rows) // 2) + ["red"] * (
-            len(table.rows) // 2
+        assert (
+            packed[name].column("label")
+            == table.column("label")
+            == ["blue"] * (len(table.rows) // 2) + ["red"] * (len(table.rows) // 2)
         )
 
 
@@ -144,5 +148,5 @@ def test_a_broken_image_and_an_unseen_class(settings: TrainSettings, tmp_path: P
     green = tmp_path / "green"
     (green / "green").mkdir(parents=True)
     (green / "green" / "0.png").write_bytes((image_folder / "train" / "red" / "0.png").read_bytes())
-    with pytest.raises(LabelError, match="label 'green' of .* was not seen in training"):
+    with pytest.raises(LabelError, match=r"label 'green' of .* was not seen in training"):
         task.encode(read_images(green)["train"], training=False)

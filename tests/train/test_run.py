@@ -95,7 +95,9 @@ def test_a_run_learns_and_its_folder_reloads(task: str, adapter: AdapterSettings
     summary = outcome.summary
     assert summary["after"]["loss"] < summary["before"]["loss"]
     expected = {"summary.json", "task.json", "history.jsonl", "loss.png"}
-    expected |= {"head.safetensors"} if adapter.method == "none" else {"adapter_config.json", "adapter_model.safetensors"}
+    expected |= (
+        {"head.safetensors"} if adapter.method == "none" else {"adapter_config.json", "adapter_model.safetensors"}
+    )
     assert {file.name for file in outcome.output.iterdir()} == expected
     assert json.loads((outcome.output / "summary.json").read_text()) == summary
     assert (outcome.output / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -174,7 +176,9 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
         return batch
 
     monkeypatch.setattr(TextClassification, "training_collate", poisoned)
-    with pytest.raises(NonFiniteLossError, match=r"the loss at step 7 is nan; the last good checkpoint is .*checkpoint-4"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"the loss at step 7 is nan; the last good checkpoint is .*checkpoint-4"
+    ):
         train(sentences_run)
     checkpoints = Path(sentences_run.output) / "checkpoints"
     assert [folder.name for folder in checkpoints.iterdir()] == ["checkpoint-4"]
@@ -190,7 +194,9 @@ def test_a_parameter_that_is_not_finite_is_never_saved(sentences_run: TrainSetti
 
     monkeypatch.setattr(torch.optim.AdamW, "step", poisoned)
     settings = replace(sentences_run, loop=replace(SHORT, max_steps=2, eval_every=1))
-    with pytest.raises(NonFiniteLossError, match=r"after step 1 the parameter \S+ is not finite; there was no checkpoint"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"after step 1 the parameter \S+ is not finite; there was no checkpoint"
+    ):
         train(settings)
     assert not Path(settings.output).exists()
 
@@ -288,7 +294,7 @@ def test_what_cannot_be_run_leaves_no_trace(
 def test_an_unseen_label_is_named(sentences_run: TrainSettings, tmp_path: Path):
     held = tmp_path / "held.csv"
     held.write_text("sentence,label\na good day,pos\nso so,neutral\n")
-    with pytest.raises(LabelError, match="label 'neutral' .row 2 of held.csv. was not seen in training; .*neg, pos"):
+    with pytest.raises(LabelError, match=r"label 'neutral' .row 2 of held.csv. was not seen in training; .*neg, pos"):
         train(replace(sentences_run, data=replace(sentences_run.data, eval=held)))
 
 
@@ -327,7 +333,10 @@ def test_a_regression(sentences_run: TrainSettings, tmp_path: Path):
 def test_half_precision_base_keeps_float32_coefficients(sentences_run: TrainSettings):
     outcome = train(replace(sentences_run, loop=replace(SHORT, dtype="bfloat16"), adapter=NOLA))
     assert {value.dtype for value in weights(outcome.output).values()} == {torch.float32}
-    assert outcome.model.get_submodule("base_model.model.encoder.embeddings.word_embeddings").weight.dtype == torch.bfloat16
+    assert (
+        outcome.model.get_submodule("base_model.model.encoder.embeddings.word_embeddings").weight.dtype
+        == torch.bfloat16
+    )
     again = evaluate(UseSettings(adapter=outcome.output, data=sentences_run.data.eval, dtype="bfloat16"))
     assert again["metrics"]["loss"] == pytest.approx(outcome.summary["after"]["loss"], abs=2e-2)
 
@@ -354,12 +363,12 @@ def test_foreign_and_broken_adapters(sentences_run: TrainSettings, held_csv: str
     with pytest.raises(AdapterFilesError, match="cannot be read as safetensors"):
         evaluate(use)
     (output / "task.json").unlink()
-    with pytest.raises(AdapterFilesError, match="no task.json"):
+    with pytest.raises(AdapterFilesError, match=r"no task.json"):
         evaluate(use)
     (output / "task.json").write_text("{")
-    with pytest.raises(AdapterFilesError, match="task.json is not JSON"):
+    with pytest.raises(AdapterFilesError, match=r"task.json is not JSON"):
         evaluate(use)
     with pytest.raises(AdapterFilesError, match="is not a folder"):
         evaluate(replace(use, adapter=output / "nothing"))
-    with pytest.raises(AdapterFilesError, match="has no adapter_config.json"):
+    with pytest.raises(AdapterFilesError, match=r"has no adapter_config.json"):
         evaluate(replace(use, adapter=encoder))

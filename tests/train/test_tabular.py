@@ -49,7 +49,7 @@ def test_columns_by_index_mean_no_header(tmp_path: Path):
     table = read_table(path, wanted=("1", "2"))
     assert table.columns == ("0", "1", "2", "3")
     assert table.column("2") == ["first", "second"]
-    with pytest.raises(ColumnError, match="row 1 .* column '3'"):
+    with pytest.raises(ColumnError, match=r"row 1 .* column '3'"):
         table.column("3")
 
 
@@ -100,12 +100,14 @@ def test_files_that_are_not_text(tmp_path: Path):
 def test_missing_files_and_unknown_kinds(tmp_path: Path):
     with pytest.raises(DataMissingError, match="is not a file"):
         read_table(tmp_path / "nothing.csv")
-    with pytest.raises(DataFormatError, match="kind of data 'cvs'.*did you mean csv"):
+    with pytest.raises(DataFormatError, match=r"kind of data 'cvs'.*did you mean csv"):
         read_table(write(tmp_path / "rows.csv", "a\n1\n"), kind="cvs")
 
 
 def test_an_unknown_column_lists_the_columns():
-    with pytest.raises(ColumnError, match="'sentense' is not in data; its columns are 'sentence', 'label'.*did you mean sentence"):
+    with pytest.raises(
+        ColumnError, match=r"'sentense' is not in data; its columns are 'sentence', 'label'.*did you mean sentence"
+    ):
         Table(("sentence", "label"), [], "data").column("sentense")
 
 
