@@ -21,6 +21,7 @@ ROWS: dict[str, set[str]] = {
     "ops": {"torch", "numpy", "numba"},
     "methods": {"torch"},
     "contraction": {"torch"},
+    "adapter_file": {"torch", "numpy", "safetensors"},
     "tuner": {"torch", "peft", "transformers", "safetensors", "accelerate"},
     "__init__": set(),
     "report": {"rich", "matplotlib"},
