@@ -109,10 +109,7 @@ def test_both_orders_give_one_output_and_one_gradient(case):
 @pytest.mark.parametrize("storage", ["packed", "dense", "recompute"])
 @pytest.mark.parametrize("method", ONE_EACH)
 def test_storage_of_the_basis_changes_no_value(method, storage):
-    if storage == "packed" and method != "nola":
-        law = {"law": "sign"}
-    else:
-        law = {}
+    law = {"law": "sign"} if storage == "packed" and method != "nola" else {}
     case = Case("qkv_proj", method)
     usual, other = case.adapted(**law), case.adapted(basis_storage=storage, **law)
     torch.testing.assert_close(outputs(other, case.batch()), outputs(usual, case.batch()), rtol=1e-5, atol=1e-5)

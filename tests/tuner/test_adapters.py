@@ -130,7 +130,7 @@ def test_unload_gives_the_base_model_back(case):
 def test_two_active_adapters_add_up(case):
     model = case.adapted()
     add_adapter(model, "other", case.config(seed=1), 2)
-    by_hand = {name: delta for name, delta in naive_deltas(model, case).items()}
+    by_hand = dict(naive_deltas(model, case).items())
     for name, delta in naive_deltas(model, case, "other").items():
         by_hand[name] = by_hand[name] + delta
     model.base_model.set_adapter(["default", "other"])

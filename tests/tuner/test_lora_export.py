@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, convert_to_lora, save_as_lora
 from safetensors.torch import load_file
 from tuner_cases import CASES, Case, adapted_layers, outputs
 
+
 def rank_of_delta(model: PeftModel, method: str) -> int:
     """r a part for NOLA and VeRA, the smaller side for the others."""
     layers = adapted_layers(model).values()

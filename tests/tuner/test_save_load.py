@@ -251,7 +251,7 @@ def test_streams_in_the_file_are_integers_that_are_obeyed(low_memory, tmp_path):
     stored = load_file(file)
     streams = sorted(name for name in stored if name.endswith("randbasis_streams.weight"))
     swapped = [stored[name].clone() for name in (streams[1], streams[0])]
-    first = {name: tensor for name, tensor in stored.items()} | dict(zip(streams[:2], swapped, strict=True))
+    first = dict(stored.items()) | dict(zip(streams[:2], swapped, strict=True))
     save_file(first, file)
     again = PeftModel.from_pretrained(case.base(), tmp_path, low_cpu_mem_usage=low_memory).eval()
     layers = adapted_layers(again)

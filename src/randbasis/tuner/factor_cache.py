@@ -30,7 +30,8 @@ _STEPS = _OptimizerSteps()
 class FactorCache:
     """Results by key, each valid while its source tensors are the same objects in the same version.
 
-    Any step of an optimizer of torch ends the validity of all. A write through ``tensor.data`` is not seen by torch's version counter; ``layer.train()`` empties the cache.
+    Any step of an optimizer of torch ends the validity of all. A write through ``tensor.data`` is not seen by torch's
+    version counter; ``layer.train()`` empties the cache.
     """
 
     def __init__(self) -> None:

@@ -357,7 +357,8 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
                     f"{self.quantization_backend.backend_name}; use contraction='token' or 'auto'"
                 )
             wanted = "token"
-        training = torch.is_grad_enabled() and self._needs_gradient(adapter, one)
+        # Checkpointed layers run first without gradients: the same order as when they run again with them.
+        training = (torch.is_grad_enabled() or self.training) and self._needs_gradient(adapter, one)
         return choose_order(check_order(wanted), one.method, one.matrix, tokens, training=training, fused=fused)
 
     def _needs_gradient(self, adapter: str, one: AdaptedMatrix) -> bool:
