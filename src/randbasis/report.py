@@ -13,6 +13,9 @@ from randbasis.tuner.plan import Plan, PlannedMatrix
 
 _Matrix = TypeVar("_Matrix", PlannedMatrix, MatrixReport)
 
+FLOOR = 1e-12
+"""Singular values below this share of the norm are rounding and would stretch the axis."""
+
 CURVES = 8
 """Layers of one kind whose spectrum is drawn, spread over the depth."""
 
@@ -84,7 +87,7 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
         style = {"color": f"C{color}", "label": name}
         norms.plot(range(len(group)), [one.norm for one in group], "o-", markersize=3, **style)
         for one in _spread([one for one in group if one.singular_values]):
-            values = [value for value in one.singular_values or () if value > 0]
+            values = [value for value in one.singular_values or () if value > FLOOR * one.norm]
             marker = "o-" if len(values) <= 32 else "-"
             spectra.plot(range(1, len(values) + 1), values, marker, markersize=3, alpha=0.6, **style)
             style.pop("label", None)

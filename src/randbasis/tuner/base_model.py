@@ -27,7 +27,7 @@ def model_readable(name: str, part: str) -> Generator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         first = str(error).strip().split("\n")[0]
         raise DataMissingError(
             f"model {name!r}: its {part} cannot be read; give a folder with a config.json of transformers, or a "
