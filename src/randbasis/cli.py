@@ -29,6 +29,7 @@ app = typer.Typer(
     name="randbasis",
     help="Fine-tunes in kilobytes: an adapter is a seed and a few thousand coefficients.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # rich markup would drop the brackets of c_attn[q,v]
     add_completion=False,
     pretty_exceptions_enable=False,
 )
