@@ -1,0 +1,230 @@
+"""The two orders of one contraction: equal in value and gradient, chosen by cost, forced or refused by name."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from randbasis.contraction import (
+    check_order,
+    choose_order,
+    fused_weight_order,
+    fusing_refusal,
+    token_order,
+    weight_order,
+)
+from randbasis.errors import ContractionError
+from randbasis.methods import Coefficients, Matrix, Method, Nola, Pranc, RandLora, Vera
+from randbasis.ops import Stored
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "nola": lambda **options: Nola(r=3, num_basis=6, alpha=4.0, **options),
+    "nola plain": lambda **options: Nola(
+        r=3, num_basis=6, num_basis_b=4, alpha=4.0, parametrization="plain", **options
+    ),
+    "vera": lambda **options: Vera(r=9, **options),
+    "randlora": lambda **options: RandLora(r=5, **options),
+    "pranc": lambda **options: Pranc(num_basis=4, **options),
+}
+SHAPES = [(17, 17), (12, 33), (40, 11)]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def leaves(coefficients: Coefficients) -> dict[str, Tensor]:
+    return {name: value.detach().clone().requires_grad_() for name, value in coefficients.items()}
+
+
+# --- both orders are one ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["dense", "packed", "recompute"])
+def storage(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=METHODS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize(("shape", "leading"), list(zip(SHAPES, [(5,), (2, 3), ()], strict=True)), ids=str)
+@pytest.mark.parametrize("law", ["sign", "uniform", "sparse(6)"])
+def test_orders_agree(name: str, law: str, storage: str, shape: tuple[int, int], leading: tuple[int, ...]) -> None:
+    """h and the gradients of coefficients, tokens and base weight: token, weight, and fused weight order."""
+    method = METHODS[name](law=law, basis_storage=storage, seed=5)
+    matrix = Matrix(*shape, method.streams())
+    held: tuple[Stored, ...] = method.hold(matrix)
+    shapes = method.coefficient_shapes(*shape)
+    values = {key: draw(*size, seed=place) for place, (key, size) in enumerate(shapes.items())}
+    weight, bias, x = draw(*shape, seed=10), draw(shape[0], seed=11), draw(*leading, shape[1], seed=12)
+    found = []
+    for order in ("token", "weight", "fused"):
+        coefficients, w, tokens = leaves(values), weight.clone().requires_grad_(), x.clone().requires_grad_()
+        if order == "token":
+            prepared = method.prepare(coefficients, matrix)
+            h = functional.linear(tokens, w, bias) + token_order(tokens, prepared, method, matrix)
+        elif order == "weight":
+            h = functional.linear(tokens, w, bias) + weight_order(tokens, method.delta(coefficients, matrix))
+        else:
+            h = fused_weight_order(tokens, w, bias, method.delta(coefficients, matrix))
+        assert h.shape == (*leading, shape[0])
+        weights = draw(*h.shape, seed=13)
+        found.append([h, *torch.autograd.grad(h, [*coefficients.values(), w, tokens], weights)])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(two, one, rtol=0, atol=1e-12 * max(1.0, one.abs().max().item()))
+    assert bool(held) == (storage != "recompute")
+
+
+def test_token_order_of_no_tokens(name: str) -> None:
+    method = METHODS[name]()
+    matrix = Matrix(12, 33, method.streams())
+    coefficients = {key: draw(*size) for key, size in method.coefficient_shapes(12, 33).items()}
+    h = token_order(draw(0, 33), method.prepare(coefficients, matrix), method, matrix)
+    assert h.shape == (0, 12)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["auto", "token", "weight"])
+def test_orders_by_name(order: str) -> None:
+    assert check_order(order) == order
+
+
+def test_unknown_order_names_argument_value_and_way_out() -> None:
+    with pytest.raises(ContractionError) as refusal:
+        check_order("wieght")
+    assert "contraction must be one of ['auto', 'token', 'weight'], got 'wieght'" in str(refusal.value)
+    assert "did you mean weight?" in str(refusal.value)
+
+
+# --- cost -------------------------------------------------------------------------------------------------------------
+
+
+class CountProducts(torch.utils._python_dispatch.TorchDispatchMode):
+    """Multiply-adds of the matrix products that really run, frozen ones by their schema."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        if name in ("aten::mm", "aten::addmm"):
+            left = args[-2]
+            self.total += out.numel() * left.shape[1]
+        elif name == "aten::bmm":
+            self.total += out.numel() * args[0].shape[2]
+        elif name == "randbasis::product":
+            x, (_, _, _, count, rows, cols) = args[0], args[1]
+            self.total += x.shape[0] * count * rows * cols
+        elif name == "randbasis::sandwich":
+            self.total += args[2][5] * args[3][3] * args[3][4] * args[3][5]
+        elif name == "randbasis::sandwich_backward":
+            self.total += args[3][5] * args[4][3] * args[4][4] * args[4][5]
+        return out
+
+
+def count(run: Callable[[], object]) -> int:
+    with CountProducts() as mode:
+        run()
+    return mode.total
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (48, 64), (64, 64)], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", [Vera(r=32), RandLora(r=8), Nola(r=8, num_basis=3, alpha=1.0)], ids=str)
+def test_costs_are_the_multiply_adds_that_run(method: Method, shape: tuple[int, int], training: bool) -> None:
+    """(19) and (20) as estimated, against the products of one pass; NOLA's basis is not among them."""
+    tokens, (out, in_) = 100, shape
+    matrix = Matrix(out, in_, method.streams())
+    shapes = method.coefficient_shapes(out, in_)
+    coefficients = {key: draw(*size).requires_grad_(training) for key, size in shapes.items()}
+    x = draw(tokens, in_, seed=1).requires_grad_(training)
+    prepared = method.prepare(coefficients, matrix)
+    if training:
+        prepared = {key: value.detach().requires_grad_() for key, value in prepared.items()}
+
+    def by_token() -> None:
+        h = token_order(x, prepared, method, matrix)
+        if training:
+            h.backward(torch.ones_like(h))
+
+    # RandLoRA projects each token once for each of its terms on the narrow side.
+    terms = method.rank(out, in_) // method.r if isinstance(method, RandLora) else 1
+    assert count(by_token) == pytest.approx(
+        method.token_cost(tokens, matrix, training=training), rel=0.01 if terms == 1 else 0.2
+    )
+    if isinstance(method, Nola):
+        return
+
+    def by_weight() -> None:
+        delta = method.delta(coefficients, matrix)
+        h = weight_order(x, delta)
+        if training:
+            h.backward(torch.ones_like(h))
+
+    cost = method.weight_cost(tokens, matrix, training=training, fused=False)
+    # Without training ΔW is formed once and kept, so its making is not counted.
+    making = 0 if training else method.rank(out, in_) * out * in_
+    assert count(by_weight) == pytest.approx(cost + making, rel=0.05)
+
+
+LAYER = (768, 768)
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens", "training", "fused", "order"),
+    [
+        # a thin pair never pays for a product of its own
+        (Nola(r=8, num_basis=64, alpha=8.0), 16384, True, True, "token"),
+        (Nola(r=8, num_basis=64, alpha=8.0), 16384, False, False, "token"),
+        (Nola(r=8, num_basis=64, alpha=8.0), 1, False, False, "token"),
+        (Vera(r=16), 4096, True, False, "token"),
+        # full rank: weight order as soon as the tokens are a few times the smaller side
+        (RandLora(r=32), 16, True, True, "token"),
+        (RandLora(r=32), 8192, True, True, "weight"),
+        (RandLora(r=32), 8192, True, False, "weight"),
+        (RandLora(r=32), 8192, False, False, "weight"),
+        (Vera(r=1024), 8192, True, True, "weight"),
+    ],
+    ids=str,
+)
+def test_auto_takes_the_cheaper(method: Method, tokens: int, training: bool, fused: bool, order: str) -> None:
+    matrix = Matrix(*LAYER, method.streams())
+    assert choose_order("auto", method, matrix, tokens, training=training, fused=fused) == order
+
+
+@pytest.mark.parametrize("wanted", ["token", "weight"])
+@pytest.mark.parametrize("tokens", [1, 100_000])
+def test_a_forced_order_stands(wanted: str, tokens: int) -> None:
+    for make in METHODS.values():
+        method = make()
+        matrix = Matrix(*LAYER, method.streams())
+        assert choose_order(wanted, method, matrix, tokens, training=True, fused=True) == wanted  # type: ignore[arg-type]
+
+
+def test_more_tokens_never_lead_back_to_token_order(name: str) -> None:
+    method = METHODS[name]()
+    matrix = Matrix(*LAYER, method.streams())
+    orders = [choose_order("auto", method, matrix, 2**n, training=True, fused=True) for n in range(18)]
+    assert orders == sorted(orders)
+
+
+# --- fusing -----------------------------------------------------------------------------------------------------------
+
+
+def test_fusing_is_for_full_precision_alone() -> None:
+    weight = torch.zeros(2, 3)
+    assert fusing_refusal(weight, torch.float32) is None
+    assert fusing_refusal(weight.double(), torch.float64) is None
+    assert "bfloat16: adding ΔW would round most of it away" in str(fusing_refusal(weight.bfloat16(), torch.bfloat16))
+    assert "the product is computed in torch.bfloat16" in str(fusing_refusal(weight, torch.bfloat16))
+    assert "uint8" in str(fusing_refusal(weight.to(torch.uint8), torch.float32))
