@@ -114,7 +114,7 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
             if not options.init_weights:
                 stream = f"{method.name}/init/{len(self.options)}/{name}/{path}"
                 noise = basis_entries(method.seed, stream, "normal", (1, 1, start.numel()))
-                start = start + (NOISE / 2) * (starts[name] or 1.0) * noise.view(shape)
+                start = start + (NOISE / 2) * (starts[name] or 1.0) * noise.view(shape).to(start.device)
             attribute = f"randbasis_{name}{part.suffix}"
             self._container(attribute)[adapter] = Coefficients(start)
             attributes[name] = attribute
