@@ -2,7 +2,8 @@
 
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
 
@@ -38,7 +39,8 @@ class RandbasisConfig(PeftConfig):
         rank_pattern: regular expression of module names → r, instead of the common one.
         target_slices: parts of each sliced module; filled from ``target_modules``.
         base_shapes: shapes of the layers that a saved adapter was made for; checked when it is put on a model.
-        base_model_type: ``model_type`` of the base that a saved adapter was made for.
+        base_rows: first row and row after the last of each part of a fused projection that it was made for.
+        base_model_type: ``model_type`` of the base that it was made for.
 
     Raises:
         RandbasisError: a value that its method cannot take, each rule with its own class.
@@ -63,6 +65,7 @@ class RandbasisConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict[str, int])
     target_slices: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     base_shapes: dict[str, list[int]] | None = None
+    base_rows: dict[str, list[int]] | None = None
     base_model_type: str | None = None
 
     def __new__(cls, *_: Any, **options: Any) -> "RandbasisConfig":
@@ -94,14 +97,27 @@ class RandbasisConfig(PeftConfig):
         self.method_for("")
 
         self.made_for: dict[str, list[int]] | None = None
+        self.made_for_rows: dict[str, list[int]] | None = None
         self.made_for_type: str | None = None
         self.restored = False
+        self.folder: Path | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "RandbasisConfig":
+        """As PEFT's, and remember the folder, whose weights are checked before a model is touched."""
+        config = cast("RandbasisConfig", super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs))
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        config.folder = folder if folder.is_dir() else None
+        return config
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as a mapping, with the type of the model and the shapes of the layers that were adapted last."""
+        """The options as a mapping, with the model's type and the shapes and parts of the layers adapted last."""
         return {
             **super().to_dict(),
             "base_shapes": self.made_for or self.base_shapes,
+            "base_rows": self.made_for_rows or self.base_rows,
             "base_model_type": self.made_for_type or self.base_model_type,
         }
 

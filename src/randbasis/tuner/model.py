@@ -34,6 +34,7 @@ from randbasis.errors import (
     near,
 )
 from randbasis.tuner.adapted_matrix import BASE, AdapterOptions
+from randbasis.tuner.adapter_dir import PICKLE_FILE, WEIGHTS_FILE, check_adapter_files, tensor_shapes
 from randbasis.tuner.base_shapes import compress_shapes, expected_shape
 from randbasis.tuner.base_weight import layer_shape
 from randbasis.tuner.config import RandbasisConfig
@@ -55,6 +56,8 @@ class RandbasisModel(BaseTuner):
     tuner_layer_cls = RandbasisLinear
     target_module_mapping = cast("dict[str, list[str]]", TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
     model: nn.Module
+    trained_before: frozenset[str] | None = None
+    """Names of the parameters that trained before the first adapter froze them."""
 
     # --- injection ---
 
@@ -69,9 +72,15 @@ class RandbasisModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every target before the first is replaced, so that a refusal leaves the model as it was."""
+        if self.trained_before is None:
+            self.trained_before = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         config = cast("RandbasisConfig", peft_config)
         if config.target_modules == DUMMY_TARGET_MODULES:
             return
+        if config.folder is not None and config.base_shapes is not None and not (config.folder / PICKLE_FILE).is_file():
+            # Saved with coefficients beside it, which PEFT looks for only after it has changed the model.
+            check_adapter_files(config.folder)
+            tensor_shapes(config.folder / WEIGHTS_FILE)
         _maybe_include_all_linear_layers(config, model)
         modules = dict(_named_modules(model))
         inside = tuple(f"{key}." for key, module in modules.items() if isinstance(module, BaseTunerLayer))
@@ -100,6 +109,7 @@ class RandbasisModel(BaseTuner):
                 f"{expected[0]}×{expected[1]} there and {shape[0]}×{shape[1]} here (out×in); "
                 f"load it on {config.base_model_name_or_path or 'the base model it was made for'}"
             )
+        config.method_for(key)
         resolve_parts(key, parts_of(key, config.target_slices), shape[0], self._model_config())
 
     def _model_config(self) -> Mapping[str, Any]:
@@ -144,13 +154,16 @@ class RandbasisModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, and note which layers of which shapes the adapter is made for."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        shapes: dict[str, tuple[int, int]] = {
-            key: (layer.out_features, layer.in_features)
-            for key, layer in _named_modules(model)
-            if isinstance(layer, RandbasisLinear) and adapter_name in layer.adapted
-        }
+        shapes: dict[str, tuple[int, int]] = {}
+        rows: dict[str, tuple[int, int]] = {}
+        for key, layer in _named_modules(model):
+            if isinstance(layer, RandbasisLinear) and adapter_name in layer.adapted:
+                shapes[key] = layer.out_features, layer.in_features
+                parts = [one.part for one in layer.adapted[adapter_name] if one.part.name]
+                rows |= {f"{key}[{part.name}]": (part.start, part.stop) for part in parts}
         config = cast("RandbasisConfig", self.peft_config[adapter_name])
         config.made_for = compress_shapes(shapes)
+        config.made_for_rows = compress_shapes(rows) or None
         config.made_for_type = cast("dict[str, Any]", self.get_model_config(self.model)).get("model_type")
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -324,11 +337,11 @@ class RandbasisModel(BaseTuner):
         ours = cast("RandbasisConfig", config)
         try:
             _check_loaded(model, adapter_name, remapped)
-        except (AdapterFilesError, CoefficientCountError, CoefficientValueError):
+        except (AdapterFilesError, BaseMismatchError, CoefficientCountError, CoefficientValueError):
             if not ours.restored and (ours.inference_mode or ours.base_shapes is not None):
                 _take_off(model, adapter_name)
             raise
-        ours.restored = True
+        ours.restored, ours.folder = True, None
         return remapped
 
 
@@ -370,6 +383,12 @@ def _check_loaded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, 
             f"the adapter's tensors must be complete, {len(missing)} are missing, the first is {missing[0]!r}{also}; "
             "load a directory written by save_pretrained for this base model and these targets"
         )
+    extra = sorted(key for key in state_dict.keys() - wanted.keys() if f".{PREFIX}" in key)
+    if extra:
+        raise BaseMismatchError(
+            f"the adapter has {len(extra)} tensors for layers that this model does not have, or that are no targets of "
+            f"its adapter_config.json, the first is {extra[0]!r}; load it on the base model it was made for"
+        )
     for key, tensor in wanted.items():
         found = state_dict[key]
         if tuple(found.shape) != tuple(tensor.shape):
@@ -390,7 +409,9 @@ def _take_off(model: nn.Module, adapter_name: str) -> None:
     if tuner is None or adapter_name not in tuner.peft_config:
         return
     if len(tuner.peft_config) == 1:
-        tuner.unload()
+        base = tuner.unload()
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(name in (tuner.trained_before or ()))
     else:
         tuner.delete_adapter(adapter_name)
 
