@@ -24,6 +24,9 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch $@
 
+demo: $(INSTALLED) ## fine-tune a real encoder on real text, offline, and compare (writes demo-output/)
+	$(BIN)/python examples/demo.py --output demo-output $(ARGS)
+
 check: $(INSTALLED) ## ruff, pyright (strict on src), and whether docs/cli.md is up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
