@@ -313,6 +313,54 @@ def merge(
         answer(merged.as_json(), as_json)
 
 
+@app.command(epilog="Example: randbasis pack runs/e2e e2e.safetensors --bits 4")
+def pack(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
+    file: Annotated[Path, typer.Argument(help="File to write.")],
+    bits: Annotated[int, Option(help="Of a coefficient: 32 (as it is), 16, 8, 4, 3, 2.")] = 16,
+    group: Annotated[int, Option(help="Coefficients that share a scale; 0 for one scale a vector.")] = 0,
+    bfloat16: Annotated[bool, Option(help="With 16 bits, bfloat16 instead of float16.")] = False,
+    model: Annotated[str | None, Option(help="Folder or hub name of the base; only its config.json is read.")] = None,
+    base_name: Annotated[str | None, Option(help="Name of the base to write; by default the adapter's.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter as one file: a seed, a spec and the coefficients."""
+    given = {"bits": bits, "group": group, "bfloat16": bfloat16, "model": model, "base_name": base_name}
+    with reported(as_json):
+        from randbasis.tuner.packed import pack_adapter
+
+        answer(pack_adapter(adapter, file, **cast(Any, given), overwrite=overwrite).as_json(), as_json)
+
+
+@app.command(epilog="Example: randbasis unpack e2e.safetensors runs/again")
+def unpack(
+    file: Annotated[Path, typer.Argument(help="Packed file.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    base_name: Annotated[str | None, Option(help="Folder or hub name of the base; by default the file's.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a packed file as an adapter folder, which PEFT loads."""
+    with reported(as_json):
+        from randbasis.tuner.packed import unpack_adapter
+
+        adapter = unpack_adapter(file, output, base_name=base_name, overwrite=overwrite)
+        answer({"output": str(output), "coefficients": adapter.spec.count, "bits": adapter.spec.bits}, as_json)
+
+
+@app.command(epilog="Example: randbasis verify e2e.safetensors --json")
+def verify(
+    file: Annotated[Path, typer.Argument(help="Packed file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check every rule and digest of a packed file, and tell what it holds."""
+    with reported(as_json):
+        from randbasis.adapter_file import verify as run
+
+        answer(run(file).as_json(), as_json)
+
+
 @contextmanager
 def reported(as_json: bool) -> Generator[None]:
     """Errors of this package as one message and an exit code; everything else as Python shows it.

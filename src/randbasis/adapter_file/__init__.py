@@ -1,0 +1,26 @@
+"""LAYERS → FILE: a fine-tune is a seed, a method and a few thousand numbers; the file holds those and nothing else.
+
+A packed file is a safetensors file with one flat tensor of coefficients and one metadata record, the spec. It knows
+specs and named tensors and no layer: :mod:`randbasis.tuner.packed` is the bridge to PEFT directories and models. The
+format, byte by byte, is docs/adapter-file.md.
+"""
+
+from randbasis.adapter_file.adapter import PackedAdapter, Verification, read, verify
+from randbasis.adapter_file.codec import dequantize, quantize, run_lengths
+from randbasis.adapter_file.spec import Base, MatrixGroup, Spec, SpecMatrix, fingerprint, group_matrices
+
+__all__ = [
+    "Base",
+    "MatrixGroup",
+    "PackedAdapter",
+    "Spec",
+    "SpecMatrix",
+    "Verification",
+    "dequantize",
+    "fingerprint",
+    "group_matrices",
+    "quantize",
+    "read",
+    "run_lengths",
+    "verify",
+]

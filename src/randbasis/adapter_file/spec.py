@@ -1,0 +1,314 @@
+"""The spec of a packed file: everything about an adapter but its numbers, as one canonical JSON document.
+
+Canonical means: keys sorted, no spaces, text as UTF-8, and a number that is whole written without a fraction. The same
+adapter always gives the same text.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from randbasis.adapter_file.codec import run_count
+from randbasis.adapter_file.paths import Numbers, boxes, expand, range_text, split_path
+from randbasis.errors import BaseMismatchError
+from randbasis.methods import Matrix, Method
+
+Shapes = Mapping[str, tuple[int, int]]
+"""Module path → ``(out, in)`` of a linear layer of the base model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The base model that an adapter was made for.
+
+    Attributes:
+        name: hub name or plain folder name, where one is known.
+        architecture: ``model_type`` of its configuration, where one is known.
+    """
+
+    name: str | None = None
+    architecture: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpecMatrix:
+    """One adapted matrix: a layer of the base model, or a range of its output rows.
+
+    Attributes:
+        name: module path in the base model.
+        part: name of the range of rows as the user wrote it; empty for the whole layer.
+        start: first row of the range.
+        rows: rows of ΔW.
+        out_features: rows of the whole layer.
+        in_features: columns of ΔW.
+        method: hyper-parameters here.
+    """
+
+    name: str
+    part: str
+    start: int
+    rows: int
+    out_features: int
+    in_features: int
+    method: Method
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Coefficient name → shape, in the method's order."""
+        return self.method.coefficient_shapes(self.rows, self.in_features)
+
+    @property
+    def count(self) -> int:
+        """Its coefficients: math (9), (13), (16) or (18)."""
+        return self.method.count(self.rows, self.in_features)
+
+    def matrix(self, streams: tuple[int, ...] | None = None) -> Matrix:
+        """What the method is told of it.
+
+        Args:
+            streams: as stored; None takes those that all layers share.
+        """
+        return Matrix(self.rows, self.in_features, self.method.streams() if streams is None else streams)
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixGroup:
+    """Adapted matrices that differ in layer numbers alone.
+
+    Attributes:
+        like: any of them, its name being the pattern.
+        layers: the numbers of each ``*`` of the pattern.
+    """
+
+    like: SpecMatrix
+    layers: tuple[Numbers, ...]
+
+    @property
+    def size(self) -> int:
+        """How many matrices there are."""
+        return math.prod(sum(len(part) for part in numbers) for numbers in self.layers)
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Their module paths, in order."""
+        return expand(self.like.name, self.layers)
+
+    def __iter__(self) -> Iterator[SpecMatrix]:
+        one = self.like
+        for name in self.names:
+            yield SpecMatrix(name, one.part, one.start, one.rows, one.out_features, one.in_features, one.method)
+
+    def document(self, common: Method) -> dict[str, Any]:
+        """Plain values; what the method has in common with the others is left out."""
+        one = self.like
+        options = {key: value for key, value in options_of(one.method).items() if value != getattr(common, key)}
+        return {
+            "name": one.name,
+            "out": one.out_features,
+            "in": one.in_features,
+            **({"layers": [range_text(numbers) for numbers in self.layers]} if self.layers else {}),
+            **({"part": one.part, "rows": [one.start, one.start + one.rows]} if one.part else {}),
+            **({"options": options} if options else {}),
+        }
+
+
+def group_matrices(matrices: Iterable[SpecMatrix]) -> tuple[MatrixGroup, ...]:
+    """Compress a list of matrices; the order of the result, and with it of all coefficients, is that of the patterns.
+
+    Args:
+        matrices: in any order.
+    """
+    alike: dict[SpecMatrix, set[tuple[int, ...]]] = {}
+    for one in matrices:
+        pattern, numbers = split_path(one.name)
+        key = SpecMatrix(pattern, one.part, one.start, one.rows, one.out_features, one.in_features, one.method)
+        alike.setdefault(key, set()).add(numbers)
+    groups = [MatrixGroup(like, layers) for like, numbers in alike.items() for layers in boxes(numbers)]
+    return tuple(sorted(groups, key=_place))
+
+
+def options_of(method: Method) -> dict[str, Any]:
+    """The hyper-parameters of a method that decide values: all but how its basis is kept."""
+    return {f.name: getattr(method, f.name) for f in fields(method) if f.name not in ("seed", "law", "basis_storage")}
+
+
+def fingerprint(architecture: str | None, shapes: Shapes) -> str:
+    """SHA-256 of what an adapter needs of its base model: architecture, and path and shape of each adapted layer.
+
+    Args:
+        architecture: ``model_type``, where it is known.
+        shapes: of the adapted layers.
+    """
+    alike: dict[tuple[str, int, int], set[tuple[int, ...]]] = {}
+    for name, (rows, cols) in shapes.items():
+        pattern, numbers = split_path(name)
+        alike.setdefault((pattern, rows, cols), set()).add(numbers)
+    rows = [
+        [pattern, [range_text(numbers) for numbers in layers], out, in_]
+        for (pattern, out, in_), numbers in alike.items()
+        for layers in boxes(numbers)
+    ]
+    return sha256(canonical({"architecture": architecture, "matrices": sorted(rows)}))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything about an adapter but its numbers.
+
+    Attributes:
+        method: hyper-parameters, seed and law; a matrix may differ in single ones.
+        base: the model it was made for.
+        groups: the adapted matrices, in the order of their coefficients.
+        bits: of a stored coefficient.
+        group: coefficients that share a scale; 0 for one scale a vector.
+        extra: names of the tensors that training saved beside the adapter, sorted.
+        peft: options of the PEFT configuration that are not the usual ones; not read here.
+    """
+
+    method: Method
+    base: Base
+    groups: tuple[MatrixGroup, ...]
+    bits: int
+    group: int = 0
+    extra: tuple[str, ...] = ()
+    peft: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def size(self) -> int:
+        """Number of adapted matrices."""
+        return sum(group.size for group in self.groups)
+
+    @property
+    def count(self) -> int:
+        """Number of coefficients; takes no memory however many the spec claims."""
+        return sum(group.size * group.like.count for group in self.groups)
+
+    @property
+    def run_count(self) -> int:
+        """Number of scales, were the coefficients quantized."""
+        return sum(
+            group.size * sum(run_count(math.prod(shape), self.group) for shape in group.like.shapes.values())
+            for group in self.groups
+        )
+
+    @property
+    def vector_lengths(self) -> list[int]:
+        """Entries of each coefficient tensor of each matrix, in the order of the file."""
+        return [
+            math.prod(shape) for group in self.groups for _ in range(group.size) for shape in group.like.shapes.values()
+        ]
+
+    @cached_property
+    def matrices(self) -> tuple[SpecMatrix, ...]:
+        """The adapted matrices, in the order of their coefficients."""
+        return tuple(one for group in self.groups for one in group)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Module path → shape of the layer, for each adapted layer."""
+        return {one.name: (one.out_features, one.in_features) for one in self.matrices}
+
+    @property
+    def fingerprint(self) -> str:
+        """See :func:`fingerprint`."""
+        return fingerprint(self.base.architecture, self.shapes)
+
+    def document(self, digest: str, digest_rest: str | None) -> dict[str, Any]:
+        """The spec as plain values.
+
+        Args:
+            digest: SHA-256 of the bytes of the coefficients.
+            digest_rest: SHA-256 of the bytes of all other tensors, where there are any.
+        """
+        base = {"fingerprint": self.fingerprint, "architecture": self.base.architecture, "name": self.base.name}
+        return {
+            "method": self.method.name,
+            "options": options_of(self.method),
+            "seed": self.method.seed,
+            "law": self.method.law,
+            "base": {key: value for key, value in base.items() if value is not None},
+            "matrices": [group.document(self.method) for group in self.groups],
+            "bits": self.bits,
+            **({"group": self.group} if self.group else {}),
+            "digest": digest,
+            **({"digest_rest": digest_rest} if digest_rest is not None else {}),
+            **({"extra": list(self.extra)} if self.extra else {}),
+            **({"peft": dict(self.peft)} if self.peft else {}),
+        }
+
+    def check_base(self, shapes: Shapes, architecture: str | None, where: str) -> None:
+        """Raise unless a model is the one that the adapter was made for, as far as its fingerprint tells.
+
+        Args:
+            shapes: all linear layers of the model; a path may have a wrapper's names before it.
+            architecture: its ``model_type``, where it is known.
+            where: the file, for the message.
+
+        Raises:
+            BaseMismatchError: naming the architectures, or the first matrices that differ.
+        """
+        made_for = f"load it on {self.base.name or 'the base model it was made for'}"
+        if self.base.architecture and architecture and self.base.architecture != architecture:
+            raise BaseMismatchError(
+                f"{where}: this adapter was made for a base model of type {self.base.architecture!r}, "
+                f"this one is a {architecture!r}; {made_for}"
+            )
+        differing = [
+            f"{name} is {out}×{in_} there and {'not' if found is None else f'{found[0]}×{found[1]}'} here"
+            for name, (out, in_) in self.shapes.items()
+            if (found := _shape_in(shapes, name)) != (out, in_)
+        ]
+        if differing:
+            more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise BaseMismatchError(
+                f"{where}: this adapter was made for another base model; {len(differing)} of {len(self.shapes)} layers "
+                f"differ (out×in): {'; '.join(differing[:3])}{more}; {made_for}"
+            )
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces; whole numbers without a fraction.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    text = json.dumps(_whole(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def sha256(*content: bytes) -> str:
+    """The digest in hexadecimal."""
+    digest = hashlib.sha256()
+    for piece in content:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _whole(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_whole(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+def _place(group: MatrixGroup) -> tuple[str, int, str, tuple[tuple[int, ...], ...], str]:
+    """Pattern, rows and layers; the method last, for patterns that mix several."""
+    one = group.like
+    firsts = tuple(tuple(number for part in numbers for number in part) for numbers in group.layers)
+    return one.name, one.start, one.part, firsts, repr((one.out_features, one.in_features, one.method))
+
+
+def _shape_in(shapes: Shapes, name: str) -> tuple[int, int] | None:
+    """The shape of a layer by its whole path or, under a wrapper, by the one path that ends alike."""
+    if name in shapes:
+        return shapes[name]
+    alike = [shape for known, shape in shapes.items() if known.endswith(f".{name}") or name.endswith(f".{known}")]
+    return alike[0] if len(alike) == 1 else None
+
+
+__all__ = ["Base", "MatrixGroup", "Spec", "SpecMatrix", "canonical", "fingerprint", "group_matrices"]

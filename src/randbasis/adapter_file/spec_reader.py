@@ -1,0 +1,251 @@
+"""A spec from a file that nothing is known of: every key, kind and range is checked before anything is built."""
+
+import math
+import re
+import types
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any, Literal, Union, cast, get_args, get_origin
+
+from randbasis.adapter_file.codec import check_precision
+from randbasis.adapter_file.container import parse_object
+from randbasis.adapter_file.paths import Numbers, check_module_path, check_name, parse_ranges
+from randbasis.adapter_file.spec import Base, MatrixGroup, Spec, SpecMatrix
+from randbasis.errors import RandbasisError, SpecKeyError, SpecSyntaxError, SpecValueError, near
+from randbasis.methods import Method, method_class
+
+SIDE_LIMIT = 1 << 32
+"""Rows and columns of a layer stay below this: the counters of math (2) have 32 bits."""
+MATRIX_LIMIT = 1 << 18
+"""Most adapted matrices of one file."""
+
+_KEYS = {"method", "options", "seed", "law", "base", "matrices", "bits", "digest"}
+_MAY = {"group", "digest_rest", "extra", "peft"}
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_PART = re.compile(r"[0-9A-Za-z_]+([:/][0-9A-Za-z_]+)?")
+
+
+@dataclass(frozen=True)
+class Digests:
+    """What a spec says that hashing gives.
+
+    Attributes:
+        coefficients: SHA-256 of the bytes of the coefficients.
+        rest: SHA-256 of the bytes of all other tensors; None where there are none.
+        fingerprint: of the base model.
+    """
+
+    coefficients: str
+    rest: str | None
+    fingerprint: str
+
+
+def parse_spec(text: str, where: str) -> tuple[Spec, Digests]:
+    """Read the text of a spec.
+
+    Args:
+        text: of ``__metadata__["spec"]``.
+        where: the file, for messages.
+
+    Raises:
+        SpecSyntaxError: it is not a JSON object.
+        SpecKeyError: a key is missing or unknown.
+        SpecValueError: a value is of another kind or range than its key promises.
+        UnsafeNameError: a name leads out of its directory.
+        RandbasisError: what the method raises for its hyper-parameters: an unknown method or law, a seed or rank that
+            cannot be.
+    """
+    try:
+        document = parse_object(text)
+    except ValueError as error:
+        raise SpecSyntaxError(
+            f"{where}: the spec must be a JSON object, but {error} in {text[:60]!r}; take the file from its source"
+        ) from error
+    _check_keys(document, _KEYS, _MAY, "the spec", where)
+    common = _method(document, where)
+    bits, group = _whole(document, "bits", where), _whole(document, "group", where, missing=0)
+    with naming(where):
+        check_precision(bits, group)
+    base, print_ = _base(_object(document, "base", where), where)
+    groups = tuple(_group(entry, common, where) for entry in _list(document, "matrices", where))
+    extra = tuple(_text(name, "a name in extra", where) for name in _list(document, "extra", where, missing=True))
+    for name in extra:
+        check_name(name, "the name of a tensor", where)
+    if list(extra) != sorted(set(extra)):
+        raise _wrong("extra", "sorted names without repetition", list(extra), where)
+    spec = Spec(common, base, groups, bits, group, extra, _object(document, "peft", where, missing=True))
+    if not 1 <= spec.size <= MATRIX_LIMIT:
+        raise _wrong("matrices", f"1 to {MATRIX_LIMIT} matrices", spec.size, where)
+    rest = _digest(document, "digest_rest", where) if "digest_rest" in document else None
+    return spec, Digests(_digest(document, "digest", where), rest, print_)
+
+
+def check_layers(spec: Spec, where: str) -> None:
+    """Raise where two matrices of a spec claim the same rows of a layer, or shapes of a layer disagree.
+
+    Raises:
+        SpecValueError: they do.
+    """
+    taken: dict[str, list[SpecMatrix]] = {}
+    for one in spec.matrices:
+        taken.setdefault(one.name, []).append(one)
+    for name, matrices in taken.items():
+        matrices.sort(key=lambda one: one.start)
+        for first, second in pairwise(matrices):
+            same = (first.out_features, first.in_features) == (second.out_features, second.in_features)
+            if not same or second.start < first.start + first.rows:
+                found = [(m.out_features, m.in_features, m.start, m.start + m.rows) for m in (first, second)]
+                raise _wrong("matrices", f"parts of one layer {name!r} that do not overlap", found, where)
+
+
+@contextmanager
+def naming(where: str) -> Generator[None]:
+    """Put the name of the file before the message of an error of this package."""
+    try:
+        yield
+    except RandbasisError as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _method(document: Mapping[str, Any], where: str) -> Method:
+    options = _object(document, "options", where)
+    common = {"seed": _whole(document, "seed", where), "law": _text(document["law"], "law", where)}
+    with naming(where):
+        chosen = method_class(_text(document["method"], "method", where))
+    return _build(chosen, {**options, **common}, where, complete=True)
+
+
+def _build(chosen: type[Method], options: Mapping[str, Any], where: str, *, complete: bool = False) -> Method:
+    """A method of checked hyper-parameters; ``complete`` asks for each of them."""
+    kinds: dict[str, Any] = {f.name: f.type for f in fields(chosen) if f.name != "basis_storage"}
+    _check_keys(options, set(kinds) if complete else set(), set(kinds), f"the options of {chosen.name}", where)
+    values: dict[str, Any] = {}
+    for name, value in options.items():
+        if not _fits(value, kinds[name]):
+            raise _wrong(f"options.{name}", f"of kind {_kind_name(kinds[name])}", value, where)
+        values[name] = float(value) if type(value) is int and _is_real(kinds[name]) else value
+    with naming(where):
+        return chosen(**values)
+
+
+def _fits(value: object, kind: Any) -> bool:
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if kind is float:
+        return type(value) in (int, float) and abs(cast("float", value)) < 1e300 and math.isfinite(cast("float", value))
+    return value is None if kind is type(None) else type(value) is kind
+
+
+def _is_real(kind: Any) -> bool:
+    return kind is float or float in get_args(kind)
+
+
+def _kind_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+
+
+def _base(document: dict[str, Any], where: str) -> tuple[Base, str]:
+    _check_keys(document, {"fingerprint"}, {"name", "architecture"}, "base", where)
+    for key in ("name", "architecture"):
+        if key in document:
+            check_name(_text(document[key], f"base.{key}", where), f"base.{key}", where)
+    return Base(document.get("name"), document.get("architecture")), _digest(document, "fingerprint", where)
+
+
+def _group(entry: object, common: Method, where: str) -> MatrixGroup:
+    if not isinstance(entry, dict):
+        raise _wrong("matrices", "a list of objects", entry, where)
+    document = cast("dict[str, Any]", entry)
+    _check_keys(document, {"name", "out", "in"}, {"layers", "part", "rows", "options"}, "an entry of matrices", where)
+    name = _text(document["name"], "the name of a matrix", where)
+    check_module_path(name, where)
+    out, in_ = (_whole(document, key, where, least=1) for key in ("out", "in"))
+    if max(out, in_) >= SIDE_LIMIT:
+        raise _wrong("out and in", f"below {SIDE_LIMIT}", [out, in_], where)
+    part, start, stop = _part(document, out, where)
+    options = _object(document, "options", where, missing=True)
+    for key in ("seed", "law"):
+        if key in options:
+            raise _wrong("options", "those of a matrix, which has no seed and law of its own", key, where)
+    changed = {f.name: getattr(common, f.name) for f in fields(common) if f.name != "basis_storage"} | options
+    method = _build(type(common), changed, where) if options else common
+    return MatrixGroup(SpecMatrix(name, part, start, stop - start, out, in_, method), _layers(document, name, where))
+
+
+def _part(document: Mapping[str, Any], out: int, where: str) -> tuple[str, int, int]:
+    if "part" not in document and "rows" not in document:
+        return "", 0, out
+    part, rows = document.get("part"), document.get("rows")
+    if not isinstance(part, str) or not _PART.fullmatch(part) or len(part) > 64:
+        raise _wrong("part", "a name such as 'q', '1/3' or '0:192'", part, where)
+    bounds = cast("list[object]", rows) if isinstance(rows, list) else []
+    if len(bounds) == 2 and all(type(bound) is int for bound in bounds):
+        start, stop = cast("list[int]", bounds)
+        if 0 <= start < stop <= out:
+            return part, start, stop
+    raise _wrong("rows", f"first row and the row after the last, within 0:{out}", cast("object", rows), where)
+
+
+def _layers(document: Mapping[str, Any], name: str, where: str) -> tuple[Numbers, ...]:
+    stars = name.split(".").count("*")
+    written = _list(document, "layers", where, missing=True)
+    if len(written) != stars:
+        raise _wrong("layers", f"{stars} ranges, one for each * of {name!r}", written, where)
+    return tuple(parse_ranges(_text(text, "layers", where), where) for text in written)
+
+
+def _check_keys(document: Mapping[str, Any], must: set[str], may: set[str], what: str, where: str) -> None:
+    missing, unknown = sorted(must - document.keys()), sorted(document.keys() - must - may)
+    if missing:
+        raise SpecKeyError(
+            f"{where}: {what} must have the keys {sorted(must)}, got none {missing[0]!r}; pack the adapter again"
+        )
+    if unknown:
+        raise SpecKeyError(
+            f"{where}: {what} may have no other keys than {sorted(must | may)}, got {unknown[0]!r} "
+            f"({near(unknown[0], must | may)}); the file may be of a newer version of randbasis: upgrade it"
+        )
+
+
+def _wrong(key: str, rule: str, found: object, where: str) -> SpecValueError:
+    shown = repr(found)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
+    return SpecValueError(f"{where}: {key} in the spec must be {rule}, got {shown}; pack the adapter again")
+
+
+def _whole(document: Mapping[str, Any], key: str, where: str, *, least: int = 0, missing: int | None = None) -> int:
+    value = document.get(key, missing)
+    if type(value) is not int or not least <= value < 1 << 64:
+        raise _wrong(key, f"a whole number of at least {least}", value, where)
+    return value
+
+
+def _text(value: object, key: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise _wrong(key, "text", value, where)
+    return value
+
+
+def _digest(document: Mapping[str, Any], key: str, where: str) -> str:
+    value: object = document[key]
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise _wrong(key, "64 hexadecimal digits", value, where)
+    return value
+
+
+def _object(document: Mapping[str, Any], key: str, where: str, *, missing: bool = False) -> dict[str, Any]:
+    value: object = document.get(key, {} if missing else None)
+    if not isinstance(value, dict):
+        raise _wrong(key, "an object", value, where)
+    return cast("dict[str, Any]", value)
+
+
+def _list(document: Mapping[str, Any], key: str, where: str, *, missing: bool = False) -> list[Any]:
+    value: object = document.get(key, [] if missing else None)
+    if not isinstance(value, list):
+        raise _wrong(key, "a list", value, where)
+    return cast("list[Any]", value)
