@@ -37,6 +37,8 @@ def run_study(study: Study, path: Path, *, workers: int, console: Console | None
     path.parent.mkdir(parents=True, exist_ok=True)
     records = read_records(path)
     with _progress(console) as progress, path.open("a", encoding="utf-8") as file:
+        if file.tell() and not path.read_text(encoding="utf-8").endswith("\n"):
+            file.write("\n")  # a crash cut the last line; the next one must not join it
         bar = progress.add_task(study.name, total=all_jobs_count(study), completed=len(usable(study, records)))
         for record in _ended(study, records, workers):
             file.write(record.line() + "\n")
