@@ -10,7 +10,7 @@ WORKERS ?= auto
 CLI_PAGE := $(BIN)/python -m typer randbasis.cli utils docs --name randbasis --title "The command"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench conformance docs clean
+.PHONY: help install demo test check bench conformance results results-sst2 results-vision results-e2e docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -44,6 +44,16 @@ bench: $(INSTALLED) ## time bases and training steps, checked first; rows, table
 
 conformance: $(INSTALLED) ## PEFT's own tests on our configurations (ARGS="--method nola", "--quick")
 	$(BIN)/python tests/conformance/run_peft_tests.py $(ARGS)
+
+# The folder of data sets and models that the studies read.
+RANDBASIS_DATA ?= ../shared/data
+
+results: $(INSTALLED) ## docs/results.md from the raw rows; results-sst2, results-vision, results-e2e make the missing rows first
+	$(BIN)/python -m randbasis.compare report
+
+results-sst2 results-vision results-e2e: results-%: $(INSTALLED)
+	$(BIN)/python -m randbasis.compare run $* --data $(RANDBASIS_DATA)
+	$(BIN)/python -m randbasis.compare report
 
 docs: $(INSTALLED) ## write docs/cli.md from the command's help, and build the site into site/
 	$(CLI_PAGE) --output docs/cli.md

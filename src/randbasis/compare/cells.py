@@ -61,7 +61,7 @@ def _text(setting: Setting, sample_set: int) -> Cell:
     texts = [str(text) for text in table.column(data.text_column or "")]
     long_enough = [i for i, text in enumerate(texts) if len(text.split()) >= setting.dev_words]
     dev = [long_enough[i] for i in sample(len(long_enough), setting.dev_rows, SPLIT_SEED)]
-    apart = _apart(texts, [texts[i] for i in dev])
+    apart = apart_from([texts[i] for i in dev], texts)
     if data.limit is not None and len(apart) < data.limit:
         raise EmptyDataError(f"{table.source} leaves {len(apart)} training rows, {data.limit} are asked for")
     train = [apart[i] for i in sample(len(apart), data.limit or len(apart), SPLIT_SEED + sample_set)]
@@ -75,7 +75,7 @@ def _text(setting: Setting, sample_set: int) -> Cell:
     )
 
 
-def _apart(texts: Sequence[str], held: Sequence[str]) -> list[int]:
+def apart_from(held: Sequence[str], texts: Sequence[str]) -> list[int]:
     """Places of the texts that neither contain a held-out text nor are contained in one."""
     held = [text.strip() for text in held]
     joined = "\n".join(held)
