@@ -156,7 +156,7 @@ def test_pooling_against_the_formula():
 
 
 def test_an_unused_pooler_is_not_adapted(encoder: str):
-    model = PooledClassifier.from_encoder(encoder, num_labels=2, pooling="mean", dtype=torch.float32)
+    model = PooledClassifier.from_encoder(encoder, num_labels=2, pooling="mean", dtype="float32")
     assert not any("pooler" in name for name, _ in model.named_modules())
 
 

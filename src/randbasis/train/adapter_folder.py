@@ -106,9 +106,11 @@ def load_adapter(model: nn.Module, path: str | Path, *, trainable: bool = False)
 def restore_parameters(model: nn.Module, path: Path) -> None:
     """Set the trained parameters of a model to those of a folder that was written from it."""
     if isinstance(model, PeftModel):
-        peft.set_peft_model_state_dict(
-            model, _read_weights(path / ADAPTER_WEIGHTS), adapter_name=model.active_adapters[0]
-        )
+        weights = _read_weights(path / ADAPTER_WEIGHTS)
+        try:
+            peft.set_peft_model_state_dict(model, weights, adapter_name=model.active_adapters[0])
+        except RuntimeError as error:
+            raise BaseMismatchError(f"the adapter in {path} is not of this model and configuration: {error}") from error
     else:
         _set_parameters(model, _read_weights(path / HEAD_WEIGHTS), path)
 

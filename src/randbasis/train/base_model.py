@@ -1,6 +1,6 @@
 """Reading a frozen base model with transformers, quietly and without touching the caller's random state."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
-from randbasis.errors import DataMissingError, SettingError
+from randbasis.errors import DataMissingError, RandbasisError, SettingError
 
 
 @contextmanager
@@ -36,6 +36,8 @@ def explained(name: str, part: str) -> Generator[None]:
     try:
         with quiet_loading():
             yield
+    except RandbasisError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().split("\n")[0]
         raise DataMissingError(
@@ -56,13 +58,46 @@ def read_tokenizer(name: str) -> Any:
         return cast(Any, AutoTokenizer).from_pretrained(name)
 
 
+def read_model(auto: Any, name: str, dtype: str, *, complete: bool = False, **options: Any) -> tuple[Any, list[str]]:
+    """A model of one of transformers' auto classes, from safetensors only.
+
+    Args:
+        auto: the class, for example ``AutoModelForCausalLM``.
+        name: folder or hub name.
+        dtype: of its weights.
+        complete: whether every weight must be in the checkpoint; else what is missing is drawn from torch's generator.
+        options: for ``from_pretrained``.
+
+    Returns:
+        The model, and the names of the modules that were drawn.
+
+    Raises:
+        DataMissingError: the model cannot be read, or lacks weights that it needs.
+    """
+    with explained(name, "model"):
+        model, report = auto.from_pretrained(
+            name,
+            dtype=torch_dtype(dtype),
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if complete and missing:
+        raise DataMissingError(
+            f"model {name!r} has no weights for {', '.join(sorted(missing)[:3])}; take a whole checkpoint"
+        )
+    return model, sorted({key.rpartition(".")[0] for key in missing})
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """``"float32" | "bfloat16" | "float16"`` as torch's."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def heads_of(model: nn.Module) -> list[str]:
-    """Names of the top-level modules behind the backbone that have parameters: ``classifier``, ``score``, ...
+def heads_of(model: nn.Module, drawn: Sequence[str] = ()) -> list[str]:
+    """Names of the modules to train whole: those behind the backbone (``classifier``, ``score``), and other drawn ones.
 
     Raises:
         SettingError: the model does not say which module is its backbone.
@@ -72,6 +107,7 @@ def heads_of(model: nn.Module) -> list[str]:
         raise SettingError(
             f"{type(model).__name__} does not name its backbone, so its head cannot be told from the rest"
         )
-    return [
+    top = [
         name for name, module in model.named_children() if name != backbone and any(True for _ in module.parameters())
     ]
+    return top + [name for name in drawn if name.partition(".")[0] not in top]

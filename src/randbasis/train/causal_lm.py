@@ -10,10 +10,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from randbasis.errors import EmptyDataError, SettingError, near
-from randbasis.train.base_model import explained, read_config, read_tokenizer, torch_dtype
+from randbasis.train.base_model import read_config, read_model, read_tokenizer
 from randbasis.train.classification import allowed_length, pad_batch, pad_id
 from randbasis.train.generation import GenerationSettings, generate_texts
 from randbasis.train.metrics import bleu, chrf
+from randbasis.train.randomness import confined_randomness
 from randbasis.train.settings import TrainSettings
 from randbasis.train.tabular import Table, text_of
 from randbasis.train.task import Batch, Example, Task, inference
@@ -117,8 +118,8 @@ class CausalLanguage(Task):
 
     def load_model(self, name: str, *, dtype: str, seed: int) -> nn.Module:
         """See :meth:`Task.load_model`."""
-        with explained(name, "model"):
-            return AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype(dtype))
+        with confined_randomness(seed):
+            return read_model(AutoModelForCausalLM, name, dtype, complete=True)[0]
 
     def head_modules(self, model: nn.Module) -> list[str]:
         """None: a language model is adapted as it is."""

@@ -1,7 +1,7 @@
 """Classes or numbers from one text or two."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoModelForSequenceClassification
 
 from randbasis.errors import EmptyDataError, LabelError, SettingError, near
-from randbasis.train.base_model import explained, heads_of, read_config, read_tokenizer, torch_dtype
+from randbasis.train.base_model import heads_of, read_config, read_model, read_tokenizer
 from randbasis.train.metrics import accuracy, matthews, pearson, spearman
 from randbasis.train.pooled import PooledClassifier
 from randbasis.train.randomness import confined_randomness
@@ -49,6 +49,7 @@ class TextClassification(Task):
         self.columns = columns
         self.max_length = max_length
         self.pooling = pooling
+        self.drawn: list[str] = []
         self.metric_names = CLASS_METRICS if labels else NUMBER_METRICS
         self.choose_metric(None)
 
@@ -100,18 +101,14 @@ class TextClassification(Task):
     def load_model(self, name: str, *, dtype: str, seed: int) -> nn.Module:
         """See :meth:`Task.load_model`."""
         count = len(self.labels) if self.labels else 1
-        with explained(name, "model"), confined_randomness(seed):
-            if self.pooling == "model":
-                model: Any = cast(Any, AutoModelForSequenceClassification).from_pretrained(
-                    name, num_labels=count, dtype=torch_dtype(dtype), ignore_mismatched_sizes=True
-                )
+        with confined_randomness(seed):
+            if self.pooling != "model":
+                model: Any = PooledClassifier.from_encoder(name, num_labels=count, pooling=self.pooling, dtype=dtype)
+            else:
+                model, self.drawn = read_model(AutoModelForSequenceClassification, name, dtype, num_labels=count)
                 model.config.problem_type = "single_label_classification" if self.labels else "regression"
                 if model.config.pad_token_id is None:
                     model.config.pad_token_id = pad_id(self.tokenizer)
-            else:
-                model = PooledClassifier.from_encoder(
-                    name, num_labels=count, pooling=self.pooling, dtype=torch_dtype(dtype)
-                )
         if self.labels:
             model.config.id2label = dict(enumerate(self.labels))
             model.config.label2id = {label: i for i, label in enumerate(self.labels)}
@@ -119,7 +116,7 @@ class TextClassification(Task):
 
     def head_modules(self, model: nn.Module) -> list[str]:
         """See :meth:`Task.head_modules`."""
-        return heads_of(model)
+        return heads_of(model, self.drawn)
 
     def encode(self, table: Table, *, training: bool) -> list[Example]:
         """See :meth:`Task.encode`; the label is left out when the table has no such column and need not have it."""

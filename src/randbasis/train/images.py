@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError, MissingPackageError, near
-from randbasis.train.base_model import explained, heads_of, torch_dtype
+from randbasis.train.base_model import explained, heads_of, read_model
 from randbasis.train.classification import CLASS_METRICS, class_answers, class_scores, classes_of, logits_of
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.settings import TrainSettings
@@ -129,6 +129,7 @@ class ImageClassification(Task):
         self.flip = flip
         self.metric_names = CLASS_METRICS
         self.interpolate = False
+        self.drawn: list[str] = []
         self.choose_metric(None)
 
     @classmethod
@@ -152,13 +153,14 @@ class ImageClassification(Task):
 
     def load_model(self, name: str, *, dtype: str, seed: int) -> nn.Module:
         """See :meth:`Task.load_model`."""
-        with explained(name, "model"), confined_randomness(seed):
-            model: Any = cast(Any, AutoModelForImageClassification).from_pretrained(
+        names = dict(enumerate(self.labels))
+        with confined_randomness(seed):
+            model, self.drawn = read_model(
+                AutoModelForImageClassification,
                 name,
-                dtype=torch_dtype(dtype),
-                ignore_mismatched_sizes=True,
-                id2label=dict(enumerate(self.labels)),
-                label2id={label: i for i, label in enumerate(self.labels)},
+                dtype,
+                id2label=names,
+                label2id={label: i for i, label in names.items()},
             )
             self.interpolate = "interpolate_pos_encoding" in signature(model.forward).parameters
             for head in heads_of(model):
@@ -167,7 +169,7 @@ class ImageClassification(Task):
 
     def head_modules(self, model: nn.Module) -> list[str]:
         """See :meth:`Task.head_modules`."""
-        return heads_of(model)
+        return heads_of(model, self.drawn)
 
     def encode(self, table: Table, *, training: bool) -> list[Example]:
         """See :meth:`Task.encode`; pixels are decoded once where they fit in ``CACHE_BYTES``, else for each batch."""

@@ -2,10 +2,12 @@
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+from randbasis.errors import DataMissingError
+from randbasis.train.base_model import read_model
 
 
 class PooledClassifier(PreTrainedModel):
@@ -36,11 +38,20 @@ class PooledClassifier(PreTrainedModel):
         nn.init.zeros_(self.classifier.bias)
 
     @classmethod
-    def from_encoder(cls, name: str, *, num_labels: int, pooling: str, dtype: torch.dtype) -> "PooledClassifier":
-        """The encoder of a folder or hub name with a fresh head, drawn from torch's current generator."""
-        encoder = cast(PreTrainedModel, AutoModel.from_pretrained(name, dtype=dtype))
+    def from_encoder(cls, name: str, *, num_labels: int, pooling: str, dtype: str) -> "PooledClassifier":
+        """The encoder of a folder or hub name with a fresh head, drawn from torch's current generator.
+
+        Raises:
+            DataMissingError: the encoder cannot be read, or weights that are used are missing.
+        """
+        encoder, drawn = read_model(AutoModel, name, dtype)
+        missing = [module for module in drawn if module.partition(".")[0] != "pooler"]
+        if missing:
+            raise DataMissingError(
+                f"model {name!r} has no weights for {', '.join(missing[:3])}; take a whole checkpoint"
+            )
         if getattr(encoder, "pooler", None) is not None:
-            cast(Any, encoder).pooler = None  # not used here, so nothing of it should be adapted
+            encoder.pooler = None  # not used here, so nothing of it should be adapted
         config = encoder.config
         config.num_labels = num_labels
         model = cls(config, encoder, pooling)

@@ -5,14 +5,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from torch import nn
 
-from randbasis.errors import EmptyDataError, OutputExistsError
+from randbasis.errors import CheckpointError, EmptyDataError, OutputExistsError, SettingError
 from randbasis.train.adapter import peft_config
-from randbasis.train.adapter_folder import ADAPTER_WEIGHTS, HEAD_WEIGHTS, save_parameters, staged
+from randbasis.train.adapter_folder import ADAPTER_WEIGHTS, HEAD_WEIGHTS, save_parameters, saving, staged
 from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.classification import TextClassification
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
@@ -28,6 +28,9 @@ CHECKPOINTS = "checkpoints"
 SUMMARY_FILE = "summary.json"
 HISTORY_FILE = "history.jsonl"
 PLOT_FILE = "loss.png"
+SETTINGS_FILE = "settings.json"
+#: What a resumed run may have otherwise than the run that it goes on with.
+FREE_TO_CHANGE = ("output", "overwrite", "resume", "keep_checkpoints", "threads", "device", "eval_batch_size")
 
 TASK_CLASSES: dict[str, type[CausalLanguage] | type[TextClassification] | type[ImageClassification]] = {
     task.name: task for task in (CausalLanguage, TextClassification, ImageClassification)
@@ -96,8 +99,8 @@ def train(settings: TrainSettings, *, console: Console | None = None) -> TrainOu
         settings.adapter, task_type=prepared.task.peft_task_type, head=prepared.task.head_modules(model)
     )
     is_new = not output.exists()
-    if not settings.resume and checkpoints.exists():
-        shutil.rmtree(checkpoints)
+    if not settings.resume:
+        _begin(settings, checkpoints)
     try:
         result = fit(
             model,
@@ -111,8 +114,8 @@ def train(settings: TrainSettings, *, console: Console | None = None) -> TrainOu
             console=console,
         )
     except BaseException:
-        if is_new and output.exists() and last_checkpoint(checkpoints) is None:
-            shutil.rmtree(output)
+        if last_checkpoint(checkpoints) is None:
+            shutil.rmtree(output if is_new else checkpoints)
         raise
     summary = _save(settings, prepared, result)
     if not settings.keep_checkpoints:
@@ -171,12 +174,44 @@ def _check_output(settings: TrainSettings) -> None:
     output = Path(settings.output)
     if settings.resume:
         checkpoint_to_resume(output / CHECKPOINTS)
+        _check_same(settings, output / CHECKPOINTS / SETTINGS_FILE)
     elif output.exists() and not settings.overwrite and (not output.is_dir() or any(output.iterdir())):
         raise OutputExistsError(
             f"output {str(output)!r} exists; give overwrite to replace it, resume to go on with it, or another folder"
         )
     elif output.exists() and not output.is_dir():
         raise OutputExistsError(f"output {str(output)!r} is a file; give a folder")
+
+
+def _begin(settings: TrainSettings, checkpoints: Path) -> None:
+    """Make the folder of the checkpoints, which says what it is of."""
+    with saving(checkpoints):
+        if checkpoints.exists():
+            shutil.rmtree(checkpoints)
+        checkpoints.mkdir(parents=True)
+        (checkpoints / SETTINGS_FILE).write_text(json.dumps(settings.as_json()), encoding="utf-8")
+
+
+def _check_same(settings: TrainSettings, kept: Path) -> None:
+    """Raises SettingError when a run would go on with other settings than it began with."""
+    try:
+        before, now = _flat(json.loads(kept.read_text(encoding="utf-8"))), _flat(settings.as_json())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{kept} does not tell the settings of the run ({error}); start it again") from error
+    changed = [name for name in now if name.split(".")[-1] not in FREE_TO_CHANGE and before.get(name) != now[name]]
+    if changed:
+        told = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed)
+        raise SettingError(
+            f"a resumed run must have the settings that it began with: {told}; start another run for those"
+        )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = cast(dict[str, Any], value) if isinstance(value, dict) else None
+        flat |= {f"{name}.{key}": item for key, item in inner.items()} if inner is not None else {name: value}
+    return flat
 
 
 def _save(settings: TrainSettings, prepared: Prepared, result: FitResult) -> dict[str, Any]:
