@@ -1,6 +1,7 @@
 """The frozen layer under an adapter: its shape, where it lies, and its weight as it was before a merge."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,11 +19,13 @@ class BaseWeight:
     Attributes:
         base: the layer; some quantization backends put another in its place when they write.
         weight: its data, or its whole parameter when it is quantized.
+        attributes: of a quantized parameter; writing a new one changes those of the old one.
         state: what 8-bit layers keep beside the parameter after their first forward pass.
     """
 
     base: nn.Module
     weight: Tensor
+    attributes: dict[str, Any]
     state: dict[str, Any] | None
 
     @classmethod
@@ -30,17 +33,36 @@ class BaseWeight:
         """What there is to remember of a layer before its weight is written."""
         weight = cast("Tensor", base.weight)
         state = dict(vars(base.state)) if quantized and hasattr(base, "state") else None
-        return cls(base, weight if quantized else weight.data, state)
+        return cls(base, weight if quantized else weight.data, dict(vars(weight)) if quantized else {}, state)
 
     def restore(self) -> None:
         """Put the weight back, bit for bit."""
         if isinstance(self.weight, nn.Parameter):
+            vars(self.weight).update(self.attributes)
             self.base.weight = self.weight
+            if "quant_state" in self.attributes:
+                self.base.quant_state = self.attributes["quant_state"]
         else:
             weight = cast("Tensor", self.base.weight)
             weight.data = self.weight.to(weight.device, weight.dtype)
         if self.state is not None:
             vars(self.base.state).update(self.state)
+
+
+def full_weight(base: nn.Module, backend: QuantizationBackend) -> Tensor:
+    """The weight of a quantized layer in floating point; the layer stays as it is.
+
+    bitsandbytes packs a 4-bit weight anew for CPUs with AVX512-BF16 in the first forward pass of evaluation, and PEFT
+    would read that as if nothing had happened. A copy of the layer unpacks its weight when it is asked for its state,
+    but leaves the scales of a weight without nested quantization transposed.
+    """
+    if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+        base = deepcopy(base)
+        base.state_dict()
+        state = cast("Any", base.weight).quant_state
+        if state.absmax.dim() == 2:
+            state.absmax = state.absmax.T.reshape(-1).float()
+    return backend.get_base_weight(base)
 
 
 def quantization_of(base: nn.Module, options: Mapping[str, Any] | None = None) -> QuantizationBackend | None:

@@ -27,7 +27,14 @@ from randbasis.contraction import (
 from randbasis.errors import AdapterNameError, ContractionError, LayerTypeError, MergeError
 from randbasis.methods import Matrix, Method
 from randbasis.tuner.adapted_matrix import AdaptedMatrix, AdapterOptions, batch_groups
-from randbasis.tuner.base_weight import BaseWeight, base_device, base_dtype, layer_shape, quantization_of
+from randbasis.tuner.base_weight import (
+    BaseWeight,
+    base_device,
+    base_dtype,
+    full_weight,
+    layer_shape,
+    quantization_of,
+)
 from randbasis.tuner.coefficients import Coefficients, Streams
 from randbasis.tuner.factor_cache import FactorCache
 from randbasis.tuner.targets import Part
@@ -239,7 +246,8 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
                 f"an adapter cannot be merged into weights quantized by {backend.backend_name}: they cannot be "
                 "written; load the base model in full precision and merge there"
             )
-        before = self.get_base_weight()
+        base = self.get_base_layer()
+        before = cast("Tensor", base.weight) if backend is None else full_weight(base, backend)
         with torch.no_grad():
             total = sum((self._full_delta(name, None) for name in names), start=torch.zeros((), device=before.device))
             change = total.T if self.transposed else total
