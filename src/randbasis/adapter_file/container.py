@@ -1,8 +1,8 @@
 """Named tensors and a few strings as the bytes of a safetensors file, and back; and files that are whole or absent.
 
 The bytes are canonical: the header is JSON without spaces, ``__metadata__`` first, tensors in the order of their data
-(wide dtypes first, then by name, as safetensors itself does it), spaces up to a multiple of eight. What is read may
-come from anywhere: nothing is trusted, and no memory is taken that the file does not back.
+(wide dtypes first, so that all are aligned, then by name), spaces up to a multiple of eight. What is read may come from
+anywhere: nothing is trusted, and no memory is taken that the file does not back.
 """
 
 import json
