@@ -61,6 +61,18 @@ def test_what_every_method_checks(maker: Maker) -> None:
         maker.method(basis_storage="disk")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "8"])
+@pytest.mark.parametrize(
+    ("make", "argument", "others"),
+    [(Nola, "alpha", {"r": 4, "num_basis": 4}), (RandLora, "alpha", {"r": 4}), (Vera, "d_initial", {"r": 4})],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_real_numbers_are_finite(make: Any, argument: str, others: dict[str, Any], value: object) -> None:
+    with pytest.raises(HyperparameterError, match=f"^{argument} must be a finite number, got {value!r}") as refusal:
+        make(**{argument: value}, **others)
+    assert f"use for example {argument}=1.0" in str(refusal.value)
+
+
 def test_parametrizations_of_nola() -> None:
     with pytest.raises(HyperparameterError) as refusal:
         Nola(r=4, num_basis=4, alpha=1.0, parametrization="ofset")  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from randbasis.basis import Basis, Law, check_seed, parse_law, stream_of
-from randbasis.errors import CoefficientCountError, RankError
+from randbasis.errors import CoefficientCountError, HyperparameterError, RankError
 from randbasis.ops import BasisStorage, Slab, check_storage, choose_storage, hold, project
 from randbasis.ops.storage import Stored
 
@@ -74,6 +74,16 @@ def check_positive(argument: str, value: int) -> None:
             f"{argument} must be at most {RANK_LIMIT} (a factor of that height is larger than any layer), got {value}; "
             f"use for example {argument}=1024"
         )
+
+
+def check_finite(argument: str, value: float) -> None:
+    """Raise unless a real hyper-parameter is a finite number.
+
+    Raises:
+        HyperparameterError: it is not.
+    """
+    if not isinstance(value, (int, float)) or not math.isfinite(value):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise HyperparameterError(f"{argument} must be a finite number, got {value!r}; use for example {argument}=1.0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,4 +246,14 @@ def matmul_rows(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x, weight.transpose(1, 2))
 
 
-__all__ = ["Coefficients", "Factors", "Law", "Matrix", "Method", "check_coefficients", "check_positive", "matmul_rows"]
+__all__ = [
+    "Coefficients",
+    "Factors",
+    "Law",
+    "Matrix",
+    "Method",
+    "check_coefficients",
+    "check_finite",
+    "check_positive",
+    "matmul_rows",
+]

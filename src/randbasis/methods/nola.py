@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from randbasis.errors import HyperparameterError
-from randbasis.methods.method import Coefficients, Factors, Matrix, Method, check_positive, matmul_rows
+from randbasis.methods.method import Coefficients, Factors, Matrix, Method, check_finite, check_positive, matmul_rows
 from randbasis.ops import Slab, combine
 
 Parametrization = Literal["offset", "plain"]
@@ -44,6 +44,7 @@ class Nola(Method):
         check_positive("r", self.r)
         check_positive("num_basis", self.num_basis)
         check_positive("num_basis_b", self.basis_b)
+        check_finite("alpha", self.alpha)
         if self.parametrization not in get_args(Parametrization):
             raise HyperparameterError(
                 f"parametrization must be one of {list(get_args(Parametrization))}, got {self.parametrization!r}; "

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from randbasis.errors import HyperparameterError
-from randbasis.methods.method import Coefficients, Factors, Matrix, Method, check_positive
+from randbasis.methods.method import Coefficients, Factors, Matrix, Method, check_finite, check_positive
 from randbasis.ops import Slab, entries, sandwich
 
 Scaling = Literal["hf", "paper"]
@@ -34,6 +34,7 @@ class RandLora(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("r", self.r)
+        check_finite("alpha", 20.0 * self.r if self.alpha is None else self.alpha)
         if self.scaling not in get_args(Scaling):
             raise HyperparameterError(
                 f"scaling must be one of {list(get_args(Scaling))}, got {self.scaling!r}; "

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from randbasis.methods.method import Coefficients, Factors, Matrix, Method, check_positive
+from randbasis.methods.method import Coefficients, Factors, Matrix, Method, check_finite, check_positive
 from randbasis.ops import Slab, entries, sandwich
 
 
@@ -29,6 +29,7 @@ class Vera(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("r", self.r)
+        check_finite("d_initial", self.d_initial)
 
     def coefficient_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         """``d`` scales the rank axis, ``b`` the output rows: ``r + out`` coefficients, math (13)."""
