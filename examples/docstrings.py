@@ -3,6 +3,7 @@
 import ast
 import random
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +28,11 @@ FEWEST_WORDS = 8
 
 
 class Docstring(NamedTuple):
-    """A docstring of a function or class, the file it stands in, and the area of that file."""
+    """A docstring, the area of its module, and its owner, the top-level function or class that it is of or in."""
 
     text: str
     area: str
-    file: str
+    owner: str
 
 
 def read_docstrings() -> list[Docstring]:
@@ -40,21 +41,20 @@ def read_docstrings() -> list[Docstring]:
     found: dict[str, Docstring] = {}
     for area, names in AREAS.items():
         for file in _sources(library, names.split()):
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                    text = " ".join((ast.get_docstring(node) or "").split())
-                    if len(text.split()) >= FEWEST_WORDS:
-                        found.setdefault(text, Docstring(text, area, file.relative_to(library).as_posix()))
+            module = file.relative_to(library).as_posix()
+            for top in ast.parse(file.read_text(encoding="utf-8")).body:
+                for text in _texts(top):
+                    found.setdefault(text, Docstring(text, area, f"{module}: {getattr(top, 'name', '')}"))
     return list(found.values())
 
 
-def split_by_file(docstrings: list[Docstring], share: float, seed: int) -> tuple[list[Docstring], list[Docstring]]:
-    """Two lists with no file in common, ``share`` of each area's files in the second one."""
+def split_by_owner(docstrings: list[Docstring], share: float, seed: int) -> tuple[list[Docstring], list[Docstring]]:
+    """Two lists with no owner in common, ``share`` of each area's owners in the second one."""
     held: set[str] = set()
     for area in AREAS:
-        files = sorted({one.file for one in docstrings if one.area == area})
-        held.update(random.Random(seed).sample(files, max(1, round(share * len(files)))))
-    return [one for one in docstrings if one.file not in held], [one for one in docstrings if one.file in held]
+        owners = sorted({one.owner for one in docstrings if one.area == area})
+        held.update(random.Random(seed).sample(owners, max(1, round(share * len(owners)))))
+    return [one for one in docstrings if one.owner not in held], [one for one in docstrings if one.owner in held]
 
 
 def at_most(docstrings: list[Docstring], count: int, seed: int) -> list[Docstring]:
@@ -64,6 +64,15 @@ def at_most(docstrings: list[Docstring], count: int, seed: int) -> list[Docstrin
         own = [one for one in docstrings if one.area == area]
         chosen += random.Random(seed).sample(own, min(count, len(own)))
     return chosen
+
+
+def _texts(top: ast.stmt) -> Iterator[str]:
+    """The docstrings of a top-level statement and of all that is defined inside it."""
+    for node in ast.walk(top):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            text = " ".join((ast.get_docstring(node) or "").split())
+            if len(text.split()) >= FEWEST_WORDS:
+                yield text
 
 
 def _sources(library: Path, names: list[str]) -> list[Path]:

