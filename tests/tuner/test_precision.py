@@ -119,6 +119,21 @@ def test_coefficients_in_the_dtype_of_the_base_on_request(method):
     assert all(bool(torch.isfinite(p.grad).all()) for p in coefficients_of(model).values())
 
 
+@pytest.mark.parametrize("law", ["sign", "uniform", "normal", "sparse(6)"])
+@pytest.mark.parametrize("method", ONE_EACH)
+def test_float16_coefficients_overflow_nowhere(method, law):
+    """Entries of the uniform law reach 255, their products 65025: a sum of two of them is infinite in float16."""
+    case = Case("linear", method)
+    wide = {"r": 200} if method == "vera" else {}
+    model = get_peft_model(case.base().half(), case.config(law=law, **wide), autocast_adapter_dtype=False)
+    fill(model)
+    results = [outputs(model.eval(), case.batch())]
+    model.merge_adapter(safe_merge=True)
+    results.append(outputs(model, case.batch()))
+    assert {p.dtype for p in coefficients_of(model).values()} == {torch.float16}
+    torch.testing.assert_close(results[0], results[1], rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("method", ONE_EACH)
 def test_reload_onto_a_half_precision_base_is_exact(method, tmp_path):
     case = Case("linear", method)

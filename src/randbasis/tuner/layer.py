@@ -194,11 +194,15 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         return delta.T if self.transposed else delta
 
     def _full_delta(self, adapter: str, only: Sequence[AdaptedMatrix] | None) -> Tensor:
-        """ΔW ``[out, in]`` in the coefficients' dtype, of all matrices of the adapter or of some."""
+        """ΔW ``[out, in]`` in float32 or wider, of all matrices of the adapter or of some."""
         pieces: list[Tensor] = []
         row = 0
         for one in self.matrices(adapter) if only is None else only:
-            coefficients = self.coefficients(adapter, one)
+            # Sums of basis entries overflow float16; coefficients are few, so they are widened.
+            coefficients = {
+                name: c.to(torch.promote_types(c.dtype, torch.float32))
+                for name, c in self.coefficients(adapter, one).items()
+            }
             delta = one.method.delta(coefficients, one.matrix)
             if row < one.part.start:
                 pieces.append(delta.new_zeros(one.part.start - row, self.in_features))
