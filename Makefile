@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?=
 WORKERS ?= auto
+FUZZ_SECONDS ?= 60
 # Written by typer itself from the app, so that the page cannot say what the command does not do.
 CLI_PAGE := $(BIN)/python -m typer randbasis.cli utils docs --name randbasis --title "The command"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench conformance results results-sst2 results-vision results-e2e docs clean
+.PHONY: help install demo test check bench conformance results results-sst2 results-vision results-e2e fuzz docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -54,6 +55,10 @@ results: $(INSTALLED) ## docs/results.md from the raw rows; results-sst2, result
 results-sst2 results-vision results-e2e: results-%: $(INSTALLED)
 	$(BIN)/python -m randbasis.compare run $* --data $(RANDBASIS_DATA)
 	$(BIN)/python -m randbasis.compare report
+
+fuzz: $(INSTALLED) ## feed the reader of packed files what coverage suggests (FUZZ_SECONDS=60; corpus in .cache/fuzz)
+	$(BIN)/pip install --quiet -e ".[fuzz]"
+	$(BIN)/python tests/adapter_file/fuzz_reader.py .cache/fuzz -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
 
 docs: $(INSTALLED) ## write docs/cli.md from the command's help, and build the site into site/
 	$(CLI_PAGE) --output docs/cli.md

@@ -1,6 +1,7 @@
 """PEFT directory ↔ packed file ↔ model: lossless at the stored precision, and a refusal leaves everything as it was."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from tuner_cases import (
 
 from benchmarks.packed_sizes import SIZES, Size
 from randbasis import NolaConfig
-from randbasis.adapter_file import PackedAdapter, read
+from randbasis.adapter_file import read
 from randbasis.errors import (
     AdapterFilesError,
     BaseMismatchError,
@@ -161,9 +162,8 @@ def test_patterns_of_ranks_stand_in_the_file(tmp_path):
     model.save_pretrained(tmp_path / "source")
     adapter = pack_adapter(tmp_path / "source", tmp_path / "file", bits=32).adapter
     config = model.peft_config["default"]
-    assert {one.method for one in adapter.spec.matrices} == {
-        config.method_for(one.name) for one in adapter.spec.matrices
-    }
+    assert all(one.method == config.method_for(one.name) for one in adapter.spec.matrices)
+    assert len({one.method for one in adapter.spec.matrices}) == 4
     unpack_adapter(tmp_path / "file", tmp_path / "again")
     assert config_of(tmp_path / "again") == config_of(tmp_path / "source")
 
@@ -193,7 +193,7 @@ def test_directories_that_do_not_fit_are_refused(tmp_path):
         ({name: good[name] * float("nan")}, CoefficientValueError),
         ({name: good[name].half()}, AdapterFilesError),
         ({name: good[name].double()}, AdapterFilesError),
-        ({name.replace("nola_a", "nola_c"): good[name]}, AdapterFilesError),
+        ({name.replace("nola_a", "nola_c"): good[name].clone()}, AdapterFilesError),
         ({name: None}, AdapterFilesError),
     ]
     for change, error in changes:
@@ -222,15 +222,21 @@ def test_outputs_that_exist_are_kept(tmp_path):
 
 def resealed(file: Path, target: Path, **peft) -> Path:
     adapter = read(file)
-    spec = type(adapter.spec)(**{**vars(adapter.spec), "peft": {**adapter.spec.peft, **peft}})
-    PackedAdapter(spec, adapter.coefficients, adapter.scales, adapter.streams, adapter.extra).write(target)
+    replace(adapter, spec=replace(adapter.spec, peft={**adapter.spec.peft, **peft})).write(target)
     return target
 
 
 @pytest.mark.parametrize(
     "peft",
-    [{"rank_pattern": {"q_proj": 2}}, {"seed": 5}, {"layers_to_transform": 3, "target_modules": "x"}, {"no_option": 1}]
-    + [{"target_modules": 5}, {"target_slices": 5}, {"rank_pattern": {"(": 2}}],
+    [
+        {"rank_pattern": {"q_proj": 2}},
+        {"rank_pattern": {"(": 2}},
+        {"seed": 5},
+        {"layers_to_transform": 3, "target_modules": "x"},
+        {"no_option": 1},
+        {"target_modules": 5},
+        {"target_slices": 5},
+    ],
 )
 def test_options_that_contradict_the_spec_are_refused(peft, tmp_path):
     saved(Case("linear", "nola"), tmp_path / "source")

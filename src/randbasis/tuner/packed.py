@@ -5,6 +5,7 @@ file of fewer bits was unpacked to packs into the same bytes again.
 """
 
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -311,14 +312,10 @@ def _config_of(spec: Spec, where: str, base_name: str | None) -> RandbasisConfig
     }
     try:
         config = RandbasisConfig(**(dict(spec.peft) | told))
-        agrees = not (spec.peft.keys() & told.keys()) and all(
-            _bare(config.method_for(one.name)) == one.method
-            and (one.part in parts_of(one.name, config.target_slices) if one.part else True)
-            for one in spec.matrices
-        )
+        agrees = not (spec.peft.keys() & told.keys()) and _means(config, spec)
     except RandbasisError as error:
         raise type(error)(f"{where}: {error}") from error
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError, re.error) as error:
         raise SpecValueError(
             f"{where}: peft in the spec must hold options of {common.name}, but {error}; pack the adapter again"
         ) from error
@@ -328,6 +325,16 @@ def _config_of(spec: Spec, where: str, base_name: str | None) -> RandbasisConfig
             f"{dict(spec.peft)}; pack the adapter again"
         )
     return config
+
+
+def _means(config: RandbasisConfig, spec: Spec) -> bool:
+    """Whether a configuration gives each matrix of a spec the same method, and each layer the same parts."""
+    parts: dict[str, set[str]] = {}
+    for one in spec.matrices:
+        parts.setdefault(one.name, set()).update([one.part] if one.part else [])
+    return all(set(parts_of(name, config.target_slices)) == named for name, named in parts.items()) and all(
+        _bare(config.method_for(one.name)) == one.method for one in spec.matrices
+    )
 
 
 # --- file to model ---
