@@ -15,8 +15,9 @@ from randbasis.train import metrics as metrics_module
 from randbasis.train.adapter_folder import restore_parameters, save_parameters
 from randbasis.train.loop import adapt, count_trained
 from randbasis.train.randomness import confined_randomness
-from randbasis.train.settings import LoopSettings, settings_from_words, split_names
+from randbasis.train.settings import LoopSettings, settings_from_words
 from randbasis.train.trainer import EpochOrder, parameter_groups
+from randbasis.tuner.targets import split_names
 
 
 def config_of(**words: object) -> PeftConfig:
@@ -85,7 +86,7 @@ def test_words_that_a_method_does_not_know():
     ],
 )
 def test_names_are_split_outside_of_brackets(text: str, names: tuple[str, ...]):
-    assert split_names(text) == names
+    assert tuple(split_names(text)) == names
 
 
 def test_regular_expressions_and_defaults_of_targets():

@@ -6,10 +6,11 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from randbasis.errors import DataMissingError, RandbasisError, SettingError
+from randbasis.errors import DataMissingError, SettingError
+from randbasis.tuner.base_model import model_readable
 
 
 @contextmanager
@@ -33,23 +34,8 @@ def explained(name: str, part: str) -> Generator[None]:
     Raises:
         DataMissingError: the model, or this part of it, is not there.
     """
-    try:
-        with quiet_loading():
-            yield
-    except RandbasisError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise DataMissingError(
-            f"model {name!r}: its {part} cannot be read; give a folder with config.json and safetensors weights, or a "
-            f"name on the hub ({type(error).__name__}: {first})"
-        ) from error
-
-
-def read_config(name: str) -> PreTrainedConfig:
-    """The configuration of a folder or hub name."""
-    with explained(name, "configuration"):
-        return cast(PreTrainedConfig, AutoConfig.from_pretrained(name))
+    with model_readable(name, part), quiet_loading():
+        yield
 
 
 def read_tokenizer(name: str) -> Any:

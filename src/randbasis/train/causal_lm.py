@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from randbasis.errors import EmptyDataError, SettingError, near
-from randbasis.train.base_model import read_config, read_model, read_tokenizer
+from randbasis.train.base_model import read_model, read_tokenizer
 from randbasis.train.classification import allowed_length, pad_batch, pad_id
 from randbasis.train.generation import GenerationSettings, generate_texts
 from randbasis.train.metrics import bleu, chrf
@@ -18,6 +18,7 @@ from randbasis.train.randomness import confined_randomness
 from randbasis.train.settings import TrainSettings
 from randbasis.train.tabular import Table, text_of
 from randbasis.train.task import Batch, Example, Task, inference
+from randbasis.tuner.base_model import read_config
 
 DEFAULT_MAX_LENGTH = 512
 

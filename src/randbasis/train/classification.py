@@ -9,13 +9,14 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoModelForSequenceClassification
 
 from randbasis.errors import EmptyDataError, LabelError, SettingError, near
-from randbasis.train.base_model import heads_of, read_config, read_model, read_tokenizer
+from randbasis.train.base_model import heads_of, read_model, read_tokenizer
 from randbasis.train.metrics import accuracy, matthews, pearson, spearman
 from randbasis.train.pooled import PooledClassifier
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.settings import DataSettings, TrainSettings
 from randbasis.train.tabular import Table, text_of
 from randbasis.train.task import Batch, Example, Task, inference
+from randbasis.tuner.base_model import read_config
 
 CLASS_METRICS = ("accuracy", "matthews", "loss")
 NUMBER_METRICS = ("pearson", "spearman", "loss")

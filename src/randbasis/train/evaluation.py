@@ -11,7 +11,7 @@ from torch import nn
 
 from randbasis.errors import AdapterFilesError, EmptyDataError, OutputExistsError, SettingError, near
 from randbasis.train.adapter_folder import load_adapter, read_folder, saving
-from randbasis.train.base_model import read_config, read_tokenizer
+from randbasis.train.base_model import read_tokenizer
 from randbasis.train.causal_lm import CausalLanguage, end_token_id
 from randbasis.train.classification import TextClassification, allowed_length
 from randbasis.train.generation import GenerationSettings
@@ -22,6 +22,7 @@ from randbasis.train.settings import DTYPES
 from randbasis.train.splits import sample
 from randbasis.train.tabular import Row, Table, read_table
 from randbasis.train.task import Task
+from randbasis.tuner.base_model import read_config
 
 COLUMN_KEYS = ("text", "text_pair", "label", "prompt", "target")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from randbasis.errors import HyperparameterError, RankError, SettingError, near
+from randbasis.tuner.targets import split_names
 
 TASKS = ("causal-lm", "sequence-classification", "image-classification")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
@@ -264,7 +265,7 @@ def settings_from_words(words: Mapping[str, Any]) -> TrainSettings:
     flat = {**words, "train": words["data"], "eval": words.get("eval_data")}
     targets = flat.get("targets")
     if isinstance(targets, str):
-        flat["targets"] = split_names(targets)
+        flat["targets"] = tuple(split_names(targets))
 
     def parts(kind: type[DataSettings | AdapterSettings | LoopSettings | TrainSettings]) -> dict[str, Any]:
         return {field.name: flat[field.name] for field in fields(kind) if field.name in flat}
@@ -276,22 +277,6 @@ def settings_from_words(words: Mapping[str, Any]) -> TrainSettings:
         loop=LoopSettings(**parts(LoopSettings)),
         **own,
     )
-
-
-def split_names(text: str) -> tuple[str, ...]:
-    """Names separated by commas, where a comma inside brackets belongs to the name: ``c_attn[q,v],c_proj``.
-
-    A regular expression, ``re:PATTERN``, is one name whatever it contains.
-    """
-    if text.startswith("re:"):
-        return (text,)
-    names, depth, start = list[str](), 0, 0
-    for position, character in enumerate(text):
-        depth += (character == "[") - (character == "]")
-        if character == "," and depth == 0:
-            names.append(text[start:position])
-            start = position + 1
-    return tuple(name.strip() for name in [*names, text[start:]] if name.strip())
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging
 
-from randbasis.errors import BaseMismatchError, DataMissingError
+from randbasis.errors import BaseMismatchError, DataMissingError, RandbasisError
 from randbasis.tuner.base_weight import layer_shape
 
 
@@ -27,10 +27,12 @@ def model_readable(name: str, part: str) -> Generator[None]:
     """
     try:
         yield
+    except RandbasisError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         first = str(error).strip().split("\n")[0]
         raise DataMissingError(
-            f"model {name!r}: its {part} cannot be read; give a folder with a config.json of transformers, or a "
+            f"model {name!r}: its {part} cannot be read; give a folder with config.json and safetensors weights, or a "
             f"name on the hub ({type(error).__name__}: {first})"
         ) from error
 

@@ -44,7 +44,12 @@ class Part:
 
 
 def split_names(text: str) -> list[str]:
-    """Split ``"c_attn[q,v],c_fc"`` at the commas that are not in brackets."""
+    """Split ``"c_attn[q,v],c_fc"`` at the commas that are not in brackets.
+
+    A regular expression, ``re:PATTERN``, is one name whatever it contains.
+    """
+    if text.startswith("re:"):
+        return [text]
     return [name.strip() for name in re.split(r",(?![^\[]*\])", text) if name.strip()]
 
 
