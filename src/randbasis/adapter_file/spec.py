@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from randbasis.adapter_file.codec import run_count
@@ -212,10 +213,24 @@ class Spec:
         """Module path → shape of the layer, for each adapted layer."""
         return {one.name: (one.out_features, one.in_features) for one in self.matrices}
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """See :func:`fingerprint`."""
         return fingerprint(self.base.architecture, self.shapes)
+
+    @cached_property
+    def clash(self) -> tuple[SpecMatrix, SpecMatrix] | None:
+        """The first two matrices that claim the same rows of a layer, or disagree on its shape."""
+        taken: dict[str, list[SpecMatrix]] = {}
+        for one in self.matrices:
+            taken.setdefault(one.name, []).append(one)
+        for matrices in taken.values():
+            matrices.sort(key=_start)
+            for first, second in pairwise(matrices):
+                same = (first.out_features, first.in_features) == (second.out_features, second.in_features)
+                if not same or second.start < first.start + first.rows:
+                    return first, second
+        return None
 
     def document(self, digest: str, digest_rest: str | None) -> dict[str, Any]:
         """The spec as plain values.
@@ -294,6 +309,10 @@ def _whole(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_whole(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+def _start(one: SpecMatrix) -> int:
+    return one.start
 
 
 def _place(group: MatrixGroup) -> tuple[str, int, str, tuple[tuple[int, ...], ...], str]:

@@ -2,11 +2,11 @@
 
 import math
 import re
+import threading
 import types
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from randbasis.adapter_file.codec import check_precision
@@ -21,6 +21,12 @@ SIDE_LIMIT = 1 << 32
 MATRIX_LIMIT = 1 << 18
 """Most adapted matrices of one file."""
 
+KNOWN_LIMIT, KNOWN_TEXT, KNOWN_MATRICES = 128, 1 << 16, 4096
+"""How many specs are remembered; their longest text in characters, and most matrices."""
+
+_DIGEST_VALUE = re.compile(r'"(digest|digest_rest)":"([0-9a-f]{64})"')
+_KNOWN: dict[str, tuple[Spec, str]] = {}
+_KNOWN_LOCK = threading.Lock()
 _KEYS = {"method", "options", "seed", "law", "base", "matrices", "bits", "digest"}
 _MAY = {"group", "digest_rest", "extra", "peft"}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -45,6 +51,9 @@ class Digests:
 def parse_spec(text: str, where: str) -> tuple[Spec, Digests]:
     """Read the text of a spec.
 
+    Adapters of one kind have specs that differ in their digests alone; they share one :class:`Spec`, with all that is
+    worked out from it.
+
     Args:
         text: of ``__metadata__["spec"]``.
         where: the file, for messages.
@@ -57,6 +66,25 @@ def parse_spec(text: str, where: str) -> tuple[Spec, Digests]:
         RandbasisError: what the method raises for its hyper-parameters: an unknown method or law, a seed or rank that
             cannot be.
     """
+    if len(text) > KNOWN_TEXT or "\0" in text:  # no JSON has that character: it can stand for a digest
+        return _parse_spec(text, where)
+    kind, pairs = _DIGEST_VALUE.sub('"\\1":"\0"', text), _DIGEST_VALUE.findall(text)
+    found = dict(pairs)
+    with _KNOWN_LOCK:
+        known = _KNOWN.get(kind)
+    if known is not None:
+        return known[0], Digests(found["digest"], found.get("digest_rest"), known[1])
+    spec, digests = _parse_spec(text, where)
+    said = {"digest": digests.coefficients, "digest_rest": digests.rest}
+    if len(pairs) == len(found) and {"digest_rest": None, **found} == said and spec.size <= KNOWN_MATRICES:
+        with _KNOWN_LOCK:
+            if len(_KNOWN) >= KNOWN_LIMIT:
+                del _KNOWN[next(iter(_KNOWN))]
+            _KNOWN[kind] = spec, digests.fingerprint
+    return spec, digests
+
+
+def _parse_spec(text: str, where: str) -> tuple[Spec, Digests]:
     try:
         document = parse_object(text)
     except ValueError as error:
@@ -88,16 +116,9 @@ def check_layers(spec: Spec, where: str) -> None:
     Raises:
         SpecValueError: they do.
     """
-    taken: dict[str, list[SpecMatrix]] = {}
-    for one in spec.matrices:
-        taken.setdefault(one.name, []).append(one)
-    for name, matrices in taken.items():
-        matrices.sort(key=lambda one: one.start)
-        for first, second in pairwise(matrices):
-            same = (first.out_features, first.in_features) == (second.out_features, second.in_features)
-            if not same or second.start < first.start + first.rows:
-                found = [(m.out_features, m.in_features, m.start, m.start + m.rows) for m in (first, second)]
-                raise _wrong("matrices", f"parts of one layer {name!r} that do not overlap", found, where)
+    if spec.clash is not None:
+        found = [(m.out_features, m.in_features, m.start, m.start + m.rows) for m in spec.clash]
+        raise _wrong("matrices", f"parts of one layer {spec.clash[0].name!r} that do not overlap", found, where)
 
 
 @contextmanager
