@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?=
 WORKERS ?= auto
+KILLS ?= 1000
+SEED ?= 0
 FUZZ_SECONDS ?= 60
 # Written by typer itself from the app, so that the page cannot say what the command does not do.
 CLI_PAGE := $(BIN)/python -m typer randbasis.cli utils docs --name randbasis --title "The command"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench conformance results results-sst2 results-vision results-e2e fuzz docs clean
+.PHONY: help install demo test check bench conformance results results-sst2 results-vision results-e2e fuzz crash docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -55,6 +57,9 @@ results: $(INSTALLED) ## docs/results.md from the raw rows; results-sst2, result
 results-sst2 results-vision results-e2e: results-%: $(INSTALLED)
 	$(BIN)/python -m randbasis.compare run $* --data $(RANDBASIS_DATA)
 	$(BIN)/python -m randbasis.compare report
+
+crash: $(INSTALLED) ## kill a writer of a store at random moments and compare what is left (KILLS=1000, SEED=0)
+	$(BIN)/python tests/store/crash_writer.py --kills $(KILLS) --seed $(SEED)
 
 fuzz: $(INSTALLED) ## feed the reader of packed files what coverage suggests (FUZZ_SECONDS=60; corpus in .cache/fuzz)
 	$(BIN)/pip install --quiet -e ".[fuzz]"

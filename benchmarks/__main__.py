@@ -2,20 +2,14 @@
 
 import argparse
 import csv
-import datetime
-import platform
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import peft
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 
-import randbasis
-from benchmarks import basis_rate, training_step
+from benchmarks import basis_rate, machine, training_step
 from benchmarks.case import Case, run
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
@@ -23,7 +17,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "training_step": training_step.cases,
 }
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = ["date", "device", "threads", "versions", "revision", "case", "side", "median", "p20", "p80", "ratio", "rate"]
+COLUMNS = [*machine.COLUMNS, "case", "side", "median", "p20", "p80", "ratio", "rate"]
 
 
 def main() -> None:
@@ -49,18 +43,10 @@ def main() -> None:
 
 
 def _rows(case: Case, rounds: int) -> list[dict[str, str]]:
-    about = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": _processor(),
-        "threads": str(torch.get_num_threads()),
-        "versions": f"randbasis {randbasis.__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, peft {peft.__version__}",
-        "revision": _revision(),
-        "case": case.name,
-    }
     return [
         {
-            **about,
+            **machine.about(),
+            "case": case.name,
             "side": timing.side,
             "median": f"{timing.median:.6g}",
             "p20": f"{timing.p20:.6g}",
@@ -108,21 +94,6 @@ def plot(path: Path) -> None:
         axes.set_xlabel(f"seconds, relative to {rows[0]['side']}", fontsize=8)
         axes.tick_params(labelsize=8)
     figure.savefig(path.with_suffix(".png"), dpi=110)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _revision() -> str:
-    asked = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=False
-    )
-    return asked.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

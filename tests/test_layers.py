@@ -22,15 +22,17 @@ ROWS: dict[str, set[str]] = {
     "methods": {"torch"},
     "contraction": {"torch"},
     "adapter_file": {"torch", "numpy", "safetensors"},
+    "store": set(),
     "tuner": {"torch", "peft", "transformers", "safetensors", "accelerate"},
     "__init__": set(),
-    "report": {"rich", "matplotlib"},
     "report": {"rich", "matplotlib"},
     "train": {
         "torch", "numpy", "peft", "transformers", "safetensors", "accelerate", "PIL", "sacrebleu", "sklearn", "scipy",
         "matplotlib", "rich",
     },
     "compare": {"torch", "numpy", "peft", "transformers", "matplotlib", "rich"},
+    "console": {"typer", "rich"},
+    "store_cli": {"typer", "rich"},
     "cli": {"typer", "rich"},
     "__main__": set(),
 }  # fmt: skip

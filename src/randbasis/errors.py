@@ -200,6 +200,54 @@ class RegistrationError(RandbasisError, RuntimeError):
     """The method could not be registered with PEFT."""
 
 
+class StoreNameError(RandbasisError, ValueError):
+    """A name or a tag is one that the store does not take."""
+
+
+class StoreOptionError(RandbasisError, ValueError):
+    """A number or a combination of arguments given to the store is out of range or contradicts itself."""
+
+
+class StoreMissingError(RandbasisError, FileNotFoundError):
+    """There is no store of that name."""
+
+
+class StoreFormatError(RandbasisError, ValueError):
+    """A file is not a store of this package."""
+
+
+class StoreVersionError(RandbasisError, ValueError):
+    """A store has a schema that this version of the package does not know."""
+
+
+class StoreLockedError(RandbasisError, TimeoutError):
+    """Another process kept the store locked for longer than the time to wait."""
+
+
+class StoreAccessError(RandbasisError, PermissionError):
+    """A store cannot be opened or written with the rights that there are."""
+
+
+class StoreClosedError(RandbasisError, RuntimeError):
+    """A store was used after it was closed."""
+
+
+class StoreDamagedError(RandbasisError, RuntimeError):
+    """What a store holds is not what was put into it."""
+
+
+class NotStoredError(RandbasisError, LookupError, ValueError):
+    """The store has no such adapter, version or digest."""
+
+
+class ManifestError(RandbasisError, ValueError):
+    """The folder of an export has no manifest, or one that does not fit its format or its files."""
+
+
+class ImportConflictError(RandbasisError, ValueError):
+    """An import would give a version that is there another content."""
+
+
 def near(name: str, known: Iterable[str], limit: int = 5) -> str:
     """The names closest to ``name``, for the way out of an error message.
 

@@ -1,0 +1,79 @@
+"""What every command has in common: one document on the output stream, messages on the other, exit codes.
+
+Exit codes: 0, 1 when the work failed, 2 when what was asked for cannot be done. With ``--json`` the output stream
+carries one JSON document and nothing else; progress and messages go to the error stream.
+"""
+
+import json
+import math
+import os
+import traceback
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer import Option
+
+from randbasis.errors import RandbasisError
+
+TRACEBACK_VARIABLE = "RANDBASIS_TRACEBACK"
+USAGE = (ValueError, TypeError, FileNotFoundError, FileExistsError)
+
+AsJson = Annotated[bool, Option("--json", help="One JSON document on the output stream.")]
+Overwrite = Annotated[bool, Option(help="Replace what is in the output.")]
+
+
+@contextmanager
+def reported(as_json: bool) -> Generator[None]:
+    """Errors of this package as one message and an exit code; everything else as Python shows it.
+
+    A bad value, a missing file or an existing output is bad usage and exits with 2; a failure of the work with 1.
+    ``RANDBASIS_TRACEBACK=1`` in the environment shows where an error came from.
+    """
+    try:
+        yield
+    except (RandbasisError, OSError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            traceback.print_exc()
+        usage = isinstance(error, RandbasisError) and isinstance(error, USAGE)
+        if as_json:
+            typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2 if usage else 1) from error
+
+
+def answer(document: dict[str, Any], as_json: bool) -> None:
+    """One result, as JSON or as a table of its plain values."""
+    if as_json:
+        typer.echo(json.dumps(_finite(document), ensure_ascii=False))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in document.items():
+        if name == "settings":
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {_shown(item)}" for key, item in cast(dict[str, Any], value).items())
+        table.add_row(name.replace("_", " "), _shown(value))
+    Console(soft_wrap=True).print(table)
+
+
+def answer_table(document: dict[str, Any], table: Table, as_json: bool) -> None:
+    """One result, as JSON or as a table of its own."""
+    if as_json:
+        answer(document, as_json)
+    else:
+        Console().print(table)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: ``null``."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in cast(dict[str, Any], value).items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
