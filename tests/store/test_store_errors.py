@@ -109,6 +109,16 @@ def test_another_file_is_refused_and_left_alone(tmp_path: Path):
     assert (text.read_bytes(), other.read_bytes()) == before
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not list open files")
+def test_a_refused_store_is_not_left_open(tmp_path: Path):
+    other = tmp_path / "other.db"
+    change(other, "CREATE TABLE t (x)")
+    with pytest.raises(errors.StoreFormatError):
+        AdapterStore(other)
+    handles = [*Path("/proc/self/fd").iterdir()]
+    assert str(other) not in {os.readlink(handle) for handle in handles if handle.is_symlink()}
+
+
 def test_an_empty_file_is_a_new_store_only_where_one_may_be_made(tmp_path: Path):
     path = tmp_path / "adapters.db"
     path.touch()

@@ -5,7 +5,7 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from randbasis.adapter_file.container import flush_directory
@@ -104,8 +104,11 @@ class Database:
         self._of_parent: list[deque[sqlite3.Connection]] = []
         self._closed = False
         self._check_place(create)
-        with self._own_words(), self._borrowed() as connection:
-            self._check_schema(connection, create)
+        with ExitStack() as on_failure:
+            on_failure.callback(self.close)
+            with self._own_words(), self._borrowed() as connection:
+                self._check_schema(connection, create)
+            on_failure.pop_all()
 
     def close(self) -> None:
         """Close all connections; the last one to the file moves its log into it."""
