@@ -30,7 +30,7 @@ def test_whole_demo_in_a_process_of_its_own(tmp_path: Path, console_environment:
     assert sizes["nola"] < sizes["lora"]
     for size in sizes.values():
         assert f"{size:,}" in done.stdout
-    assert "27 predictions, the same" in done.stdout
+    assert "9 predictions, the same" in done.stdout
 
 
 def test_split_leaves_no_owner_and_no_text_on_both_sides(demo):
@@ -40,7 +40,7 @@ def test_split_leaves_no_owner_and_no_text_on_both_sides(demo):
     train, test = docstrings.split_by_owner(found, share=0.3, seed=0)
     assert len(train) + len(test) == len(found) > 2000
     for part in (train, test):
-        assert {one.area for one in part} == set(docstrings.AREAS)
+        assert {one.kind for one in part} == set(docstrings.KINDS)
     for name in ("owner", "text"):
         assert not {getattr(one, name) for one in train} & {getattr(one, name) for one in test}
     assert docstrings.split_by_owner(found, share=0.3, seed=0) == (train, test)
