@@ -15,7 +15,7 @@ from torch import nn
 
 from randbasis.compare.budgets import Shape, adapted_shapes, configure
 from randbasis.compare.cells import Cell, read_cell
-from randbasis.compare.study import Job, Record, Setting, Study, fingerprint
+from randbasis.compare.study import Job, Record, Row, Setting, Study, fingerprint
 from randbasis.errors import NonFiniteLossError
 from randbasis.train import AdapterSettings, CausalLanguage, LoopSettings, fit, peft_config
 from randbasis.train.adapter_folder import save_parameters
@@ -36,7 +36,7 @@ def run_job(study: Study, job: Job) -> Record:
     """
     setting, row = study.setting(job.setting), study.row(job.row)
     cell = read_cell(setting, job.seed % setting.sample_sets)
-    adapter = replace(configure(row, _shapes(setting), setting.targets), seed=job.seed)
+    adapter = replace(adapter_of(setting, row), seed=job.seed)
     rows = cell.dev if job.phase == "sweep" else cell.test
     model = cell.task.load_model(setting.base.model, dtype="float32", seed=job.seed)
     began = time.process_time()
@@ -92,6 +92,11 @@ def _loop(setting: Setting, job: Job) -> LoopSettings:
         keep="last",
         device="cpu",
     )
+
+
+def adapter_of(setting: Setting, row: Row) -> AdapterSettings:
+    """The adapter that a row's budget means in a setting, without its seed; reads the model."""
+    return configure(row, _shapes(setting), setting.targets)
 
 
 @lru_cache(maxsize=8)

@@ -8,17 +8,18 @@ from randbasis.train.settings import DataSettings, LoopSettings, TrainSettings
 
 STUDIES = ("sst2", "vision", "e2e")
 
-LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-SMALL_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
-RANDLORA_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-HEAD_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+HEAD_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+NOLA_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+VERA_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+RANDLORA_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 ADAPTERS = (
     Row("LoRA r=1", "lora", 1.0, LORA_RATES),
     Row("LoRA r=4", "lora", 4.0, LORA_RATES),
-    Row("NOLA, half of LoRA r=1", "nola", 0.5, SMALL_RATES),
-    Row("NOLA, as LoRA r=1", "nola", 1.0, SMALL_RATES),
-    Row("VeRA, as LoRA r=1", "vera", 1.0, SMALL_RATES),
+    Row("NOLA, half of LoRA r=1", "nola", 0.5, NOLA_RATES),
+    Row("NOLA, as LoRA r=1", "nola", 1.0, NOLA_RATES),
+    Row("VeRA, as LoRA r=1", "vera", 1.0, VERA_RATES),
     Row("RandLoRA, as LoRA r=4", "randlora", 4.0, RANDLORA_RATES),
 )
 WITH_HEAD = (Row("frozen + head", "none", 0.0, HEAD_RATES), *ADAPTERS)
@@ -101,7 +102,10 @@ def _vision(data: Path) -> Study:
 
 def _e2e(data: Path) -> Study:
     settings: list[Setting] = []
-    for model, length, steps in (("llama_stories260k", 160, 300), ("llama_babyllama105", 208, 150)):
+    for model, length, steps, sweep_steps in (
+        ("llama_stories260k", 160, 800, 100),
+        ("llama_babyllama105", 208, 150, 60),
+    ):
         base = TrainSettings(
             task="causal-lm",
             model=str(data / model),
@@ -124,7 +128,7 @@ def _e2e(data: Path) -> Study:
                 base,
                 targets=("all-linear",),
                 seeds=3,
-                sweep_steps=60,
+                sweep_steps=sweep_steps,
                 dev_rows=32,
                 dev=str(data / "e2e" / "devset.csv.gz"),
             )
