@@ -80,7 +80,7 @@ def train(
     basis_b: Annotated[
         int | None, of_adapter(help="Basis matrices of B, where another number than of A (nola).")
     ] = None,
-    alpha: Annotated[float | None, of_adapter(help="Scale (nola, randlora, pranc, lora).")] = None,
+    alpha: Annotated[float | None, of_adapter(help="Scale (nola, randlora, lora).")] = None,
     seed: Annotated[int, of_adapter(help="Seed of the basis.")] = 0,
     law: Annotated[str | None, of_adapter(help="Law of the basis: sign, uniform, normal, sparse(S).")] = None,
     parametrization: Annotated[str | None, of_adapter(help="offset or plain (nola).")] = None,
@@ -249,10 +249,11 @@ def plan(
     with reported(as_json):
         from randbasis.report import plan_table
         from randbasis.train.adapter import peft_config
-        from randbasis.train.settings import AdapterSettings, split_names
+        from randbasis.train.settings import AdapterSettings
         from randbasis.tuner.plan import plan as run
+        from randbasis.tuner.targets import split_names
 
-        names = split_names(targets)
+        names = tuple(split_names(targets))
         settings = AdapterSettings(method, rank, basis, basis_b, unique_basis=unique_basis, targets=names)
         planned = run(model, peft_config(settings, task_type=None, head=[]))
         answer_table(planned.as_json(), plan_table(planned), as_json)
