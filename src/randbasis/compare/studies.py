@@ -23,7 +23,15 @@ ADAPTERS = (
     Row("RandLoRA, as LoRA r=4", "randlora", 4.0, RANDLORA_RATES),
 )
 WITH_HEAD = (Row("frozen + head", "none", 0.0, HEAD_RATES), *ADAPTERS)
-WITHOUT_HEAD = (Row("frozen, nothing trained", "none", 0.0, ()), *ADAPTERS)
+WITHOUT_HEAD = (
+    Row("frozen, nothing trained", "none", 0.0, ()),
+    Row("LoRA r=1", "lora", 1.0, LORA_RATES[:4]),
+    Row("LoRA r=4", "lora", 4.0, LORA_RATES[:4]),
+    Row("NOLA, half of LoRA r=1", "nola", 0.5, NOLA_RATES[1:]),
+    Row("NOLA, as LoRA r=1", "nola", 1.0, NOLA_RATES[1:]),
+    Row("VeRA, as LoRA r=1", "vera", 1.0, VERA_RATES[:4]),
+    Row("RandLoRA, as LoRA r=4", "randlora", 4.0, RANDLORA_RATES[:4]),
+)
 
 
 def study_named(name: str, data: Path | None = None) -> Study:
@@ -102,10 +110,7 @@ def _vision(data: Path) -> Study:
 
 def _e2e(data: Path) -> Study:
     settings: list[Setting] = []
-    for model, length, steps, sweep_steps in (
-        ("llama_stories260k", 160, 800, 100),
-        ("llama_babyllama105", 208, 150, 60),
-    ):
+    for model, length, steps in (("llama_stories260k", 160, 300), ("llama_babyllama105", 208, 150)):
         base = TrainSettings(
             task="causal-lm",
             model=str(data / model),
@@ -128,7 +133,7 @@ def _e2e(data: Path) -> Study:
                 base,
                 targets=("all-linear",),
                 seeds=3,
-                sweep_steps=sweep_steps,
+                sweep_steps=60,
                 dev_rows=32,
                 dev=str(data / "e2e" / "devset.csv.gz"),
             )
