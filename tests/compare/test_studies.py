@@ -1,0 +1,41 @@
+"""The studies on real data: files that must be there, budgets against counts by hand, the page against the raw rows."""
+
+from pathlib import Path
+
+import pytest
+
+from randbasis.compare.report import write_report
+from randbasis.compare.runs import adapter_of
+from randbasis.compare.studies import STUDIES, study_named
+from randbasis.errors import DataMissingError
+
+#: Coefficients by hand: 12 matrices of 384 x 384, 24 of 192 x 192, and all linear layers of five Llama blocks.
+LORA_1 = {
+    "SST-2": 12 * 768,
+    "flowers12, 10 shots": 24 * 384,
+    "E2E, llama_stories260k": 5 * (2 * 128 + 2 * 96 + 3 * 236),
+}
+
+
+def test_every_file_of_a_study_must_be_there(tmp_path: Path):
+    for name in STUDIES:
+        with pytest.raises(DataMissingError, match=f"study '{name}' reads"):
+            study_named(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_budgets_on_the_real_models(name: str, data_dir: Path):
+    study = study_named(name, data_dir)
+    setting = study.settings[0]
+    matrices = {"sst2": 12, "vision": 24, "e2e": 35}[name]
+    half, whole = (adapter_of(setting, row) for row in study.rows if row.method == "nola")
+    for settings, share in ((half, 0.5), (whole, 1.0)):
+        assert settings.basis is not None
+        assert 2 * matrices * settings.basis == pytest.approx(share * LORA_1[setting.name], rel=0.01)
+    assert [adapter_of(setting, row).rank for row in study.rows if row.method == "lora"] == [1, 4]
+
+
+def test_page_of_results_is_what_the_raw_rows_say(root: Path, tmp_path: Path):
+    write_report([study_named(name) for name in STUDIES], root / "benchmarks" / "results", tmp_path / "results.md")
+    page = (root / "docs" / "results.md").read_text(encoding="utf-8")
+    assert page == (tmp_path / "results.md").read_text(encoding="utf-8"), "docs/results.md is stale: run `make results`"
