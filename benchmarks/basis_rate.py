@@ -9,7 +9,7 @@ from randbasis.basis import Basis, decode
 from randbasis.ops import backends, reference
 from randbasis.ops.reference import Slab, Tile
 
-COUNT, ROWS, COLS = 256, 8, 4096
+COUNT, ROWS, COLS = 1000, 16, 4096
 LAWS = ("sign", "uniform", "normal", "sparse(6)")
 
 
@@ -25,7 +25,7 @@ def cases() -> Iterator[Case]:
     sides = {"reference": lambda: reference.words(slab, whole, cpu), "compiled": lambda: backends.words(slab, cpu)}
     yield Case(f"packed signs {COUNT}x{ROWS}x{COLS}", sides, check_words, slab.entries / 1e9, "Gbit/s")
     for law in LAWS:
-        yield _expand(Slab(Basis.named(0, "bench/entries", law), COUNT // 4, ROWS, COLS))
+        yield _expand(Slab(Basis.named(0, "bench/entries", law), COUNT // 8, ROWS, COLS))
 
 
 def _expand(slab: Slab) -> Case:
