@@ -58,8 +58,8 @@ results-sst2 results-vision results-e2e: results-%: $(INSTALLED)
 	$(BIN)/python -m randbasis.compare run $* --data $(RANDBASIS_DATA)
 	$(BIN)/python -m randbasis.compare report
 
-crash: $(INSTALLED) ## kill a writer of a store at random moments and compare what is left (KILLS=1000, SEED=0)
-	$(BIN)/python tests/store/crash_writer.py --kills $(KILLS) --seed $(SEED)
+crash: $(INSTALLED) ## kill a writer of a store at random moments and compare what is left; a row in benchmarks/results/crash.csv (KILLS=1000, SEED=0)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.crash --kills $(KILLS) --seed $(SEED)
 
 fuzz: $(INSTALLED) ## feed the reader of packed files what coverage suggests (FUZZ_SECONDS=60; corpus in .cache/fuzz)
 	$(BIN)/pip install --quiet -e ".[fuzz]"

@@ -207,18 +207,20 @@ def main() -> None:
         (Path(folder) / "adapters.db").unlink()
         rows += folder_rows(Path(folder), given.adapters, folders, given.gets)
         shutil.rmtree(Path(folder) / "folders")
-    _append(given.output, [{**about, **dict(zip(COLUMNS[-5:], row, strict=True))} for row in rows])
+    plain = [{**about, **dict(zip(COLUMNS[-5:], row, strict=True))} for row in rows]
+    append(given.output, COLUMNS, [{**row, "value": f"{row['value']:.5g}"} for row in plain])
     _print(about, rows)
 
 
-def _append(path: Path, rows: list[dict[str, object]]) -> None:
+def append(path: Path, columns: list[str], rows: list[dict[str, object]]) -> None:
+    """Add rows to a csv, which begins with its columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         if is_new:
             writer.writeheader()
-        writer.writerows({**row, "value": f"{row['value']:.5g}"} for row in rows)
+        writer.writerows(rows)
 
 
 def _print(about: dict[str, object], rows: list[Row]) -> None:

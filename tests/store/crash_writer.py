@@ -13,6 +13,7 @@ import json
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -44,11 +45,16 @@ def contents(count: int) -> list[bytes]:
 CONTENTS = contents(48)
 
 
+Versions = dict[str, dict[int, tuple[bytes, tuple[str, ...]]]]
+"""name → version → (content, tags)"""
+DONE, NOT_DONE = "killed within a call that was done", "killed within a call that was not done"
+
+
 @dataclass
 class State:
-    """What a store has to hold: name → version → (content, tags); and the highest number ever given to a name."""
+    """What a store has to hold, and the highest number ever given to a name."""
 
-    versions: dict[str, dict[int, tuple[bytes, tuple[str, ...]]]] = field(default_factory=dict)
+    versions: Versions = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
 
     def put(self, name: str, content: bytes, tags: tuple[str, ...]) -> None:
@@ -100,19 +106,36 @@ def write_until_killed(path: Path, dice: random.Random, state: State, acknowledg
         os.write(acknowledge, b".")
 
 
-def found_in(path: Path) -> dict[str, dict[int, tuple[bytes, tuple[str, ...]]]]:
-    """All that a store holds, every content hashed, and the store found sound."""
+def found_in(path: Path) -> tuple[Versions, bool]:
+    """All that a store holds, every content hashed, and whether the store says that it is sound."""
     with AdapterStore(path) as store:
         names = [record.name for record in store.list(limit=1000).records]
         checked = store.verify()
-        assert checked.sound, checked.examples
+        if not checked.sound:
+            print(*checked.examples, sep="\n", file=sys.stderr)
+            return {}, False
         return {
             name: {
                 record.version: (store.get(name, version=record.version).data, record.tags)
                 for record in store.history(name, limit=1000)
             }
             for name in names
-        }
+        }, True
+
+
+def verdict_on(found: Versions, acknowledged: State, after: State) -> str:
+    """What a kill left: the call that was under way done or not done, or a store in a state nobody asked for."""
+    if found == acknowledged.versions:
+        return NOT_DONE
+    if found == after.versions:
+        return DONE
+    kept = [
+        found.get(name, {}).get(number) == content
+        for name, versions in acknowledged.versions.items()
+        for number, content in versions.items()
+        if number in after.versions.get(name, {})
+    ]
+    return "torn" if all(kept) else "lost"
 
 
 def killed_after(path: Path, seed: int, state: State, moment: random.Random) -> int:
@@ -153,15 +176,18 @@ def run(folder: Path, kills: int, seed: int) -> dict[str, object]:
             counts[next_call(dice, state)[0]] += 1
         after = copy.deepcopy(state)
         hit, _ = next_call(dice, after)
-        found = found_in(path)
-        assert found in (state.versions, after.versions), f"kill {number}: the store is in no state that was asked for"
-        done = found != state.versions
+        found, sound = found_in(path)
+        verdict = verdict_on(found, state, after) if sound else "torn"
         counts["acknowledged"] += acknowledged
-        counts["killed within a call that was done"] += done
-        counts["killed within a call that was not done"] += not done
+        counts[verdict] += 1
         counts[f"killed within {hit}"] += 1
-        state = after if done else state
-    return {"kills": kills, "seed": seed, "lost": 0, "torn": 0, **dict(sorted(counts.items()))}
+        if verdict in ("lost", "torn"):
+            print(f"kill {number} (seed {seed + number}), within {hit}: {verdict}", file=sys.stderr)
+            path, state = folder / f"{number} again.db", State()
+        else:
+            state = after if verdict == DONE else state
+    wrong = {verdict: counts.pop(verdict, 0) for verdict in ("lost", "torn")}
+    return {"kills": kills, "seed": seed, **wrong, **dict(sorted(counts.items()))}
 
 
 def main() -> None:
@@ -175,6 +201,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         result = run(Path(folder), arguments.kills, arguments.seed)
     print(json.dumps({**result, "seconds": round(time.perf_counter() - began, 2)}))
+    sys.exit(1 if result["lost"] or result["torn"] else 0)
 
 
 if __name__ == "__main__":
