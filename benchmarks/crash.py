@@ -4,7 +4,6 @@ What is killed and how it is judged is tests/store/crash_writer.py; here its ans
 """
 
 import argparse
-import csv
 import json
 import subprocess
 import sys

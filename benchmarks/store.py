@@ -37,6 +37,8 @@ RESULTS = Path(__file__).parent / "results"
 COLUMNS = [*machine.COLUMNS, "adapters", "disk", "side", "measure", "value", "unit", "note"]
 PAGE = 100
 TAG_EVERY = 1000
+TENTH, GROWTH = "add, up to ", "memory added, up to "
+"""How the measures of a growing store begin; the number of adapters follows."""
 
 Row = tuple[str, str, float, str, str]
 
@@ -82,6 +84,11 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def scattered(number: int, adapters: int) -> str:
+    """Names of all numbers below `adapters`, in an order that is not theirs."""
+    return f"team/user-{number * 2_654_435_761 % adapters:09}"
+
+
 def resident() -> float:
     """Memory of this process now, in MB."""
     with Path("/proc/self/statm").open(encoding="ascii") as file:
@@ -92,21 +99,23 @@ def store_rows(folder: Path, adapters: int, batch: int, gets: int) -> Iterator[R
     """Fill a store, then read from it."""
     side, path, make = "store", folder / "adapters.db", Contents(0)
     make.check()
-    before, in_batches = resident(), list[float]()
+    before, in_batches, memory = resident(), list[float](), list[float]()
     with AdapterStore(path) as store:
         for start in track(range(0, adapters, batch), "store: add", console=Console(stderr=True)):
             numbers = range(start, min(start + batch, adapters))
-            items = [NewAdapter(f"team/user-{n:09}", make(), ("rare",) if n % TAG_EVERY == 0 else ()) for n in numbers]
+            items = [
+                NewAdapter(scattered(n, adapters), make(), ("rare",) if n % TAG_EVERY == 0 else ()) for n in numbers
+            ]
             in_batches.append(timed(lambda items=items: store.add_many(items)))
-        last = in_batches[-max(1, len(in_batches) // 10) :]
-        yield (
-            side,
-            "add, batched",
-            adapters / sum(in_batches),
-            "adapters/s",
-            f"transactions of {batch}, synced, checked",
-        )
-        yield side, "add, the last tenth", batch * len(last) / sum(last), "adapters/s", "does it slow down as it grows"
+            memory.append(resident() - before)
+        note = f"transactions of {batch}, synced, checked, names in no order"
+        yield side, "add, batched", adapters / sum(in_batches), "adapters/s", note
+        tenth = max(1, len(in_batches) // 10)
+        for first in range(0, len(in_batches), tenth):
+            part = in_batches[first : first + tenth]
+            stop = min(adapters, (first + len(part)) * batch)
+            yield side, f"{TENTH}{stop}", (stop - first * batch) / sum(part), "adapters/s", f"from {first * batch}"
+            yield side, f"{GROWTH}{stop}", memory[first + len(part) - 1], "MB", "resident set less that before"
         single = [timed(lambda n=n: store.add(f"single/{n}", make())) for n in range(100)]
         yield side, "add one p50", statistics.median(single) * 1e3, "ms", "a transaction each, synced"
         names = [f"team/user-{random.Random(n).randrange(adapters):09}" for n in range(gets)]
