@@ -87,6 +87,7 @@ def train(
     unique_basis: Annotated[bool, of_adapter(help="A basis of its own for each layer (nola).")] = False,
     targets: Annotated[str, Option(help="all-linear, or NAME,NAME, slices too: c_attn[q,v].")] = "all-linear",
     dropout: Annotated[float, of_adapter(help="Dropout on the input of the adapter.")] = 0.0,
+    quantize_coefficients: Annotated[int | None, of_adapter(help="Train at 8, 4, 3 or 2 bits a coefficient.")] = None,
     batch_size: Annotated[int, of_loop(help="Rows a step.")] = 16,
     eval_batch_size: Annotated[int | None, of_loop(help="Rows at a time when evaluating.")] = None,
     epochs: Annotated[float, of_loop(help="Passes over the rows.")] = 3.0,
@@ -303,7 +304,7 @@ def merge(
 @app.command(epilog="Example: randbasis pack runs/e2e e2e.safetensors --bits 4")
 def pack(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
-    file: Annotated[Path, typer.Argument(help="File to write.")],
+    file: Annotated[str, typer.Argument(help="File to write; or a URL: s3://, hf://, ….")],
     bits: Annotated[int, Option(help="Of a coefficient: 32 (as it is), 16, 8, 4, 3, 2.")] = 16,
     group: Annotated[int, Option(help="Coefficients that share a scale; 0 for one scale a vector.")] = 0,
     bfloat16: Annotated[bool, Option(help="With 16 bits, bfloat16 instead of float16.")] = False,
@@ -322,7 +323,7 @@ def pack(
 
 @app.command(epilog="Example: randbasis unpack e2e.safetensors runs/again")
 def unpack(
-    file: Annotated[Path, typer.Argument(help="Packed file.")],
+    file: Annotated[str, typer.Argument(help="Packed file, or its URL.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     base_name: Annotated[str | None, Option(help="Folder or hub name of the base; by default the file's.")] = None,
     overwrite: Overwrite = False,
@@ -338,7 +339,7 @@ def unpack(
 
 @app.command(epilog="Example: randbasis verify e2e.safetensors --json")
 def verify(
-    file: Annotated[Path, typer.Argument(help="Packed file.")],
+    file: Annotated[str, typer.Argument(help="Packed file, or its URL.")],
     as_json: AsJson = False,
 ) -> None:
     """Check every rule and digest of a packed file, and tell what it holds."""

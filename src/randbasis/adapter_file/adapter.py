@@ -4,7 +4,6 @@ import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,6 +15,7 @@ from randbasis.adapter_file.codec import (
     check_codes,
     check_precision,
     dequantize,
+    narrowed,
     pack_codes,
     quantize,
     run_lengths,
@@ -33,9 +33,9 @@ from randbasis.errors import (
     ExtraTensorError,
     FormatVersionError,
     NotPackedError,
-    PrecisionError,
     SpecKeyError,
 )
+from randbasis.locations import Location, local_path
 from randbasis.methods import Matrix
 
 FORMAT = "randbasis"
@@ -92,7 +92,7 @@ class PackedAdapter:
         if spec.bits in CODED:
             values, scales = quantize(values, run_lengths(spec.vector_lengths, spec.group), spec.bits)
         elif values.dtype not in (torch.float16, torch.bfloat16):
-            values = _narrowed(values, torch.float32 if spec.bits == 32 else torch.float16)
+            values = narrowed(values, torch.float32 if spec.bits == 32 else torch.float16)
         bits = spec.bits if scales is not None else 8 * values.element_size()
         return cls(replace(spec, bits=bits, extra=tuple(extra)), values, scales, streams, extra)
 
@@ -141,20 +141,29 @@ class PackedAdapter:
         """Read the bytes of a file; see :func:`randbasis.adapter_file.read` for what is refused."""
         return _from_container(container.load(io.BytesIO(data), len(data), where), where)
 
-    def write(self, path: str | Path, *, overwrite: bool = False) -> None:
+    def write(self, path: Location, *, overwrite: bool = False) -> None:
         """Write the file; a kill at any point leaves the old file or the new one.
+
+        Args:
+            path: of the file, or a URL that fsspec writes.
+            overwrite: replace the file.
 
         Raises:
             OutputExistsError: it exists and ``overwrite`` is not given.
             SaveError: it could not be written.
+            RemoteError: it is behind a URL that could not be written.
         """
         container.write(path, self.to_bytes(), overwrite=overwrite)
 
 
-def read(path: str | Path) -> PackedAdapter:
+def read(path: Location) -> PackedAdapter:
     """Read and check a packed file.
 
+    Args:
+        path: of the file, or a URL that fsspec opens: ``s3://``, ``hf://``, ``memory://``, …
+
     Raises:
+        RemoteError: it is behind a URL that could not be reached.
         PackedFileMissingError: it is not there.
         PackedFileError: it breaks a rule of the format; each rule has its class.
         UnknownMethodError: its method is not known.
@@ -171,14 +180,14 @@ class Verification:
     """What a packed file was found to be.
 
     Attributes:
-        path: the file.
+        path: the file, or its URL.
         bytes: its size.
         sha256: of all of it.
         canonical: whether it is, byte for byte, what this package would write.
         adapter: its content.
     """
 
-    path: Path
+    path: Location
     bytes: int
     sha256: str
     canonical: bool
@@ -206,15 +215,17 @@ class Verification:
         }
 
 
-def verify(path: str | Path) -> Verification:
+def verify(path: Location) -> Verification:
     """Read and check all of a packed file, and tell what it is.
 
     Raises:
         RandbasisError: as :func:`read`.
     """
-    adapter = read(path)
-    data = Path(path).read_bytes()
-    return Verification(Path(path), len(data), sha256(data), adapter.to_bytes() == data, adapter)
+    with container.opened(path) as (stream, size):
+        adapter = _from_container(container.load(stream, size, str(path)), str(path))
+        stream.seek(0)
+        data = stream.read()
+    return Verification(local_path(path) or path, len(data), sha256(data), adapter.to_bytes() == data, adapter)
 
 
 def _from_container(found: Container, where: str) -> PackedAdapter:
@@ -339,16 +350,6 @@ def _check_finite(values: Tensor, where: str) -> None:
             f"{where}: coefficients must be finite, got {float(values[index])} at index {index}; "
             "the training diverged or the file is damaged: use an earlier checkpoint"
         )
-
-
-def _narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
-    narrow = values.to(dtype)
-    if not bool(torch.isfinite(narrow).all()):
-        raise PrecisionError(
-            f"coefficients up to {float(values.abs().max()):.4g} do not fit {dtype}, which ends at "
-            f"{torch.finfo(dtype).max:.4g}; use 32 bits, or 8 bits with scales"
-        )
-    return narrow
 
 
 def _digests(tensors: Mapping[str, Tensor]) -> tuple[str, str | None]:

@@ -47,6 +47,19 @@ def check_precision(bits: int, group: int) -> None:
         )
 
 
+def check_training_precision(bits: int | None) -> None:
+    """Raise unless coefficients can be trained as codes of so many bits; None is full precision.
+
+    Raises:
+        PrecisionError: they cannot.
+    """
+    if bits is not None and (type(bits) is not int or bits not in CODED):
+        raise PrecisionError(
+            f"quantize_coefficients must be one of {list(CODED)} bits, or None for full precision, got {bits!r}; "
+            "3 is the usual choice, and 16 bits need no training: pack the adapter at 16"
+        )
+
+
 def run_count(length: int, group: int) -> int:
     """Scales of one vector."""
     return -(-length // group) if group else 1
@@ -84,12 +97,32 @@ def quantize(values: Tensor, runs: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     runs = runs.to(exact.device)
     of = torch.repeat_interleave(torch.arange(len(runs), device=exact.device), runs)
     largest = torch.zeros(len(runs), dtype=torch.float64, device=exact.device)
-    largest = largest.scatter_reduce(0, of, exact.abs(), "amax") / largest_code(bits)
-    scales = (largest.view(torch.int64) & _KEPT).view(torch.float64)
-    scales = torch.where(scales >= _SMALLEST_SCALE, scales, 0.0)
-    spread = scales[of]
-    codes = torch.where(spread > 0, (exact / torch.where(spread > 0, spread, 1.0)).round(), 0.0)
-    return codes.to(torch.int8), scales.to(torch.float32)
+    scales = scale_of(largest.scatter_reduce(0, of, exact.abs(), "amax"), bits)
+    return nearest_codes(exact, scales[of]).to(torch.int8), scales.to(torch.float32)
+
+
+def scale_of(largest: Tensor, bits: int) -> Tensor:
+    """``s`` of math (11).
+
+    Args:
+        largest: ``max|c|``, float64.
+        bits: one of :data:`CODED`.
+
+    Returns:
+        float64 of 17 significant bits; 0 where that would be below the smallest normal float32.
+    """
+    scales = ((largest / largest_code(bits)).view(torch.int64) & _KEPT).view(torch.float64)
+    return torch.where(scales >= _SMALLEST_SCALE, scales, 0.0)
+
+
+def nearest_codes(values: Tensor, scales: Tensor) -> Tensor:
+    """``round(c / s)`` of math (11), half to even, as float64; 0 where the scale is 0.
+
+    Args:
+        values: float64.
+        scales: float64, of a shape that expands to that of the values.
+    """
+    return torch.where(scales > 0, (values / torch.where(scales > 0, scales, 1.0)).round(), 0.0)
 
 
 def dequantize(codes: Tensor, scales: Tensor, runs: Tensor) -> Tensor:
@@ -101,6 +134,44 @@ def dequantize(codes: Tensor, scales: Tensor, runs: Tensor) -> Tensor:
         runs: from :func:`run_lengths`.
     """
     return codes.to(torch.float32) * torch.repeat_interleave(scales, runs.to(scales.device))
+
+
+def rounded(values: Tensor, lengths: Sequence[int], bits: int, group: int = 0) -> Tensor:
+    """Coefficients as a file of so many bits gives them back.
+
+    Args:
+        values: ``[n]``, floating.
+        lengths: entries of each vector, adding up to n.
+        bits: one of :data:`BITS`; 32 changes nothing.
+        group: coefficients that share a scale; 0 for one scale a vector.
+
+    Returns:
+        ``[n]``: float32 of codes and scales, float16 with 16 bits (bfloat16 stays).
+
+    Raises:
+        PrecisionError: there is no such precision, or a value does not fit it.
+        CoefficientValueError: a value is not finite.
+    """
+    check_precision(bits, group)
+    if bits in CODED:
+        runs = run_lengths(lengths, group)
+        return dequantize(*quantize(values, runs, bits), runs)
+    return values if bits == 32 or values.dtype in (torch.float16, torch.bfloat16) else narrowed(values, torch.float16)
+
+
+def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in a dtype of fewer bits.
+
+    Raises:
+        PrecisionError: a value is beyond its range.
+    """
+    narrow = values.to(dtype)
+    if not bool(torch.isfinite(narrow).all()):
+        raise PrecisionError(
+            f"coefficients up to {float(values.abs().max()):.4g} do not fit {dtype}, which ends at "
+            f"{torch.finfo(dtype).max:.4g}; use 32 bits, or 8 bits with scales"
+        )
+    return narrow
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

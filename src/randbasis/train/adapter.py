@@ -17,7 +17,7 @@ class _Words(NamedTuple):
     names: dict[str, str]
 
 
-_COMMON = {"seed": "seed", "law": "law", "dropout": "dropout"}
+_COMMON = {word: word for word in ("seed", "law", "dropout", "quantize_coefficients")}
 _METHODS: dict[str, _Words] = {
     "nola": _Words(
         "NolaConfig",

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
+from randbasis.adapter_file.codec import check_training_precision
 from randbasis.errors import HyperparameterError, RankError, SettingError, near
 from randbasis.tuner.targets import split_names
 
@@ -71,6 +72,7 @@ class AdapterSettings:
         targets: names of modules, slices included (``c_attn[q,v]``), ``("all-linear",)`` for every linear layer, or
             ``("re:PATTERN",)`` for a regular expression. Empty: what PEFT knows for the architecture.
         dropout: dropout on the input of the adapter.
+        quantize_coefficients: bits of the coefficients that the forward pass computes with, math (11).
     """
 
     method: str = "nola"
@@ -84,6 +86,7 @@ class AdapterSettings:
     unique_basis: bool = False
     targets: tuple[str, ...] = ("all-linear",)
     dropout: float = 0.0
+    quantize_coefficients: int | None = None
 
     def check(self) -> None:
         """Refuse what no method can take.
@@ -91,7 +94,9 @@ class AdapterSettings:
         Raises:
             RankError: a rank or a number of basis matrices below 1.
             HyperparameterError: a dropout outside [0, 1).
+            PrecisionError: a number of bits that coefficients cannot be trained at.
         """
+        check_training_precision(self.quantize_coefficients)
         for name, value in (("rank", self.rank), ("basis", self.basis), ("basis_b", self.basis_b)):
             if value is not None and value < 1:
                 raise RankError(f"{name} must be at least 1, got {value}")

@@ -38,6 +38,7 @@ class AdapterOptions:
     dropout: float
     contraction: OrderChoice
     init_weights: bool
+    quantize_coefficients: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from randbasis.adapter_file.codec import nearest_codes, scale_of
+
 
 class Coefficients(nn.Module):
     """One trainable tensor of coefficients.
@@ -23,6 +25,28 @@ class Coefficients(nn.Module):
     def extra_repr(self) -> str:
         """Shape, for ``print(model)``."""
         return f"shape={list(self.weight.shape)}"
+
+
+def straight_through(values: Tensor, bits: int) -> Tensor:
+    """Math (11) in the forward pass, the identity in the backward pass (Bengio et al., arXiv 1308.3432).
+
+    The result is to the last bit what :func:`randbasis.adapter_file.codec.rounded` makes of the values with one scale
+    for all of them, which is what a packed file holds. Zeros stay zeros and are given their gradient; values that are
+    not finite make the result NaN.
+
+    Args:
+        values: one vector, that is one coefficient tensor of one matrix, in any shape.
+        bits: 8, 4, 3 or 2.
+
+    Returns:
+        The shape of the values, in float32 or wider.
+    """
+    with torch.no_grad():
+        exact = values.double()
+        scale = scale_of(exact.abs().amax(), bits)
+        nearest = (nearest_codes(exact, scale) * scale).to(torch.promote_types(values.dtype, torch.float32))
+    # The difference is exactly 0 and carries the gradient: nothing is rounded by adding it.
+    return nearest + (values - values.detach())
 
 
 class Streams(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
 
+from randbasis.adapter_file.codec import check_training_precision
 from randbasis.contraction import check_order
 from randbasis.errors import HyperparameterError, TargetError, UnknownMethodError, near
 from randbasis.methods import Method, Nola, Pranc, RandLora, Vera, method_class
@@ -36,6 +37,9 @@ class RandbasisConfig(PeftConfig):
         init_weights: False starts from random coefficients drawn from the seed, so that ΔW is not 0 (for tests).
         basis_storage: ``"auto"``, ``"packed"``, ``"dense"`` or ``"recompute"``; changes cost, never values.
         contraction: ``"auto"``, ``"token"`` (19) or ``"weight"`` (20); changes cost, never values.
+        quantize_coefficients: 8, 4, 3 or 2: compute with coefficients of so many bits, one scale a vector (11), in
+            training as afterwards, and train the full-precision ones straight through; those are what is saved, so
+            that training can go on. None computes with them as they are.
         rank_pattern: regular expression of module names → r, instead of the common one.
         target_slices: parts of each sliced module; filled from ``target_modules``.
         base_shapes: shapes of the layers that a saved adapter was made for; checked when it is put on a model.
@@ -62,6 +66,7 @@ class RandbasisConfig(PeftConfig):
     init_weights: bool = True
     basis_storage: str = "auto"
     contraction: str = "auto"
+    quantize_coefficients: int | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict[str, int])
     target_slices: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     base_shapes: dict[str, list[int]] | None = None
@@ -123,6 +128,7 @@ class RandbasisConfig(PeftConfig):
 
     def _check_common(self) -> None:
         check_order(self.contraction)
+        check_training_precision(self.quantize_coefficients)
         if not 0.0 <= self.dropout < 1.0:
             raise HyperparameterError(f"dropout must be in [0, 1), got {self.dropout}; use 0.0 for none")
         if self.bias not in ("none", "all", "randbasis_only"):

@@ -35,7 +35,7 @@ from randbasis.tuner.base_weight import (
     layer_shape,
     quantization_of,
 )
-from randbasis.tuner.coefficients import Coefficients, Streams
+from randbasis.tuner.coefficients import Coefficients, Streams, straight_through
 from randbasis.tuner.factor_cache import FactorCache
 from randbasis.tuner.targets import Part
 
@@ -174,7 +174,16 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         self._cache.clear()
 
     def coefficients(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
-        """The coefficient tensors of one matrix of an adapter, in the method's order."""
+        """The coefficients of one matrix that ΔW is made of, in the method's order.
+
+        Those that are trained, or what math (11) makes of them where the adapter has ``quantize_coefficients``.
+        """
+        trained = self.trained_coefficients(adapter, one)
+        bits = self.options[adapter].quantize_coefficients
+        return trained if bits is None else {name: straight_through(c, bits) for name, c in trained.items()}
+
+    def trained_coefficients(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
+        """The coefficient tensors of one matrix that are trained and saved, in the method's order."""
         return {name: getattr(self, attribute)[adapter].weight for name, attribute in one.attributes.items()}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -374,7 +383,7 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         return choose_order(check_order(wanted), one.method, one.matrix, tokens, training=training, fused=fused)
 
     def _needs_gradient(self, adapter: str, one: AdaptedMatrix) -> bool:
-        return any(c.requires_grad for c in self.coefficients(adapter, one).values())
+        return any(c.requires_grad for c in self.trained_coefficients(adapter, one).values())
 
     def _dropped(self, x: Tensor, adapter: str, dtype: torch.dtype) -> Tensor:
         x = self._cast_input_dtype(x, dtype)
@@ -394,7 +403,7 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         return self._cached(adapter, [one], "prepared", compute)
 
     def _cached(self, adapter: str, matrices: Sequence[AdaptedMatrix], what: str, compute: Any) -> Any:
-        sources = [c for one in matrices for c in self.coefficients(adapter, one).values()]
+        sources = [c for one in matrices for c in self.trained_coefficients(adapter, one).values()]
         key = (what, adapter, tuple((one.part.name, one.matrix) for one in matrices))
         return self._cache.get(key, sources, compute, usable=not self.training)
 
@@ -427,13 +436,13 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
 
     def _stacked(self, names: list[str], one: AdaptedMatrix) -> dict[str, Tensor]:
         """What the method prepares of the coefficients of several adapters, ``[len(names), ...]`` each."""
-        own = [self.coefficients(name, one) for name in names]
 
         def compute() -> dict[str, Tensor]:
+            own = [self.coefficients(name, one) for name in names]
             stacked = {key: torch.stack([c[key] for c in own]) for key in own[0]}
             return one.method.prepare(stacked, one.matrix)
 
-        sources = [tensor for c in own for tensor in c.values()]
+        sources = [c for name in names for c in self.trained_coefficients(name, one).values()]
         key = ("stacked", tuple(names), one.part.name, one.matrix)
         return self._cache.get(key, sources, compute, usable=not self.training)
 

@@ -137,7 +137,9 @@ class RandbasisModel(BaseTuner):
     ) -> None:
         config = cast("RandbasisConfig", peft_config)
         self._check_target(config, current_key, target)
-        options = AdapterOptions(config.dropout, check_order(config.contraction), config.init_weights)
+        options = AdapterOptions(
+            config.dropout, check_order(config.contraction), config.init_weights, config.quantize_coefficients
+        )
         adds_to_ours = isinstance(target, RandbasisLinear)
         layer = target if adds_to_ours else RandbasisLinear(target, get_quantization_kwargs(cast("Any", self)))
         parts = resolve_parts(
@@ -293,11 +295,11 @@ class RandbasisModel(BaseTuner):
             for layer in self._layers():
                 layer.copy_streams(adapters[0], adapter_name)
                 for index, one in enumerate(layer.matrices(adapter_name)):
-                    for name, target in layer.coefficients(adapter_name, one).items():
+                    for name, target in layer.trained_coefficients(adapter_name, one).items():
                         target.zero_()
                         for source, weight in zip(adapters, weights, strict=True):
                             their = layer.matrices(source)[index]
-                            target.add_(layer.coefficients(source, their)[name], alpha=weight)
+                            target.add_(layer.trained_coefficients(source, their)[name], alpha=weight)
 
     def _check_combination(self, adapters: list[str], weights: list[float], combination_type: str) -> None:
         for name in adapters:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor, nn
 
 from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, Verification, group_matrices, read, verify
+from randbasis.adapter_file.codec import rounded
 from randbasis.adapter_file.container import flush_directory
 from randbasis.adapter_file.paths import check_name
 from randbasis.errors import (
@@ -46,8 +47,12 @@ _STREAMS = f"{PREFIX}streams"
 _ELSEWHERE = {
     *("method", "seed", "law", "peft_type", "peft_version", "inference_mode"),
     *("base_model_name_or_path", "base_shapes", "base_rows", "base_model_type"),
+    "quantize_coefficients",
 }
-"""Keys of a PEFT configuration that the spec holds in its own words, or that PEFT fills in when it writes."""
+"""Keys of a PEFT configuration that the spec holds in its own words, or that PEFT fills in when it writes.
+
+The values in a file are what the adapter computes with, so that what quantized them in training has no place in it.
+"""
 _UNORDERED = ("target_modules", "exclude_modules")
 _WRAPPERS = (".base_layer", ".original_module")
 
@@ -76,6 +81,10 @@ def pack_adapter(
     overwrite: bool = False,
 ) -> Verification:
     """Write an adapter directory as one packed file, and read it back to verify it.
+
+    Of an adapter that was trained with ``quantize_coefficients`` the file holds the values that it computes with,
+    without loss at those bits or at 32, and is an adapter like any other; the full-precision values, which only further
+    training needs, stay in the directory.
 
     Args:
         source: the directory.
@@ -125,6 +134,8 @@ def packed_of(
         coefficients = {name: tensors[tensor] for name, tensor in one.tensors.items()}
         check_coefficients(coefficients, one.matrix.shapes, f"{found.weights}: {one.matrix.name}")
     values = _joined(found, [tensors[tensor] for one in ordered for tensor in one.tensors.values()])
+    if config.quantize_coefficients is not None:
+        values = rounded(values, spec.vector_lengths, config.quantize_coefficients)
     if bfloat16 and bits != 16:
         raise PrecisionError(f"bfloat16 has 16 bits, got bits={bits}; leave one of the two out")
     streams = [tensors[one.streams[0]][one.streams[1]] for one in ordered if one.streams]
