@@ -21,6 +21,8 @@ ROWS: dict[str, set[str]] = {
     "ops": {"torch", "numpy", "numba"},
     "methods": {"torch"},
     "contraction": {"torch"},
+    "low_rank": {"torch"},
+    "locations": {"fsspec"},
     "adapter_file": {"torch", "numpy", "safetensors"},
     "store": set(),
     "tuner": {"torch", "peft", "transformers", "safetensors", "accelerate"},
