@@ -192,6 +192,14 @@ class SaveError(RandbasisError, OSError):
     """A file could not be written, for example because the disk is full."""
 
 
+class LocationError(RandbasisError, ValueError):
+    """A URL has a scheme that nothing opens, or stands where only a path of this machine can."""
+
+
+class RemoteError(RandbasisError, OSError):
+    """What a URL names could not be reached, read or written."""
+
+
 class MissingPackageError(RandbasisError, ImportError):
     """An optional dependency is needed for what was asked and is not installed."""
 
@@ -246,6 +254,58 @@ class ManifestError(RandbasisError, ValueError):
 
 class ImportConflictError(RandbasisError, ValueError):
     """An import would give a version that is there another content."""
+
+
+class ExportSourceError(RandbasisError, FileNotFoundError):
+    """There is no adapter to export."""
+
+
+class ExportOptionError(RandbasisError, ValueError):
+    """An export is unknown, or an option has no meaning for it."""
+
+
+class ExportRankError(RandbasisError, ValueError):
+    """An adapter whose ΔW has full rank is to become a LoRA of no stated rank."""
+
+
+class ExportBaseError(RandbasisError, ValueError):
+    """An export needs the base model, and nobody names it."""
+
+
+class ExportArchitectureError(RandbasisError, ValueError):
+    """A format has no place for the layers of a base model of this architecture."""
+
+
+class ExportHeadError(RandbasisError, ValueError):
+    """A format has no place for what was trained whole beside an adapter."""
+
+
+class UnsupportedAdapterError(RandbasisError, ValueError):
+    """An adapter of PEFT does more, or other, than to add a ΔW to linear layers."""
+
+
+class ProjectionsMissingError(RandbasisError, ValueError):
+    """A VeRA or RandLoRA checkpoint of PEFT does not carry its random matrices."""
+
+
+class ResidualError(RandbasisError, ValueError):
+    """What an adapter would become is further from it than the limit that was set."""
+
+
+class BasisMismatchError(RandbasisError, ValueError):
+    """Coefficients of adapters belong to different bases and cannot be added."""
+
+
+class MatrixMismatchError(RandbasisError, ValueError):
+    """Adapters that are to be averaged adapt different matrices."""
+
+
+class HeadMismatchError(RandbasisError, ValueError):
+    """What was trained whole beside adapters cannot be averaged."""
+
+
+class WeightsError(RandbasisError, ValueError):
+    """The weights of an average are not one finite number for each adapter."""
 
 
 def near(name: str, known: Iterable[str], limit: int = 5) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,9 +12,9 @@ from rich.progress import Progress
 from rich.table import Table
 from typer import Argument, Option
 
-from randbasis.adapter_file.container import write
+from randbasis.adapter_file.container import refuse_existing, write
 from randbasis.console import AsJson, Overwrite, answer, answer_table, reported
-from randbasis.errors import OutputExistsError, StoreOptionError
+from randbasis.errors import StoreOptionError
 from randbasis.methods import method_class
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ store = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Store = Annotated[Path, Argument(help="File of the store.")]
+Store = Annotated[str, Argument(help="File of the store.")]
 Name = Annotated[str, Argument(help="Name of the adapter.")]
 Timeout = Annotated[float, Option(help="Seconds to wait for another writer.")]
 Tag = Annotated[str | None, Option(help="Only those with this tag.")]
@@ -38,7 +38,7 @@ Method = Annotated[str | None, Option(help="Only nola, vera, randlora or pranc."
 @store.command(epilog="Example: randbasis store add adapters.db runs/*.safetensors --tag support")
 def add(
     store: Store,
-    files: Annotated[list[Path], Argument(help="Packed files, as `randbasis pack` writes them.")],
+    files: Annotated[list[str], Argument(help="Packed files, as `randbasis pack` writes them, or their URLs.")],
     name: Annotated[str | None, Option(help="Name of one adapter; by default the file's, without its suffix.")] = None,
     tag: Annotated[list[str] | None, Option(help="Word to find them by; may be given several times.")] = None,
     timeout: Timeout = 30.0,
@@ -50,7 +50,7 @@ def add(
 
         if name is not None and len(files) > 1:
             raise StoreOptionError(f"name must be given for one file alone, got {len(files)}; add them one by one")
-        batch = [NewAdapter(name or file.stem, file, tuple(tag or ())) for file in files]
+        batch = [NewAdapter(name or PurePath(file).stem, file, tuple(tag or ())) for file in files]
         with AdapterStore(store, timeout=timeout) as opened:
             _answer_records(opened.add_many(batch), as_json)
 
@@ -61,7 +61,9 @@ def get(
     name: Annotated[str | None, Argument(help="Name of the adapter.")] = None,
     version: Annotated[int | None, Option(help="Of the adapter; by default the newest.")] = None,
     digest: Annotated[str | None, Option(help="SHA-256 of the content, instead of a name.")] = None,
-    output: Annotated[Path | None, Option(help="Packed file to write; without it, only tell what there is.")] = None,
+    output: Annotated[
+        str | None, Option(help="Packed file to write, or its URL; without it, only tell what there is.")
+    ] = None,
     overwrite: Overwrite = False,
     timeout: Timeout = 30.0,
     as_json: AsJson = False,
@@ -70,13 +72,13 @@ def get(
     with reported(as_json):
         from randbasis.store import AdapterStore
 
-        if output is not None and output.exists() and not overwrite:
-            raise OutputExistsError(f"output {str(output)!r} exists; name another one, or give --overwrite")
+        if output is not None:
+            refuse_existing(output, overwrite=overwrite)
         with AdapterStore(store, create=False, timeout=timeout) as opened:
             found = opened.get(name, version=version, digest=digest)
         if output is not None:
             write(output, found.data, overwrite=overwrite)
-        answer({**found.record.as_json(), "output": None if output is None else str(output)}, as_json)
+        answer({**found.record.as_json(), "output": output}, as_json)
 
 
 @store.command("list", epilog="Example: randbasis store list adapters.db --tag support --limit 1000 --json")
@@ -164,7 +166,7 @@ def gc(
 
         with AdapterStore(store, create=False, timeout=timeout) as opened, _shown("pages") as progress:
             freed = opened.gc(keep, progress)
-        answer({**freed.as_json(), "file_bytes": store.stat().st_size}, as_json)
+        answer({**freed.as_json(), "file_bytes": opened.path.stat().st_size}, as_json)
 
 
 @store.command(epilog="Example: randbasis store verify adapters.db")
@@ -183,7 +185,7 @@ def verify(store: Store, timeout: Timeout = 30.0, as_json: AsJson = False) -> No
 @store.command(epilog="Example: randbasis store export adapters.db backup --tag support")
 def export(
     store: Store,
-    output: Annotated[Path, Argument(help="Folder, or file with --one-file.")],
+    output: Annotated[str, Argument(help="Folder, or file with --one-file; or a URL: s3://, ….")],
     one_file: Annotated[bool, Option("--one-file", help="Write one file, which is a store itself.")] = False,
     tag: Tag = None,
     base: Base = None,
@@ -202,13 +204,13 @@ def export(
             done = opened.export(
                 output, one_file=one_file, tag=tag, base=base, method=method, newest=newest, progress=progress
             )
-        answer({**done.as_json(), "output": str(output)}, as_json)
+        answer({**done.as_json(), "output": output}, as_json)
 
 
 @store.command("import", epilog="Example: randbasis store import adapters.db backup --prefix old/")
 def import_(
     store: Store,
-    source: Annotated[Path, Argument(help="Folder or file that was exported, or another store.")],
+    source: Annotated[str, Argument(help="Folder or file that was exported, or another store; or its URL.")],
     prefix: Annotated[str, Option(help="To put before every name.")] = "",
     timeout: Timeout = 30.0,
     as_json: AsJson = False,

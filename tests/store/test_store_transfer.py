@@ -10,7 +10,7 @@ from small_adapters import digest, packed
 from randbasis import errors
 from randbasis.adapter_file import read
 from randbasis.store import AdapterStore, NewAdapter, transfer
-from randbasis.store.manifest import MANIFEST, content_path
+from randbasis.store.manifest import MANIFEST, content_name
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_an_export_comes_back_as_it_was(store: AdapterStore, tmp_path: Path, one
 
 def test_a_folder_holds_packed_files_named_by_their_hash(store: AdapterStore, tmp_path: Path):
     assert store.export(tmp_path / "out").written == 10
-    file = content_path(tmp_path / "out", digest(packed(1)))
+    file = tmp_path / "out" / content_name(digest(packed(1)))
     assert file.read_bytes() == packed(1)
     assert read(file).spec.method.name == "nola"
     assert not [*(tmp_path / "out").rglob("*.part")]
@@ -89,7 +89,7 @@ def test_a_cut_off_export_goes_on(store: AdapterStore, tmp_path: Path, one_file:
     if not one_file:
         with AdapterStore(tmp_path / "early.db") as early, pytest.raises(errors.ManifestError, match="to its end"):
             early.import_from(tmp_path / "out")
-        half = content_path(tmp_path / "out", digest(packed(0)))
+        half = tmp_path / "out" / content_name(digest(packed(0)))
         half.write_bytes(half.read_bytes()[:10])  # as a power cut may leave it
     done = store.export(tmp_path / "out", one_file=one_file)
     assert 0 < done.written < done.versions == 13
@@ -208,7 +208,7 @@ def test_a_manifest_is_refused(store: AdapterStore, tmp_path: Path, how: str):
 
 def test_a_changed_content_is_refused(store: AdapterStore, tmp_path: Path):
     store.export(tmp_path / "out")
-    file = content_path(tmp_path / "out", digest(packed(2)))
+    file = tmp_path / "out" / content_name(digest(packed(2)))
     with AdapterStore(tmp_path / "again.db") as again:
         for data in (packed(60), packed(2)[:-1], packed(2)[:-1] + b"\x00"):
             file.write_bytes(data)

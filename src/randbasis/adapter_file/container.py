@@ -9,8 +9,8 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -27,6 +27,7 @@ from randbasis.errors import (
     SaveError,
     TruncatedFileError,
 )
+from randbasis.locations import Location, Remote, local_path, reading
 
 HEADER_LIMIT = 16 << 20
 """Longest header in bytes that is read or written."""
@@ -151,37 +152,77 @@ def load(stream: BinaryIO, size: int, where: str) -> Container:
     if size != expected:
         raise _truncated(where, f"its header speaks of {expected} bytes, it has {size}")
     data = bytearray(stream.read(expected - 8 - length))
+    if len(data) != expected - 8 - length:
+        raise _truncated(where, f"its size is {size} bytes, it ended after {8 + length + len(data)}")
     return Container(metadata, {entry.name: _tensor(entry, data, where) for entry in entries})
 
 
-def read(path: str | Path) -> tuple[Container, int]:
+@contextmanager
+def opened(path: Location) -> Generator[tuple[BinaryIO, int]]:
+    """Open a packed file, and tell its size in bytes.
+
+    Raises:
+        PackedFileMissingError: it is not there, or is a directory.
+        RemoteError: it is behind a URL that could not be reached.
+    """
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(reading(path))
+        except IsADirectoryError as error:
+            raise _no_file(path, "a directory; `randbasis pack` makes a file of an adapter directory") from error
+        except FileNotFoundError as error:
+            raise _no_file(path, "not there") from error
+        yield found
+
+
+def read(path: Location) -> tuple[Container, int]:
     """Read a file, and tell its size in bytes.
 
     Raises:
         PackedFileMissingError: it is not there, or is a directory.
         PackedFileError: see :func:`load`.
+        RemoteError: it is behind a URL that could not be reached.
     """
-    path = Path(path)
-    if not path.is_file():
-        found = "a directory; `randbasis pack` makes a file of an adapter directory" if path.is_dir() else "not there"
-        raise PackedFileMissingError(f"a packed adapter must be a file, {str(path)!r} is {found}")
-    with path.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
+    with opened(path) as (stream, size):
         return load(stream, size, str(path)), size
 
 
-def write(path: str | Path, data: bytes, *, overwrite: bool = False) -> None:
+def write(path: Location, data: bytes, *, overwrite: bool = False) -> None:
     """Write a file so that a kill at any point leaves the old one or the new one.
 
-    The bytes go to a temporary file in the same directory, reach the disk, and only then take the name.
+    The bytes go to a temporary file in the same directory, reach the disk, and only then take the name. What a URL
+    names is sent as a whole; an object store takes it as a whole or not at all.
 
     Raises:
         OutputExistsError: the file exists and ``overwrite`` is not given.
         SaveError: the file could not be written, for example because the disk is full.
+        RemoteError: it is behind a URL that could not be written.
     """
-    path = Path(path)
-    if path.is_dir() or (path.exists() and not overwrite):
+    refuse_existing(path, overwrite=overwrite)
+    local = local_path(path)
+    if local is None:
+        Remote(str(path)).write(data)
+    else:
+        _write_local(local, data)
+
+
+def refuse_existing(path: Location, *, overwrite: bool) -> None:
+    """Raise unless a file may be written.
+
+    Raises:
+        OutputExistsError: the file exists and ``overwrite`` is not given, or it is a directory.
+        RemoteError: it is behind a URL that could not be reached.
+    """
+    local = local_path(path)
+    if local is None:
+        kind = Remote(str(path)).kind()
+    else:
+        kind = "directory" if local.is_dir() else "file" if local.exists() else None
+    if kind == "directory" or (kind is not None and not overwrite):
         raise OutputExistsError(f"output {str(path)!r} exists; name another one, or say overwrite")
+
+
+def _write_local(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         with temporary.open("xb") as file:
@@ -205,6 +246,10 @@ def flush_directory(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _no_file(path: Location, found: str) -> PackedFileMissingError:
+    return PackedFileMissingError(f"a packed adapter must be a file, {str(path)!r} is {found}")
 
 
 def _not_saved(path: Path, error: OSError) -> SaveError:

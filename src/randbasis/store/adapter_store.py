@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from randbasis.errors import NotStoredError, StoreOptionError, near
+from randbasis.locations import Location
 from randbasis.store import tables, transfer, verification
 from randbasis.store.contents import check_content
 from randbasis.store.database import Database
@@ -79,7 +80,7 @@ class AdapterStore:
 
         Args:
             name: such as ``"team/user-1"``.
-            source: bytes or path of a packed file, or a :class:`~randbasis.adapter_file.PackedAdapter`.
+            source: bytes, path or URL of a packed file, or a :class:`~randbasis.adapter_file.PackedAdapter`.
             tags: words to find it by.
 
         Raises:
@@ -285,7 +286,7 @@ class AdapterStore:
 
     def export(
         self,
-        path: str | Path,
+        path: Location,
         *,
         one_file: bool = False,
         tag: str | None = None,
@@ -300,7 +301,8 @@ class AdapterStore:
         are in the export or not; every version in it is whole.
 
         Args:
-            path: the folder, or the file, which is a store itself.
+            path: the folder, or the file, which is a store itself; or a URL that fsspec writes. A file behind a URL
+                is made on this machine first.
             one_file: write a file.
             tag: only versions with this tag.
             base: only those for this base model, by its fingerprint in hexadecimal.
@@ -313,18 +315,19 @@ class AdapterStore:
             StoreFormatError: the file is something else than a store.
             ImportConflictError: the file has other versions under the same numbers.
             SaveError: the disk is full.
+            RemoteError: the URL could not be reached or written.
         """
         selection = _selection(tag, base, method)
         write = transfer.export_file if one_file else transfer.export_folder
-        return write(self._database, Path(path), selection, newest=newest, progress=progress)
+        return write(self._database, path, selection, newest=newest, progress=progress)
 
-    def import_from(self, path: str | Path, *, prefix: str = "", progress: Progress | None = None) -> Transfer:
+    def import_from(self, path: Location, *, prefix: str = "", progress: Progress | None = None) -> Transfer:
         """Take in what :meth:`export` wrote, or another store: names, versions, times and tags as they were.
 
         What is there already is left alone, so that a cut-off import can be started again.
 
         Args:
-            path: the folder or the file.
+            path: the folder or the file, or its URL. A file behind a URL is copied to this machine first.
             prefix: to put before every name, such as ``"old/"``.
             progress: called with the versions taken in and those there are.
 
@@ -333,8 +336,9 @@ class AdapterStore:
             ManifestError: the manifest is missing, cut off or wrong, or a file is not what it says.
             ImportConflictError: a version is there with another content; nothing was changed.
             StoreNameError: a name is not one that a store takes; nothing was changed.
+            RemoteError: the URL could not be reached.
         """
-        return transfer.import_into(self._database, Path(path), prefix=prefix, progress=progress)
+        return transfer.import_into(self._database, path, prefix=prefix, progress=progress)
 
     def _missing(self, name: str, version: int | None = None) -> NoReturn:
         with self._database.reading() as connection:

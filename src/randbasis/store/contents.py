@@ -1,10 +1,9 @@
 """Packed files on their way in: read, checked by the rules of their format, hashed."""
 
 import hashlib
-from pathlib import Path
 
 from randbasis.adapter_file import PackedAdapter
-from randbasis.errors import PackedFileMissingError
+from randbasis.adapter_file.container import opened
 from randbasis.store.records import Source
 from randbasis.store.tables import Content
 
@@ -13,7 +12,7 @@ def check_content(source: Source, what: str) -> Content:
     """The bytes of a packed adapter, once every rule of its format holds.
 
     Args:
-        source: bytes or path of a packed file, or the adapter itself.
+        source: bytes, path or URL of a packed file, or the adapter itself.
         what: what it is, for messages.
 
     Raises:
@@ -25,14 +24,8 @@ def check_content(source: Source, what: str) -> Content:
     elif isinstance(source, bytes):
         data, adapter = source, PackedAdapter.from_bytes(source, what)
     else:
-        data = _read(Path(source))
+        with opened(source) as (stream, _):
+            data = stream.read()
         adapter = PackedAdapter.from_bytes(data, str(source))
     spec = adapter.spec
     return Content(data, hashlib.sha256(data).digest(), spec.method.name, bytes.fromhex(spec.fingerprint))
-
-
-def _read(path: Path) -> bytes:
-    if not path.is_file():
-        found = "a directory; `randbasis pack` makes a file of it" if path.is_dir() else "not there"
-        raise PackedFileMissingError(f"what a store takes must be a packed file, {str(path)!r} is {found}")
-    return path.read_bytes()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from randbasis.adapter_file.container import flush_directory
 from randbasis.errors import (
+    LocationError,
     RandbasisError,
     SaveError,
     StoreAccessError,
@@ -21,6 +22,7 @@ from randbasis.errors import (
     StoreOptionError,
     StoreVersionError,
 )
+from randbasis.locations import local_path
 
 APPLICATION = int.from_bytes(b"rbas")
 """``PRAGMA application_id``: what tells a store from any other SQLite file."""
@@ -87,6 +89,7 @@ class Database:
         timeout: seconds to wait for another writer.
 
     Raises:
+        LocationError: the path is a URL.
         StoreMissingError: there is no file, or an empty one, and ``create`` is not given, or no folder to put it in.
         StoreFormatError: the file is not a store.
         StoreVersionError: it is a store of another schema.
@@ -97,7 +100,12 @@ class Database:
     def __init__(self, path: str | Path, *, create: bool, timeout: float) -> None:
         if not 0 <= timeout <= 1e6:
             raise StoreOptionError(f"timeout must be seconds from 0 to a million, got {timeout!r}; 30 is the usual one")
-        self.path = Path(path)
+        local = local_path(path)
+        if local is None:
+            raise LocationError(
+                f"a store must be a file of this machine, got {str(path)!r}; import it into one, or export one to there"
+            )
+        self.path = local
         self.timeout = timeout
         self._process = os.getpid()
         self._idle: deque[sqlite3.Connection] = deque()

@@ -21,7 +21,7 @@ class NewAdapter:
 
     Attributes:
         name: what it is to be called; a name that is there gets a version more.
-        source: bytes or path of a packed file, or a :class:`~randbasis.adapter_file.PackedAdapter`.
+        source: bytes, path or URL of a packed file, or a :class:`~randbasis.adapter_file.PackedAdapter`.
         tags: words to find it by.
     """
 

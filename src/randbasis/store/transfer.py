@@ -1,26 +1,25 @@
 """STORE ↔ FOLDER or FILE: versions copied in batches, each batch one transaction, so that a cut-off copy goes on."""
 
-import hashlib
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
-from randbasis.errors import ManifestError, OutputExistsError, SaveError, StoreMissingError
+from randbasis.adapter_file.container import refuse_existing
+from randbasis.errors import ManifestError, StoreFormatError, StoreMissingError, StoreVersionError
+from randbasis.locations import Location, Remote, local_path
 from randbasis.store import tables
 from randbasis.store.contents import check_content
 from randbasis.store.database import Database
-from randbasis.store.manifest import MANIFEST, content_path, read_manifest, write_first, write_last, write_record
+from randbasis.store.folders import ExportFolder, LocalFolder, RemoteFolder, RemoteOrigin
+from randbasis.store.manifest import write_first, write_last, write_record
 from randbasis.store.names import check_adapter_name
 from randbasis.store.records import Progress, Record, Selection, Transfer
 from randbasis.store.tables import Content
 
-BATCH = 500
-"""Versions of one transaction and in memory at a time."""
-PART = f"{MANIFEST}.part"
-"""The manifest of an export that has not come to its end."""
+BATCH, BATCH_BYTES = 500, 64 << 20
+"""Versions, and bytes of their contents, of one transaction and in memory at a time; a larger content goes alone."""
 
 
 class Origin(Protocol):
@@ -30,8 +29,8 @@ class Origin(Protocol):
         """All of them, in the order of name and version, each time from the first."""
         ...
 
-    def data(self, record: Record) -> bytes | None:
-        """The bytes of a content, or None where it was removed meanwhile."""
+    def contents(self, records: Sequence[Record]) -> Iterator[bytes | None]:
+        """The bytes of each content, or None where it was removed meanwhile."""
         ...
 
 
@@ -58,75 +57,86 @@ class StoreOrigin:
             yield from found
             after = found[-1].name, found[-1].version
 
-    def data(self, record: Record) -> bytes | None:
-        """The bytes, whose hash is checked."""
-        with self._database.reading() as connection:
-            found = tables.load(connection, record.name, record.version)
-        return None if found is None else found.data
-
-
-class FolderOrigin:
-    """Versions in an exported folder.
-
-    Args:
-        folder: with the manifest.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def records(self) -> Iterator[Record]:
-        """All of them."""
-        return read_manifest(self._folder)
-
-    def data(self, record: Record) -> bytes:
-        """The bytes as they lie there."""
-        path = content_path(self._folder, record.digest)
-        if not path.is_file() or path.stat().st_size != record.bytes:
-            raise ManifestError(
-                f"{path} must be a file of {record.bytes} bytes by the manifest, it is not; export again"
-            )
-        return path.read_bytes()
+    def contents(self, records: Sequence[Record]) -> Iterator[bytes | None]:
+        """The bytes of each, whose hash is checked."""
+        for record in records:
+            with self._database.reading() as connection:
+                found = tables.load(connection, record.name, record.version)
+            yield None if found is None else found.data
 
 
 def export_folder(
-    database: Database, path: Path, selection: Selection, *, newest: bool, progress: Progress | None
+    database: Database, location: Location, selection: Selection, *, newest: bool, progress: Progress | None
 ) -> Transfer:
     """See :meth:`randbasis.store.AdapterStore.export`."""
-    if path.exists() and not (path.is_dir() and _is_export(path)):
-        raise OutputExistsError(f"output {str(path)!r} exists and is no earlier export; name another folder")
+    path = local_path(location)
+    folder = RemoteFolder(Remote(str(location))) if path is None else LocalFolder(path)
+    folder.check()
     origin = StoreOrigin(database, selection, newest=newest)
-    total = _count(database, selection, newest=newest)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        return _write_folder(origin, path, total, progress)
-    except OSError as error:
-        raise SaveError(f"{path} could not be written ({error}); make room and export again: it goes on") from error
+    return _write_folder(origin, folder, _count(database, selection, newest=newest), progress)
 
 
 def export_file(
-    database: Database, path: Path, selection: Selection, *, newest: bool, progress: Progress | None
+    database: Database, location: Location, selection: Selection, *, newest: bool, progress: Progress | None
 ) -> Transfer:
     """See :meth:`randbasis.store.AdapterStore.export`."""
-    target = Database(path, create=True, timeout=database.timeout)
-    try:
-        origin = StoreOrigin(database, selection, newest=newest)
-        return _copy(origin, target, "", _as_stored, progress)
-    finally:
-        target.close()
+    origin = StoreOrigin(database, selection, newest=newest)
+    path = local_path(location)
+    if path is not None:
+        return _write_file(origin, path, database.timeout, progress)
+    refuse_existing(location, overwrite=False)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "adapters.db"
+        done = _write_file(origin, path, database.timeout, progress)
+        Remote(str(location)).upload("", path)
+    return done
 
 
-def import_into(database: Database, path: Path, *, prefix: str, progress: Progress | None) -> Transfer:
+def import_into(database: Database, location: Location, *, prefix: str, progress: Progress | None) -> Transfer:
     """See :meth:`randbasis.store.AdapterStore.import_from`."""
+    path = local_path(location)
+    if path is None:
+        return _import_remote(database, Remote(str(location)), prefix, progress)
     if not path.exists():
-        raise StoreMissingError(f"there is no export {str(path)!r}; name the folder or file that was exported")
+        raise _no_export(str(location))
     if path.is_dir():
-        return _copy(FolderOrigin(path), database, prefix, _checked, progress)
+        return _copy(LocalFolder(path), database, prefix, _checked, progress)
+    return _import_file(database, path, prefix, progress)
+
+
+def _import_remote(database: Database, remote: Remote, prefix: str, progress: Progress | None) -> Transfer:
+    kind = remote.kind()
+    if kind is None:
+        raise _no_export(remote.url)
+    with TemporaryDirectory() as folder:
+        if kind == "directory":
+            return _copy(RemoteOrigin(remote, Path(folder)), database, prefix, _checked, progress)
+        path = Path(folder) / "adapters.db"
+        remote.download("", path)
+        try:
+            return _import_file(database, path, prefix, progress)
+        except (StoreFormatError, StoreVersionError) as error:
+            raise type(error)(f"{remote.url}: {error}") from error
+
+
+def _import_file(database: Database, path: Path, prefix: str, progress: Progress | None) -> Transfer:
     source = Database(path, create=False, timeout=database.timeout)
     try:
         return _copy(StoreOrigin(source, Selection()), database, prefix, _checked, progress)
     finally:
         source.close()
+
+
+def _write_file(origin: "StoreOrigin", path: Path, timeout: float, progress: Progress | None) -> Transfer:
+    target = Database(path, create=True, timeout=timeout)
+    try:
+        return _copy(origin, target, "", _as_stored, progress)
+    finally:
+        target.close()
+
+
+def _no_export(where: str) -> StoreMissingError:
+    return StoreMissingError(f"there is no export {where!r}; name the folder or file that was exported")
 
 
 class _ToContent(Protocol):
@@ -142,8 +152,7 @@ def _copy(origin: Origin, target: Database, prefix: str, content: _ToContent, pr
             tables.is_there(connection, replace(record, name=prefix + record.name))
             total += 1
     done = written = size = 0
-    records = origin.records()
-    while batch := [*islice(records, BATCH)]:
+    for batch in _batches(origin.records()):
         checked = [*_new_ones(origin, target, prefix, content, batch)]
         with target.writing() as connection:
             for record, one in checked:
@@ -158,12 +167,14 @@ def _copy(origin: Origin, target: Database, prefix: str, content: _ToContent, pr
 def _new_ones(
     origin: Origin, target: Database, prefix: str, content: _ToContent, batch: list[Record]
 ) -> Iterator[tuple[Record, Content]]:
-    for record in batch:
-        renamed = replace(record, name=prefix + record.name)
-        with target.reading() as connection:
-            there = tables.is_there(connection, renamed)
-        if not there and (data := origin.data(record)) is not None:
-            yield renamed, content(record, data)
+    def renamed(record: Record) -> Record:
+        return replace(record, name=prefix + record.name)
+
+    with target.reading() as connection:
+        new = [record for record in batch if not tables.is_there(connection, renamed(record))]
+    for record, data in zip(new, origin.contents(new), strict=True):
+        if data is not None:
+            yield renamed(record), content(record, data)
 
 
 def _as_stored(record: Record, data: bytes) -> Content:
@@ -184,8 +195,16 @@ def _checked(record: Record, data: bytes) -> Content:
     return content
 
 
-def _is_export(path: Path) -> bool:
-    return not any(path.iterdir()) or (path / MANIFEST).is_file() or (path / PART).is_file()
+def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
+    batch, size = list[Record](), 0
+    for record in records:
+        if batch and (len(batch) >= BATCH or size + record.bytes > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(record)
+        size += record.bytes
+    if batch:
+        yield batch
 
 
 def _count(database: Database, selection: Selection, *, newest: bool) -> int:
@@ -193,33 +212,35 @@ def _count(database: Database, selection: Selection, *, newest: bool) -> int:
         return tables.count(connection, selection, newest=newest)
 
 
-def _write_folder(origin: StoreOrigin, path: Path, total: int, progress: Progress | None) -> Transfer:
+def _write_folder(origin: StoreOrigin, folder: ExportFolder, total: int, progress: Progress | None) -> Transfer:
     done = written = size = 0
-    with (path / PART).open("w", encoding="utf-8") as manifest:
+    with folder.manifest() as manifest:
         write_first(manifest)
-        for record in origin.records():
-            if not _is_whole(content_path(path, record.digest), record.digest):
-                if (data := origin.data(record)) is None:
-                    continue
-                _write_content(content_path(path, record.digest), data)
-                written, size = written + 1, size + len(data)
-            write_record(manifest, record)
-            done += 1
-            if progress is not None:
-                progress(done, max(done, total))
+        for batch in _batches(origin.records()):
+            kept, new = _missing_contents(origin, folder, batch)
+            folder.write(new)
+            written, size = written + len(new), size + sum(map(len, new.values()))
+            for record in kept:
+                write_record(manifest, record)
+                done += 1
+                if progress is not None:
+                    progress(done, max(done, total))
         write_last(manifest, done)
-    if hasattr(os, "sync"):
-        os.sync()  # once for all contents, before the manifest vouches for them
-    (path / PART).replace(path / MANIFEST)
     return Transfer(done, written, size)
 
 
-def _is_whole(path: Path, digest: str) -> bool:
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
-
-
-def _write_content(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+def _missing_contents(
+    origin: StoreOrigin, folder: ExportFolder, batch: list[Record]
+) -> tuple[list[Record], dict[str, bytes]]:
+    """The versions that can be exported, and those of their contents that the folder has not."""
+    absent = folder.absent({record.digest: record.bytes for record in batch})
+    kept: list[Record] = []
+    new: dict[str, bytes] = {}
+    for record in batch:
+        if record.digest in absent and record.digest not in new:
+            (data,) = origin.contents([record])
+            if data is None:
+                continue
+            new[record.digest] = data
+        kept.append(record)
+    return kept, new
