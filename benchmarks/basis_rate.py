@@ -1,44 +1,64 @@
 """How fast a basis is redrawn, by law: the plain torch reference against the compiled loops."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from benchmarks.case import Case
+from benchmarks.case import Built, Case, CheckFailed, Side
 from randbasis.basis import Basis, decode
 from randbasis.ops import backends, reference
 from randbasis.ops.reference import Slab, Tile
 
-COUNT, ROWS, COLS = 1000, 16, 4096
 LAWS = ("sign", "uniform", "normal", "sparse(6)")
+PACKED = "packed signs"
+_CPU = torch.device("cpu")
 
 
-def cases() -> Iterator[Case]:
+def cases(*, tiny: bool = False, everything: bool = False) -> Iterator[Case]:
     """Raw words of the sign law ("packed signs"), then entries in float32 by law."""
-    cpu = torch.device("cpu")
-    slab = Slab(Basis.named(0, "bench/words", "sign"), COUNT, ROWS, COLS)
-    whole = Tile(0, COUNT, 0, ROWS)
-
-    def check_words() -> None:
-        assert torch.equal(reference.words(slab, whole, cpu), backends.words(slab, cpu))
-
-    sides = {"reference": lambda: reference.words(slab, whole, cpu), "compiled": lambda: backends.words(slab, cpu)}
-    yield Case(f"packed signs {COUNT}x{ROWS}x{COLS}", sides, check_words, slab.entries / 1e9, "Gbit/s")
+    del everything
+    count, rows, cols = (8, 4, 256) if tiny else (1000, 16, 4096)
+    yield _case(PACKED, Slab(Basis.named(0, "bench/words", "sign"), count, rows, cols), _words, "Gbit/s")
     for law in LAWS:
-        yield _expand(Slab(Basis.named(0, "bench/entries", law), COUNT // 8, ROWS, COLS))
+        slab = Slab(Basis.named(0, "bench/entries", law), count // 8, rows, cols)
+        yield _case(f"entries {law}", slab, _entries, "G entries/s")
 
 
-def _expand(slab: Slab) -> Case:
-    cpu, whole = torch.device("cpu"), Tile(0, slab.count, 0, slab.rows)
+def _case(what: str, slab: Slab, calls: Callable[[Slab], dict[str, Callable[[], Tensor]]], unit: str) -> Case:
+    return Case(
+        family="basis",
+        name=f"{what} {slab.count}×{slab.rows}×{slab.cols}",
+        sides=("reference", "compiled"),
+        build=partial(_build, calls, slab),
+        parameters={"what": what, "law": slab.basis.law.name},
+        work=slab.entries / 1e9,
+        unit=unit,
+        seconds=10,
+    )
 
-    def compiled() -> torch.Tensor:
-        return backends.expand(slab, whole, torch.float32, cpu)
 
-    def plain() -> torch.Tensor:
-        return decode(reference.words(slab, whole, cpu), slab.basis.law)[..., : slab.cols].to(torch.float32)
+def _build(calls: Callable[[Slab], dict[str, Callable[[], Tensor]]], slab: Slab, sides: Sequence[str]) -> Built:
+    made = calls(slab)
 
-    def check() -> None:
-        assert torch.equal(plain(), compiled())
+    def check() -> str:
+        if not torch.equal(made["reference"](), made["compiled"]()):
+            raise CheckFailed("the compiled loops give other bits than the reference")
+        return "equal to the reference bit for bit"
 
-    name = f"entries {slab.basis.law.name} {slab.count}x{slab.rows}x{slab.cols}"
-    return Case(name, {"reference": plain, "compiled": compiled}, check, slab.entries / 1e9, "G entries/s")
+    return Built({name: Side(made[name]) for name in sides}, check)
+
+
+def _words(slab: Slab) -> dict[str, Callable[[], Tensor]]:
+    whole = Tile(0, slab.count, 0, slab.rows)
+    return {"reference": lambda: reference.words(slab, whole, _CPU), "compiled": lambda: backends.words(slab, _CPU)}
+
+
+def _entries(slab: Slab) -> dict[str, Callable[[], Tensor]]:
+    whole = Tile(0, slab.count, 0, slab.rows)
+
+    def plain() -> Tensor:
+        return decode(reference.words(slab, whole, _CPU), slab.basis.law)[..., : slab.cols].to(torch.float32)
+
+    return {"reference": plain, "compiled": lambda: backends.expand(slab, whole, torch.float32, _CPU)}

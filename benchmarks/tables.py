@@ -1,0 +1,125 @@
+"""Rows to Markdown tables, one function a kind of table."""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+
+from benchmarks.case import spread
+from benchmarks.rows import Run
+from benchmarks.targets import Finding, Target, verdicts
+
+NOTHING = "No rows yet."
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A Markdown table, the first columns aligned to the left, the others to the right."""
+    rule = "|" + "---|" * left + "---:|" * (len(heads) - left)
+    return "\n".join(["| " + " | ".join(heads) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def family_table(family: str, runs: Sequence[Run]) -> str:
+    """All cases of a family: where and when they were measured, then a table each."""
+    chosen = [run for run in runs if run.family == family]
+    if not chosen:
+        return NOTHING
+    draw = _growth if family in ("growth", "memory growth") else _sides
+    return "\n\n".join([provenance(chosen), *draw(chosen)])
+
+
+def provenance(runs: Sequence[Run]) -> str:
+    """Machine, dates, versions and revisions of some runs, and which were disturbed."""
+    rows = [run.rows[0] for run in runs]
+    days = sorted({row["date"][:10] for row in rows})
+    where = sorted({f"{row['device']}, {row['threads']} threads of {row['cores']} cores" for row in rows})
+    revisions = sorted({row["revision"] for row in rows})
+    busy = sorted({f"{row['case']} ({row['note']})" for row in rows if row["note"]})
+    parts = [
+        "; ".join(where),
+        days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
+        "; ".join(sorted({row["versions"] for row in rows})),
+        f"revision {', '.join(revisions)}",
+    ]
+    return ". ".join(parts) + "." + (f" Disturbed: {'; '.join(busy)}." if busy else "")
+
+
+def _sides(runs: Sequence[Run]) -> Iterator[str]:
+    """One table a case."""
+    for run in runs:
+        has_rate = any(row["unit"] for row in run.rows)
+        unit = next((row["unit"] for row in run.rows), "")
+        quantity = run.rows[0]["quantity"]
+        heads = ["", f"median, {_unit(quantity)}", "p20–p80", "ratio", "p20–p80"]
+        heads += [f"above the first, {_unit(quantity)}"] + ([unit] if has_rate else [])
+        lines = [
+            _line(row, timing.values, has_rate) for row, timing in zip(run.rows, run.timings.values(), strict=True)
+        ]
+        yield f"**{run.case}** ({run.rows[0]['rounds']} rounds; {run.rows[0]['checked']})\n\n{table(heads, lines)}"
+
+
+def _unit(quantity: str) -> str:
+    return "ms" if quantity == "s" else quantity
+
+
+def _line(row: dict[str, str], values: Sequence[float], has_rate: bool) -> list[str]:
+    factor = 1e3 if row["quantity"] == "s" else 1.0
+    median, p20, p80 = (number(factor * value) for value in spread(values))
+    ratios = [f"{float(row['ratio']):.3g}", f"{float(row['ratio_p20']):.3g}–{float(row['ratio_p80']):.3g}"]
+    rate = [f"{number(float(row['rate']))}"] if has_rate else []
+    over = number(factor * float(row["over"])) if row["side"] != row["baseline"] else ""
+    return [row["side"], median, f"{p20}–{p80}", *ratios, over, *rate]
+
+
+def number(value: float) -> str:
+    """Three digits, with separators of thousands."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def _growth(runs: Sequence[Run]) -> Iterator[str]:
+    """One table an axis: values down, methods across."""
+    for axis in dict.fromkeys(str(run.parameters["axis"]) for run in runs):
+        points = sorted((run for run in runs if run.parameters["axis"] == axis), key=lambda run: run.parameters[axis])
+        names = [[method_of(side) for side in run.timings] for run in points]
+        heads = [axis, *(f"{name}, {_unit(points[0].rows[0]['quantity'])}" for name in names[0])]
+        factor = 1e3 if points[0].rows[0]["quantity"] == "s" else 1.0
+        lines = [
+            [str(run.parameters[axis]), *(number(factor * statistics.median(t.values)) for t in run.timings.values())]
+            for run in points
+        ]
+        fixed = ", ".join(f"{k} {v}" for k, v in points[0].parameters.items() if k not in (axis, "axis"))
+        yield f"**{axis}**, at {fixed}\n\n{table(heads, lines, left=0)}"
+
+
+def method_of(side: str) -> str:
+    """A side without the numbers that an axis changes."""
+    words = [word for word in side.split() if "=" not in word]
+    return " ".join(words) + (" r=1" if side.endswith(" r=1") else "")
+
+
+def targets_table(runs: Sequence[Run]) -> str:
+    """Every target with its figures."""
+    lines = [_verdict(target, finding) for target, finding in verdicts(runs)]
+    return table(["target", "where", "limit", "measured", "20–80 %", ""], lines, left=2)
+
+
+def _verdict(target: Target, finding: Finding | None) -> list[str]:
+    limit = f"{'≥' if target.at_least else '≤'} {target.limit:g} {target.unit}"
+    if finding is None:
+        return [target.name, "", limit, "", "", "not measured"]
+    word = "met" if target.is_met(finding) else "**missed**"
+    interval = f"{finding.low:.3g}–{finding.high:.3g}"
+    return [target.name, finding.where, limit, f"{finding.value:.3g} {target.unit}", interval, word]
+
+
+def tables(runs: Sequence[Run]) -> dict[str, Callable[[], str]]:
+    """Name of a marker → what stands there."""
+    families = [
+        *("step", "memory", "basis", "prefill", "decode", "expand", "switch", "growth", "memory growth"),
+        *dict.fromkeys(run.family for run in runs),
+    ]
+    made: dict[str, Callable[[], str]] = {"targets": lambda: targets_table(runs)}
+    for family in families:
+        made[family] = lambda family=family: family_table(family, runs)
+    return made

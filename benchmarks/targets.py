@@ -1,0 +1,177 @@
+"""What is promised of speed and memory, computed from the rows: met, missed or not measured, with the figures.
+
+An adapter's overhead is its step's time above that of PEFT LoRA r=1 in the same round. A figure is a median over rounds
+or a quotient of medians; its interval is where 60 % of the figures fall when the rounds are drawn again.
+"""
+
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from benchmarks.adapters import FLOOR, Adapter
+from benchmarks.basis_rate import PACKED
+from benchmarks.inference import same_rank
+from benchmarks.rows import Run
+from benchmarks.switching import LOAD, LORA, NOLA, RANDLORA, SET
+
+DRAWS = 400
+
+Figure = Callable[[Sequence[int]], float]
+"""The figure of some rounds, by their numbers; a number may come more than once."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One figure for one target.
+
+    Attributes:
+        where: case and sides.
+        value: the figure.
+        low: a fifth of the figures of rounds drawn again is below.
+        high: a fifth is above.
+    """
+
+    where: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise.
+
+    Attributes:
+        name: in words.
+        limit: what the figure is held against.
+        find: the figures of a run that it is about, with their names and number of rounds.
+        at_least: whether the figure must reach the limit instead of staying below.
+        unit: of the figure.
+    """
+
+    name: str
+    limit: float
+    find: Callable[[Run], Iterator[tuple[str, Figure, int]]]
+    at_least: bool = False
+    unit: str = "×"
+
+    def findings(self, runs: Sequence[Run]) -> list[Finding]:
+        """Its figures in some runs."""
+        return [
+            _finding(f"{run.case}: {which}", figure, rounds) for run in runs for which, figure, rounds in self.find(run)
+        ]
+
+    def is_met(self, finding: Finding) -> bool:
+        """By the figure itself, not by its interval."""
+        return finding.value >= self.limit if self.at_least else finding.value <= self.limit
+
+
+def _finding(where: str, figure: Figure, rounds: int) -> Finding:
+    drawn = random.Random(0)
+    again = sorted(figure([drawn.randrange(rounds) for _ in range(rounds)]) for _ in range(DRAWS))
+    return Finding(where, figure(range(rounds)), again[DRAWS // 5], again[-DRAWS // 5])
+
+
+# --- figures ---
+
+
+def _ratio(run: Run, own: str, other: str) -> tuple[str, Figure, int]:
+    """Median of the quotients by round."""
+    a, b = run.timings[own].values, run.timings[other].values
+    return f"{own} to {other}", lambda rounds: statistics.median(a[i] / b[i] for i in rounds), len(a)
+
+
+def _overheads(run: Run, own: str, other: str) -> tuple[str, Figure, int]:
+    """Quotient of the median overheads; infinite where the other side has none."""
+    a, b = run.timings[own].overheads, run.timings[other].overheads
+
+    def figure(rounds: Sequence[int]) -> float:
+        mine, theirs = (statistics.median(values[i] for i in rounds) for values in (a, b))
+        return mine / theirs if theirs > 0 else float("inf")
+
+    return f"{own} to {other}", figure, len(a)
+
+
+def _present(run: Run, *sides: str) -> bool:
+    return all(side in run.timings for side in sides)
+
+
+def _tokens(run: Run) -> int:
+    return int(run.parameters.get("tokens", 0))
+
+
+# --- what each target is about ---
+
+
+def _nola_steps(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    if run.family != "step" or _tokens(run) < 2048:
+        return
+    for side in run.timings:
+        adapter = Adapter.named(side)
+        other = f"PEFT LoRA r={adapter.r}"
+        if adapter.kind == "NOLA" and adapter.k <= 256 and _present(run, other):
+            yield _ratio(run, side, other)
+
+
+def _published(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    own, other = "NOLA r=8 k=1000", "published NOLA r=8 k=1000"
+    if run.family == "step" and _present(run, FLOOR, own, other):
+        yield _overheads(run, own, other)
+
+
+def _against_peft(kind: str, tokens: int | None) -> Callable[[Run], Iterator[tuple[str, Figure, int]]]:
+    def find(run: Run) -> Iterator[tuple[str, Figure, int]]:
+        if run.family != "step" or (tokens is not None and _tokens(run) != tokens) or not _present(run, FLOOR):
+            return
+        for side in run.timings:
+            if Adapter.named(side).kind == kind and _present(run, f"PEFT {side}"):
+                yield _overheads(run, side, f"PEFT {side}")
+
+    return find
+
+
+def _randlora_memory(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    if run.family == "memory" and _present(run, "RandLoRA r=32", "PEFT LoRA r=16"):
+        yield _ratio(run, "RandLoRA r=32", "PEFT LoRA r=16")
+
+
+def _decoding(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    if run.family != "decode":
+        return
+    for own, other in same_rank(int(run.parameters["rank"])).items():
+        if _present(run, own, other):
+            yield _ratio(run, own, other)
+
+
+def _switching(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    for name in (NOLA, RANDLORA):
+        if run.family == "switch" and _present(run, f"{LORA}: {LOAD}", f"{name}: {SET}"):
+            yield _ratio(run, f"{LORA}: {LOAD}", f"{name}: {SET}")
+
+
+def _generation(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    if run.family == "basis" and run.parameters["what"] == PACKED and "compiled" in run.timings:
+        values = run.timings["compiled"].values
+        work = float(run.rows[0]["rate"]) * statistics.median(run.timings["reference"].values)
+        name = f"compiled, {run.threads} threads"
+        yield name, lambda rounds: work / statistics.median(values[i] for i in rounds), len(values)
+
+
+TARGETS = (
+    Target("step of NOLA, k ≤ 256, 2,048 tokens or more, to that of PEFT LoRA of the same rank", 1.03, _nola_steps),
+    Target("overhead of NOLA, k = 1000, to that of the published algorithm", 0.2, _published),
+    Target("overhead of RandLoRA at 2,048 tokens to that of PEFT's", 0.4, _against_peft("RandLoRA", 2048)),
+    Target("overhead of RandLoRA at 8,192 tokens to that of PEFT's", 0.3, _against_peft("RandLoRA", 8192)),
+    Target("peak memory of RandLoRA to that of PEFT LoRA r=16", 1.05, _randlora_memory),
+    Target("overhead of VeRA, r ≥ 256, to that of PEFT's", 0.7, _against_peft("VeRA", None)),
+    Target("decoding with kept factors to PEFT LoRA of the rank of the factors", 1.03, _decoding),
+    Target("load_adapter of PEFT LoRA to a switch between adapters in memory", 100, _switching, at_least=True),
+    Target("packed signs generated", 10, _generation, at_least=True, unit="Gbit/s"),
+)
+
+
+def verdicts(runs: Sequence[Run]) -> Iterator[tuple[Target, Finding | None]]:
+    """Every target with each of its figures; with None when there is no figure."""
+    for target in TARGETS:
+        yield from ((target, finding) for finding in target.findings(runs) or [None])
