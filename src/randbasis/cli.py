@@ -10,6 +10,7 @@ from rich.progress import track
 from typer import Option
 
 from randbasis.console import AsJson, Overwrite, answer, answer_table, reported
+from randbasis.export_cli import export
 from randbasis.store_cli import store
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(store)
+app.command(epilog="Example: randbasis export runs/e2e lora --to peft-lora")(export)
 
 of_data = partial(Option, rich_help_panel="Data")
 of_adapter = partial(Option, rich_help_panel="Adapter")

@@ -61,12 +61,12 @@ def find_fit(found: AdapterDir, config: PreTrainedConfig) -> BaseFit:
         BaseMismatchError: the adapter was made for another base model; names the first matrix that differs.
     """
     refusal: BaseMismatchError | None = None
-    for auto in _candidates(config, found.config.task_type):
-        own = _with_classes(config, found.head) if auto.__name__.endswith("Classification") else config
+    for auto in auto_classes(config, found.config.task_type):
+        own = with_classes(config, found.head) if auto.__name__.endswith("Classification") else config
         try:
             model = meta_model(own, auto)
             _check_layers(found, model, "")
-            if _has_head(model, found.head):
+            if has_head(model, found.head):
                 return BaseFit(auto, own, "", bool(found.head))
         except DataMissingError:
             continue
@@ -95,7 +95,8 @@ def under_prefix(model: PreTrainedModel, prefix: str) -> nn.Module:
     return root
 
 
-def _candidates(config: PreTrainedConfig, task_type: Any) -> list[Any]:
+def auto_classes(config: PreTrainedConfig, task_type: Any) -> list[Any]:
+    """The auto classes that know an architecture: that of the task first, then that which the base was saved from."""
     saved_from = (getattr(config, "architectures", None) or [""])[0]
     usual = auto_class(config).__name__
     task = str(getattr(task_type, "value", task_type) or "")
@@ -133,12 +134,14 @@ def _mismatch(found: AdapterDir, what: str) -> BaseMismatchError:
     )
 
 
-def _has_head(model: PreTrainedModel, head: Mapping[str, tuple[int, ...]]) -> bool:
+def has_head(model: PreTrainedModel, head: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a model has parameters of these names and shapes."""
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return all(own.get(name) == shape for name, shape in head.items())
+    copies = (".modules_to_save.", ".original_module.")  # PEFT saves the biases of a head under these names too
+    return all(own.get(name) == shape for name, shape in head.items() if not any(copy in name for copy in copies))
 
 
-def _with_classes(config: PreTrainedConfig, head: Mapping[str, tuple[int, ...]]) -> PreTrainedConfig:
+def with_classes(config: PreTrainedConfig, head: Mapping[str, tuple[int, ...]]) -> PreTrainedConfig:
     """The configuration with as many classes as the head has; the hidden layers of a head are wider than its output."""
     rows = [shape[0] for shape in head.values() if len(shape) == 2]
     if not rows or min(rows) == config.num_labels:

@@ -48,14 +48,18 @@ def quiet_transformers() -> Generator[None]:
         logging.set_verbosity(verbosity)
 
 
-def read_config(name: str) -> PreTrainedConfig:
+def read_config(name: str, *, local: bool = False) -> PreTrainedConfig:
     """The configuration of a folder or hub name; code that a repository brings along is never run.
+
+    Args:
+        name: folder or hub name.
+        local: look on this machine alone.
 
     Raises:
         DataMissingError: there is none, or transformers does not know its ``model_type``.
     """
     with model_readable(name, "configuration"):
-        return cast("PreTrainedConfig", AutoConfig.from_pretrained(name))
+        return cast("PreTrainedConfig", AutoConfig.from_pretrained(name, local_files_only=local))
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

@@ -17,7 +17,14 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file  # pyright: ignore[reportUnknownVariableType]
 
-from randbasis.errors import HyperparameterError, OutputExistsError, SaveError, near
+from randbasis.errors import (
+    HyperparameterError,
+    MergeError,
+    MissingPackageError,
+    OutputExistsError,
+    SaveError,
+    near,
+)
 from randbasis.tuner.adapter_dir import SAVED_PREFIX, AdapterDir, read_adapter_dir
 from randbasis.tuner.base_fit import BaseFit, find_fit, under_prefix
 from randbasis.tuner.base_model import model_readable, quiet_transformers, read_config
@@ -88,6 +95,8 @@ def merge_adapter(
 ) -> Merged:
     """Add each ΔW of an adapter to its weight and save the model with its tokenizer or image processor.
 
+    A quantized base is dequantized first: what is saved is a plain model, not a quantized one.
+
     Everything that can be refused is refused before the output is touched, and what is there is replaced only by a
     complete folder.
 
@@ -105,26 +114,27 @@ def merge_adapter(
         BaseMismatchError: the adapter was made for another base model.
         DataMissingError: the base model cannot be read.
         HyperparameterError: the dtype is unknown.
-        MergeError: the merged weights are not finite, or the base is quantized so that it cannot be written.
+        MergeError: the merged weights are not finite, or the base is quantized so that it cannot be read as numbers.
+        MissingPackageError: the base is quantized by a package that is not installed.
         OutputExistsError: the output exists, or is the folder of the base or the adapter.
         SaveError: the operating system refused, for example because the disk is full.
     """
     if dtype not in DTYPES:
         raise HyperparameterError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}; {near(dtype, DTYPES)}")
     output = Path(output)
-    _check_output(output, (model, adapter), overwrite=overwrite)
+    check_output(output, (model, adapter), overwrite=overwrite)
     found = read_adapter_dir(adapter)
     fit = find_fit(found, read_config(model))
-    base = _load(model, fit, dtype)
+    base = load_base(model, fit, dtype)
     if labels and fit.head:
         base.config.id2label = dict(enumerate(labels))
         base.config.label2id = {label: index for index, label in enumerate(labels)}
     matrices = _merge(base, found, fit)
     with replaced_folder(output) as stage:
         base.save_pretrained(stage)
-        _copy_companions(model, stage)
+        copy_companions(model, stage)
         if found.head and not fit.head:
-            _save_head(found, stage / HEAD_FILE)
+            save_head(found, stage)
         files = tuple(sorted(file.name for file in stage.iterdir()))
         size = sum((stage / name).stat().st_size for name in files)
     head = "merged" if fit.head else "apart" if found.head else "none"
@@ -157,7 +167,17 @@ def replaced_folder(output: Path) -> Generator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def _check_output(output: Path, inputs: Sequence[str | Path], *, overwrite: bool) -> None:
+def check_output(output: Path, inputs: Sequence[str | Path], *, overwrite: bool) -> None:
+    """Raise unless a folder can be written at ``output``.
+
+    Args:
+        output: the folder.
+        inputs: what is read, and never replaced.
+        overwrite: whether what is there may be replaced.
+
+    Raises:
+        OutputExistsError: it is a file, one of the inputs, or holds something that may not be replaced.
+    """
     for source in inputs:
         if Path(source).exists() and output.resolve() == Path(source).resolve():
             raise OutputExistsError(f"output must not be the folder that is read from, got {str(output)!r} for both")
@@ -167,10 +187,42 @@ def _check_output(output: Path, inputs: Sequence[str | Path], *, overwrite: bool
         raise OutputExistsError(f"output {str(output)!r} exists; give overwrite to replace it, or another folder")
 
 
-def _load(model: str, fit: BaseFit, dtype: str) -> PreTrainedModel:
+def load_base(model: str, fit: BaseFit, dtype: str) -> PreTrainedModel:
+    """The base model with its weights, those of a quantized one in floating point.
+
+    Args:
+        model: folder or hub name.
+        fit: the class to build, and whether a head of another size is about to come.
+        dtype: one of :data:`DTYPES`.
+
+    Raises:
+        DataMissingError: the weights cannot be read.
+        MergeError: they are quantized so that they cannot be read as numbers.
+        MissingPackageError: they are quantized by a package that is not installed.
+    """
     # A head that the adapter brings along is drawn first, and no draw may move the caller's generator.
-    with model_readable(model, "weights"), quiet_transformers(), torch.random.fork_rng(devices=()):
-        return fit.auto.from_pretrained(model, config=fit.config, dtype=DTYPES[dtype], ignore_mismatched_sizes=fit.head)
+    try:
+        with model_readable(model, "weights"), quiet_transformers(), torch.random.fork_rng(devices=()):
+            base = fit.auto.from_pretrained(
+                model, config=fit.config, dtype=DTYPES[dtype], ignore_mismatched_sizes=fit.head
+            )
+            return _dequantized(base) if getattr(base, "hf_quantizer", None) else base
+    except ImportError as error:
+        raise MissingPackageError(f"model {model!r} needs a package that is not installed: {error}") from error
+
+
+def _dequantized(base: PreTrainedModel) -> PreTrainedModel:
+    """The same model with plain linear layers, whose weights are what the quantized ones stand for."""
+    kind = str(cast("Any", base).quantization_method)
+    try:
+        plain = cast("PreTrainedModel", cast("Any", base).dequantize())
+    except NotImplementedError as error:
+        raise MergeError(
+            f"the base model must be one that transformers can dequantize to be merged into, got weights quantized by "
+            f"{kind}; give the model that it was quantized from"
+        ) from error
+    vars(plain).pop("_weight_conversions", None)  # how its file is read: it would be written as quantized weights are
+    return plain
 
 
 def _merge(base: PreTrainedModel, found: AdapterDir, fit: BaseFit) -> int:
@@ -184,7 +236,8 @@ def _merge(base: PreTrainedModel, found: AdapterDir, fit: BaseFit) -> int:
     return count
 
 
-def _copy_companions(model: str, stage: Path) -> None:
+def copy_companions(model: str, stage: Path) -> None:
+    """Copy what stands beside the weights of a model: :data:`COMPANIONS`."""
     for name in COMPANIONS:
         path = cast("Any", cached_file)(
             model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
@@ -193,11 +246,12 @@ def _copy_companions(model: str, stage: Path) -> None:
             shutil.copyfile(path, stage / name)
 
 
-def _save_head(found: AdapterDir, path: Path) -> None:
+def save_head(found: AdapterDir, folder: Path) -> None:
+    """Write what was trained whole beside an adapter to :data:`HEAD_FILE`, under its paths in the model."""
     tensors = {
         name.removeprefix(SAVED_PREFIX): tensor for name, tensor in found.load().items() if f".{PREFIX}" not in name
     }
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
 
 
 def _umask() -> int:

@@ -1,0 +1,240 @@
+"""PAIRS → GGUF: a LoRA adapter that llama.cpp loads beside a base model in its own format.
+
+llama.cpp's converter stores the q and k projections of the llama family with the rows of each head in another order:
+the pairs of a rotation side by side instead of half a head apart. B has to follow; A, and all other layers of the
+architectures listed here, stay as they are.
+"""
+
+import os
+import secrets
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from randbasis.adapter_file.container import flush_directory
+from randbasis.errors import (
+    ExportArchitectureError,
+    ExportBaseError,
+    ExportHeadError,
+    MissingPackageError,
+    OutputExistsError,
+    SaveError,
+)
+from randbasis.export.pairs import LoraPair, lora_pairs
+from randbasis.export.peft_lora import LoraExport, stored_dtype
+from randbasis.export.source import Source, opened
+from randbasis.locations import Location
+from randbasis.tuner.inspection import Track
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What llama.cpp makes of a base model.
+
+    Attributes:
+        name: of the architecture in GGUF.
+        rotated: last names of the layers whose rows it reorders.
+    """
+
+    name: str
+    rotated: frozenset[str] = frozenset()
+
+
+_ROTATED = frozenset({"q_proj", "k_proj"})
+FAMILIES = {
+    "llama": Family("llama", _ROTATED),
+    "mistral": Family("llama", _ROTATED),
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3"),
+    "gemma": Family("gemma"),
+    "gemma2": Family("gemma2"),
+    "phi3": Family("phi3"),
+    "gpt2": Family("gpt2"),
+}
+"""``model_type`` of the bases whose layers are known to lie in GGUF as :func:`gguf_rows` says."""
+
+
+def export_gguf_lora(
+    source: Location,
+    output: str | Path,
+    *,
+    base: str | None = None,
+    rank: int | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    track: Track = iter,
+) -> LoraExport:
+    """Write an adapter as a LoRA adapter of llama.cpp (``llama-cli --lora``).
+
+    The factors are those of :func:`randbasis.export.export_peft_lora`; the base has to be one of :data:`FAMILIES`.
+
+    Args:
+        source: adapter directory, or path or URL of a packed file.
+        output: file to write.
+        base: folder or hub name of the base, whose configuration tells heads and layers; None takes the one that the
+            adapter names, where it is on this machine.
+        rank: largest rank of a pair; None takes the method's own factors.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, to store the factors in.
+        overwrite: replace ``output`` when it exists.
+        track: shows the progress over the layers.
+
+    Raises:
+        ExportBaseError: the configuration of the base is not to be had.
+        ExportArchitectureError: the base is of another family, or a layer has no place in GGUF.
+        ExportHeadError: something was trained whole beside the adapter, which GGUF has no place for.
+        MissingPackageError: the package ``gguf`` is not installed.
+        RandbasisError: as :func:`randbasis.export.export_peft_lora`.
+    """
+    output, stored = Path(output), stored_dtype(dtype)
+    if output.is_dir() or (output.exists() and not overwrite):
+        raise OutputExistsError(f"output {str(output)!r} exists; give overwrite to replace a file, or another name")
+    _gguf()
+    with opened(source, base) as adapter:
+        config, family = _family(adapter)
+        _check_extra(adapter)
+        names = gguf_names(config, family, [adapter.path(name) for name in adapter.found.modules])
+        pairs = lora_pairs(adapter.packed, rank, stored, track)
+        tensors: dict[str, Tensor] = {}
+        for pair in pairs:
+            path = adapter.path(pair.name)
+            tensors[f"{names[path]}.lora_a"] = pair.down
+            tensors[f"{names[path]}.lora_b"] = gguf_rows(pair.up, path, config, family)
+        _write(output, family, _alpha(pairs), tensors, adapter.base)
+        size = output.stat().st_size
+        return LoraExport(output, adapter.found.config.method, adapter.base, tuple(pairs), dtype, "none", size)
+
+
+def gguf_names(config: PreTrainedConfig, family: Family, paths: list[str]) -> dict[str, str]:
+    """The tensors that llama.cpp keeps the weights of layers in.
+
+    Args:
+        config: of the base.
+        family: what llama.cpp makes of it.
+        paths: of the layers in the base.
+
+    Returns:
+        Path → name, such as ``blk.0.attn_q.weight``.
+
+    Raises:
+        ExportArchitectureError: a layer has no tensor of its own there.
+    """
+    gguf = _gguf()
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
+    known = gguf.get_tensor_name_map(kind, cast("int", config.num_hidden_layers))
+    names: dict[str, str] = {}
+    for path in paths:
+        name = known.get_name(f"{path}.weight", try_suffixes=(".weight",))
+        if name == "output.weight" and config.tie_word_embeddings:
+            name = None
+        if name is None:
+            raise ExportArchitectureError(
+                f"{path!r} must have a tensor of its own in GGUF's {family.name!r}, it has none; adapt linear layers "
+                "of the decoder's blocks alone, or export with merged and convert the merged model"
+            )
+        names[path] = name
+    return names
+
+
+def gguf_rows(up: Tensor, path: str, config: PreTrainedConfig, family: Family) -> Tensor:
+    """B with its rows where llama.cpp has those of the weight: row ``(head, half, i)`` goes to ``(head, i, half)``.
+
+    Args:
+        up: B, ``[out, rank]``.
+        path: of the layer.
+        config: of the base, which tells the heads.
+        family: which layers are reordered.
+    """
+    kind = path.rpartition(".")[2]
+    if kind not in family.rotated:
+        return up
+    heads = cast("int", config.num_attention_heads)
+    if kind == "k_proj":
+        heads = cast("int", getattr(config, "num_key_value_heads", None) or heads)
+    rows, rank = up.shape
+    return up.reshape(heads, 2, rows // heads // 2, rank).transpose(1, 2).reshape(rows, rank).contiguous()
+
+
+def _family(adapter: Source) -> tuple[PreTrainedConfig, Family]:
+    if adapter.fit is None:
+        raise ExportBaseError(
+            f"the base {adapter.base!r} must be on this machine, because its configuration tells heads and layers; "
+            "name its folder, in which a config.json is enough"
+        )
+    family = FAMILIES.get(str(adapter.architecture))
+    if family is None:
+        raise ExportArchitectureError(
+            f"the base must be one of {', '.join(FAMILIES)} for a LoRA in GGUF, got {adapter.architecture!r}: how "
+            "llama.cpp lays out the layers of others is not known here; export with merged and convert the merged "
+            "model with llama.cpp's own converter"
+        )
+    return adapter.fit.config, family
+
+
+def _check_extra(adapter: Source) -> None:
+    if adapter.packed.extra:
+        first = next(iter(adapter.packed.extra))
+        raise ExportHeadError(
+            f"a LoRA in GGUF has no place for what was trained whole beside the adapter, got {first!r}; export with "
+            "merged and convert the merged model, or train without modules_to_save and bias"
+        )
+
+
+def _alpha(pairs: list[LoraPair]) -> float:
+    """What llama.cpp divides by each rank; 0, its word for no scale at all, where the ranks differ."""
+    ranks = {pair.rank for pair in pairs}
+    return float(ranks.pop()) if len(ranks) == 1 else 0.0
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingPackageError("a LoRA in GGUF needs gguf; install randbasis[gguf]") from error
+    return gguf
+
+
+def _write(output: Path, family: Family, alpha: float, tensors: dict[str, Tensor], base: str | None) -> None:
+    gguf = _gguf()
+    with _replaced_file(output) as temporary:
+        writer = gguf.GGUFWriter(temporary, family.name)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        if base is not None:
+            writer.add_base_model_count(1)
+            writer.add_base_model_name(0, Path(base).name)
+        kinds = gguf.GGMLQuantizationType
+        kind = {torch.float32: kinds.F32, torch.bfloat16: kinds.BF16, torch.float16: kinds.F16}
+        for name, tensor in tensors.items():
+            writer.add_tensor(name, tensor.view(torch.uint8).numpy(), raw_dtype=kind[tensor.dtype])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+@contextmanager
+def _replaced_file(output: Path) -> Generator[Path]:
+    """A file to write that takes the name of ``output`` only when the block has succeeded."""
+    temporary = output.with_name(f".{output.name}.{secrets.token_hex(8)}.part")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(output)
+        flush_directory(output.parent)
+    except OSError as error:
+        raise SaveError(
+            f"output {str(output)!r} could not be written: {error}; free some space or choose another place; "
+            "what was there before is kept"
+        ) from error
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()

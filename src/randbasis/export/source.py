@@ -1,0 +1,111 @@
+"""SOURCE → MATRICES: an adapter directory or a packed file, and the class of transformers that has its layers."""
+
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from randbasis.adapter_file import PackedAdapter
+from randbasis.errors import BaseMismatchError, DataMissingError, ExportSourceError
+from randbasis.locations import Location, local_path
+from randbasis.tuner.adapter_dir import AdapterDir, read_adapter_dir
+from randbasis.tuner.base_fit import BaseFit, find_fit
+from randbasis.tuner.base_model import read_config
+from randbasis.tuner.packed import packed_of, unpack_adapter
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter to export.
+
+    Attributes:
+        found: its directory.
+        packed: its matrices, each with what its method is told of it and its coefficients.
+        base: folder or hub name of the base, where one is known.
+        fit: the class of transformers that has its layers; None where the base was not to be had.
+    """
+
+    found: AdapterDir
+    packed: PackedAdapter
+    base: str | None
+    fit: BaseFit | None
+
+    @property
+    def architecture(self) -> str | None:
+        """``model_type`` of the base."""
+        return self.found.config.base_model_type if self.fit is None else str(self.fit.config.model_type)
+
+    @property
+    def head_apart(self) -> bool:
+        """Whether what was trained beside the adapter has no place in that class."""
+        return bool(self.found.head) and self.fit is not None and not self.fit.head
+
+    def path(self, key: str) -> str:
+        """The path of a layer in that class: without the wrapper that the base was trained in."""
+        prefix = "" if self.fit is None else self.fit.prefix
+        return key.removeprefix(f"{prefix}.") if prefix else key
+
+
+@contextmanager
+def adapter_directory(source: Location) -> Generator[Path]:
+    """The adapter directory itself, or the one that a packed file unpacks to, for as long as the block lasts.
+
+    Raises:
+        ExportSourceError: there is neither.
+        RandbasisError: the packed file breaks a rule; see :func:`randbasis.adapter_file.read`.
+    """
+    path = local_path(source)
+    if path is not None and path.is_dir():
+        yield path
+        return
+    if path is not None and not path.is_file():
+        raise ExportSourceError(
+            f"source must be an adapter directory or a packed file, there is nothing at {str(source)!r}; "
+            "give what save_pretrained, `randbasis train` or `randbasis pack` wrote"
+        )
+    with TemporaryDirectory() as folder:
+        unpacked = Path(folder) / Path(source).stem
+        unpack_adapter(source, unpacked)
+        yield unpacked
+
+
+@contextmanager
+def opened(source: Location, base: str | None = None) -> Generator[Source]:
+    """Read an adapter and find the class of its base; no weights of the base are read.
+
+    Without ``base``, the base that the adapter names is looked for on this machine alone. Where it is not there, the
+    layers keep the paths that they were trained under, and a warning says so.
+
+    Args:
+        source: adapter directory, or path or URL of a packed file.
+        base: folder or hub name of the base, of which only the configuration is read.
+
+    Raises:
+        ExportSourceError: there is no adapter.
+        BaseMismatchError: the adapter was made for another base than ``base``.
+        DataMissingError: the configuration of ``base`` cannot be read.
+        RandbasisError: a file of the adapter is missing, damaged or foreign, each rule with its class.
+    """
+    with adapter_directory(source) as path:
+        found = read_adapter_dir(path)
+        name = base or found.config.base_model_name_or_path or None
+        fit = _fit(found, name, given=base is not None)
+        yield Source(found, packed_of(found, bits=32, model=base, base_name=name), name, fit)
+
+
+def _fit(found: AdapterDir, name: str | None, *, given: bool) -> BaseFit | None:
+    if given and name:
+        return find_fit(found, read_config(name))
+    if not name:
+        return None
+    try:
+        return find_fit(found, read_config(name, local=True))
+    except (DataMissingError, BaseMismatchError) as error:
+        warnings.warn(
+            f"the layers keep the paths that they were trained under, because they could not be looked up in the base "
+            f"that the adapter names ({error}); name the base to have them checked",
+            stacklevel=5,
+        )
+        return None
