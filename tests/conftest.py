@@ -47,6 +47,55 @@ def data_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """URL of a server on this machine that talks as S3 does."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_folder(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An ``s3://`` folder that is empty, with the environment in which any client finds it."""
+    import s3fs
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    bucket = f"bucket-{os.urandom(8).hex()}"
+    s3fs.S3FileSystem().mkdir(bucket)
+    yield f"s3://{bucket}/folder"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def memory_folder() -> Iterator[str]:
+    """A ``memory://`` folder that is empty."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    folder = f"/{os.urandom(8).hex()}"
+    yield f"memory:/{folder}"
+    files = MemoryFileSystem()
+    if files.exists(folder):
+        files.rm(folder, recursive=True)
+
+
+@pytest.fixture(params=["memory", "s3"])
+def remote_folder(request: pytest.FixtureRequest) -> str:
+    """An empty folder behind a URL, in memory and on the server."""
+    return request.getfixturevalue(f"{request.param}_folder")
+
+
 @pytest.fixture(autouse=True)
 def _global_random_state_untouched(request: pytest.FixtureRequest) -> Iterator[None]:
     """A core test that moves torch's global generator fails: bases and their products must not know it exists."""

@@ -130,7 +130,7 @@ class Remote:
         Raises:
             RemoteError: it could not be put there.
         """
-        with _reported(self.url):
+        with _reported(self.url, writing=True):
             self._files.pipe({self._root: data})
 
     # --- a folder ---
@@ -159,7 +159,7 @@ class Remote:
 
     def write_files(self, files: Mapping[str, bytes]) -> None:
         """Put files into the folder, each whole or not at all; many at a time where the file system can."""
-        with _reported(self.url):
+        with _reported(self.url, writing=True):
             self._files.pipe({self._path(name): data for name, data in files.items()})
 
     def read_files(self, limits: Mapping[str, int]) -> list[bytes | None]:
@@ -180,7 +180,7 @@ class Remote:
 
     def upload(self, name: str, source: Path) -> None:
         """Put a file of this machine there, whole or not at all: into the folder, or with an empty name as it."""
-        with _reported(self._url(name)):
+        with _reported(self._url(name), writing=True):
             self._files.put_file(str(source), self._path(name))
 
     def download(self, name: str, target: Path) -> None:
@@ -194,7 +194,7 @@ class Remote:
 
     def remove(self, name: str) -> None:
         """Take a file out of the folder."""
-        with _reported(self._url(name)):
+        with _reported(self._url(name), writing=True):
             self._files.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:
@@ -225,13 +225,15 @@ def _connect(url: str) -> tuple[_Files, str]:
 
 
 @contextmanager
-def _reported(url: str) -> Generator[None]:
-    """Failures on the way as :class:`RemoteError`; no such file, and a directory in its place, stay what they are."""
+def _reported(url: str, *, writing: bool = False) -> Generator[None]:
+    """Failures on the way as :class:`RemoteError`; for a reader, no such file and a directory stay what they are."""
     try:
         yield
-    except (RandbasisError, FileNotFoundError, IsADirectoryError):
+    except RandbasisError:
         raise
     except _failures() as error:
+        if not writing and isinstance(error, FileNotFoundError | IsADirectoryError):
+            raise
         told = str(error) or type(error).__name__
         raise RemoteError(
             f"{url} could not be reached or written ({told}); check the URL, the rights and the network, and try again"
