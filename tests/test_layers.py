@@ -28,6 +28,8 @@ ROWS: dict[str, set[str]] = {
     "tuner": {"torch", "peft", "transformers", "safetensors", "accelerate"},
     "__init__": set(),
     "export": {"torch", "peft", "transformers", "safetensors"},
+    "importing": {"torch", "peft", "transformers", "safetensors"},
+    "arithmetic": {"torch"},
     "report": {"rich", "matplotlib"},
     "train": {
         "torch", "numpy", "peft", "transformers", "safetensors", "accelerate", "PIL", "sacrebleu", "sklearn", "scipy",

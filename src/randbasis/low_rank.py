@@ -5,6 +5,7 @@ products of the ΔW are those of the small cores ``Rᵢ Sᵢᵀ``, without the c
 ranks add up to a side of the matrix, the matrices themselves are the smaller cores.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -19,9 +20,15 @@ def triangular(tall: Tensor) -> tuple[Tensor, Tensor]:
     return cast("Callable[[Tensor], tuple[Tensor, Tensor]]", torch.linalg.qr)(tall)
 
 
+def sides(change: Factors) -> tuple[int, int]:
+    """``(out, in)`` of ΔW."""
+    rows = change.down.shape[0] if change.up is None else change.up.shape[0]
+    return rows, change.down.shape[1]
+
+
 def is_low_rank(*changes: Factors) -> bool:
     """Whether the ranks of these factors add up to less than both sides of the matrix."""
-    side = min(min(_sides(one)) for one in changes)
+    side = min(min(sides(one)) for one in changes)
     return all(one.up is not None for one in changes) and sum(one.down.shape[0] for one in changes) < side
 
 
@@ -33,7 +40,7 @@ def weighted_sum(terms: Sequence[tuple[float, Factors]]) -> Factors:
     """
     changes = [change for _, change in terms]
     if not is_low_rank(*changes):
-        total = torch.zeros(_sides(changes[0]), dtype=changes[0].down.dtype)
+        total = torch.zeros(sides(changes[0]), dtype=changes[0].down.dtype)
         for weight, change in terms:
             total.add_(change.delta(), alpha=weight)
         return Factors(None, total)
@@ -58,16 +65,10 @@ def cores(*changes: Factors) -> list[Tensor]:
 
 def norm(change: Factors) -> float:
     """The Frobenius norm ``‖ΔW‖``."""
-    return float(cores(change)[0].norm())
+    return math.sqrt(float(cores(change)[0].square().sum()))
 
 
 def distance(first: Factors, second: Factors) -> float:
     """The Frobenius norm ``‖ΔW₁ − ΔW₂‖``."""
     one, two = cores(first, second)
-    return float((one - two).norm())
-
-
-def _sides(change: Factors) -> tuple[int, int]:
-    """``(out, in)``."""
-    rows = change.down.shape[0] if change.up is None else change.up.shape[0]
-    return rows, change.down.shape[1]
+    return math.sqrt(float((one - two).square().sum()))

@@ -50,7 +50,7 @@ class AdapterDir:
     def modules(self) -> list[str]:
         """Paths of the adapted modules in the base model, layers in their order."""
         found = dict.fromkeys(name.partition(f".{PREFIX}")[0] for name in self.shapes if f".{PREFIX}" in name)
-        return sorted((name.removeprefix(SAVED_PREFIX) for name in found), key=_natural)
+        return sorted((name.removeprefix(SAVED_PREFIX) for name in found), key=natural_order)
 
     @property
     def head(self) -> dict[str, tuple[int, ...]]:
@@ -176,6 +176,6 @@ def _instead(names: list[str]) -> str:
     return f"; it holds {', '.join(names[:10]) or 'nothing'}"
 
 
-def _natural(name: str) -> tuple[tuple[bool, int, str], ...]:
+def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
     """A key that sorts layer 2 before layer 10."""
     return tuple((part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split("."))

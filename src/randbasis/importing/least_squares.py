@@ -1,0 +1,159 @@
+"""ΔW → COEFFICIENTS: the nearest NOLA or VeRA to a given ΔW, by alternating least squares in float64.
+
+Both methods are bilinear in two vectors of coefficients: with one of them fixed, ``‖ΔW − ΔŴ‖²`` is quadratic in the
+other and its minimum is one small linear system. The two halves take turns, so the residual never rises. Nothing of
+``k · out · in`` entries is formed: ΔW comes as factors, and every inner product is a trace of small matrices.
+
+The start decides where an alternation ends, so there are two, both deterministic: the one that training starts from,
+and one that finds ΔW directly where it is reachable. The better of the two after one turn goes on.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from randbasis.errors import UnknownMethodError
+from randbasis.importing.nola_problem import NolaBasis, NolaProblem, NolaSide
+from randbasis.importing.vera_problem import VeraProblem
+from randbasis.low_rank import distance, norm
+from randbasis.methods import Factors, Matrix, Method, Nola, Vera
+
+ROUNDING = 1e-15
+"""Share of ``‖ΔW‖²`` below which a squared residual is rounding."""
+
+
+class Problem(Protocol):
+    """One ΔW and one method, as the alternation sees them."""
+
+    total: float
+
+    def starts(self) -> Iterator[Tensor]:
+        """Values of the first vector to start from."""
+        ...
+
+    def turn(self, first: Tensor) -> tuple[Tensor, Tensor, float]:
+        """The best second vector for a first one, then the best first one for that, and the squared residual."""
+        ...
+
+    def coefficients(self, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+        """The two vectors under the method's names, in a scale that training would have them in."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When the alternation ends.
+
+    Attributes:
+        turns: most turns of the two halves.
+        tolerance: a turn that lowers the squared residual by a smaller share than this is the last.
+    """
+
+    turns: int = 100
+    tolerance: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The nearest coefficients to one ΔW.
+
+    Attributes:
+        coefficients: by name, float32, as a file holds them.
+        norm: ``‖ΔW‖``.
+        distance: ``‖ΔW − ΔŴ‖`` with these coefficients.
+        residuals: squared residual after each turn, which never rises.
+    """
+
+    coefficients: dict[str, Tensor]
+    norm: float
+    distance: float
+    residuals: tuple[float, ...]
+
+    @property
+    def residual(self) -> float:
+        """``‖ΔW − ΔŴ‖ / ‖ΔW‖``; 0 where ΔW is 0 and was met."""
+        return relative(self.distance, self.norm)
+
+
+@dataclass
+class Bases:
+    """Bases with their Gram matrices, made once for all matrices of one width.
+
+    Attributes:
+        sides: by method, width and side.
+    """
+
+    sides: dict[tuple[Nola, int, bool], NolaSide] = field(default_factory=dict[tuple[Nola, int, bool], NolaSide])
+
+    def nola(self, method: Nola, matrix: Matrix) -> NolaBasis:
+        """Both sides of the basis of a matrix; only a basis that layers share is kept."""
+        widths = ((matrix.in_features, True), (matrix.out_features, False))
+        if not method.shares_basis:
+            return NolaBasis(*(NolaSide.of(method, matrix.streams, width, down=down) for width, down in widths))
+        for width, down in widths:
+            if (method, width, down) not in self.sides:
+                self.sides[method, width, down] = NolaSide.of(method, matrix.streams, width, down=down)
+        return NolaBasis(*(self.sides[method, width, down] for width, down in widths))
+
+
+def relative(distance: float, norm: float) -> float:
+    """A distance as a share of a norm; 0 of 0 is 0, anything else of 0 is infinite."""
+    if norm > 0:
+        return distance / norm
+    return 0.0 if distance == 0 else float("inf")
+
+
+def nearest(
+    method: Method, matrix: Matrix, wanted: Factors, *, bases: Bases | None = None, stop: Stop | None = None
+) -> Fit:
+    """The coefficients whose ΔŴ is nearest to a ΔW in the Frobenius norm, as far as alternation finds them.
+
+    Args:
+        method: NOLA (6) or VeRA (12).
+        matrix: shape and streams.
+        wanted: ``ΔW = up @ down`` in float64.
+        bases: shared by the matrices of one adapter.
+        stop: when to end.
+
+    Raises:
+        UnknownMethodError: the method is neither of the two.
+        HyperparameterError: its basis is too large for a Gram matrix.
+    """
+    stop = stop or Stop()
+    problem = _problem(method, matrix, wanted, bases or Bases())
+    first, second, residuals = min((_run(problem, start, Stop(1, 0.0)) for start in problem.starts()), key=_last)
+    first, second, more = _run(problem, first, stop) if stop.turns > 1 else (first, second, [])
+    found = {name: values.float() for name, values in problem.coefficients(first, second).items()}
+    reached = method.factors({name: values.double() for name, values in found.items()}, matrix)
+    return Fit(found, norm(wanted), distance(wanted, reached), (*residuals, *more))
+
+
+def _problem(method: Method, matrix: Matrix, wanted: Factors, bases: Bases) -> Problem:
+    if isinstance(method, Nola):
+        return NolaProblem(method, bases.nola(method, matrix), wanted)
+    if isinstance(method, Vera):
+        return VeraProblem(method, matrix, wanted)
+    raise UnknownMethodError(
+        f"the nearest coefficients are found for 'nola' and 'vera', got {method.name!r}; use one of the two, or merge"
+    )
+
+
+def _run(problem: Problem, first: Tensor, stop: Stop) -> tuple[Tensor, Tensor, list[float]]:
+    second, residuals = torch.empty(0), list[float]()
+    for _ in range(stop.turns):
+        new_first, new_second, residual = problem.turn(first)
+        if residuals and residual > residuals[-1]:
+            break
+        first, second = new_first, new_second
+        gain = residuals[-1] - residual if residuals else float("inf")
+        residuals.append(residual)
+        if gain <= stop.tolerance * residual or residual <= ROUNDING * problem.total:
+            break
+    return first, second, residuals
+
+
+def _last(run: tuple[Tensor, Tensor, list[float]]) -> float:
+    return run[2][-1]
