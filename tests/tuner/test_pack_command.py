@@ -8,6 +8,7 @@ from tuner_cases import Case
 from typer.testing import CliRunner
 
 from randbasis.cli import app
+from randbasis.locations import Remote
 
 RUNNER = CliRunner()
 
@@ -61,3 +62,18 @@ def test_a_damaged_file_is_one_message(adapter: Path, tmp_path: Path):
     assert "Traceback" not in err
     assert run("unpack", file, tmp_path / "again")[0] == 2
     assert not (tmp_path / "again").exists()
+
+
+def test_urls(adapter: Path, tmp_path: Path, s3_folder: str):
+    url = f"{s3_folder}/runs/one.safetensors"
+    code, out, _ = run("pack", adapter, url, "--json")
+    assert (code, json.loads(out)["file"]) == (0, url)
+    assert run("pack", adapter, url)[0] == 2
+    assert json.loads(run("verify", url, "--json")[1]) == json.loads(out)
+    assert run("unpack", url, tmp_path / "again")[0] == 0
+    assert run("pack", tmp_path / "again", tmp_path / "file")[0] == 0
+    with Remote(url).reading() as (stream, _):
+        assert stream.read() == (tmp_path / "file").read_bytes()
+    code, out, err = run("verify", f"{s3_folder}/none", "--json")
+    assert (code, json.loads(out)["error"]) == (2, "PackedFileMissingError")
+    assert f"{s3_folder}/none" in err
