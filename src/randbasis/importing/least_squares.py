@@ -48,7 +48,7 @@ class Stop:
     """When the alternation ends.
 
     Attributes:
-        turns: most turns of the two halves.
+        turns: most turns of the two halves, after the one that chooses the start.
         tolerance: a turn that lowers the squared residual by a smaller share than this is the last.
     """
 
