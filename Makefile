@@ -13,7 +13,7 @@ FUZZ_SECONDS ?= 60
 CLI_PAGE := $(BIN)/python -m typer randbasis.cli utils docs --name randbasis --title "The command"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench bench-gpu conformance results results-sst2 results-vision results-e2e fuzz crash docs clean
+.PHONY: help install demo test check bench bench-gpu conformance results results-sst2 results-vision results-e2e results-quantization fuzz crash docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -55,10 +55,10 @@ conformance: $(INSTALLED) ## PEFT's own tests on our configurations (ARGS="--met
 # The folder of data sets and models that the studies read.
 RANDBASIS_DATA ?= ../shared/data
 
-results: $(INSTALLED) ## docs/results.md from the raw rows; results-sst2, results-vision, results-e2e make the missing rows first
+results: $(INSTALLED) ## docs/results.md from the raw rows; results-sst2, -vision, -e2e, -quantization make the missing rows first
 	$(BIN)/python -m randbasis.compare report
 
-results-sst2 results-vision results-e2e: results-%: $(INSTALLED)
+results-sst2 results-vision results-e2e results-quantization: results-%: $(INSTALLED)
 	$(BIN)/python -m randbasis.compare run $* --data $(RANDBASIS_DATA)
 	$(BIN)/python -m randbasis.compare report
 

@@ -1,6 +1,7 @@
 """Budgets to configurations: which rank or basis gives a method as many coefficients as another one has."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from peft import get_peft_model
 from torch import nn
@@ -47,6 +48,7 @@ def configure(row: Row, shapes: list[Shape], targets: tuple[str, ...]) -> Adapte
     """The hyper-parameters whose count comes closest to the row's budget.
 
     LoRA's and NOLA's scale (alpha / r) is 1 at every budget; VeRA and RandLoRA have the scales of their papers' code.
+    PEFT's LoRA has no option for the bits that it is trained at: :mod:`randbasis.compare.precision` sees to those.
 
     Args:
         row: method and budget.
@@ -59,6 +61,12 @@ def configure(row: Row, shapes: list[Shape], targets: tuple[str, ...]) -> Adapte
     Raises:
         UnknownMethodError: there is no such method here.
     """
+    if row.method == "lora":
+        return _configure(row, shapes, targets)
+    return replace(_configure(row, shapes, targets), quantize_coefficients=row.bits)
+
+
+def _configure(row: Row, shapes: list[Shape], targets: tuple[str, ...]) -> AdapterSettings:
     budget = row.share * lora_count(shapes, 1)
     smallest = min(min(shape) for shape in shapes)
     if row.method == "none":

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from randbasis.compare.study import Record, Study
-from randbasis.compare.tables import PERCENT, Line, lines_of
+from randbasis.compare.tables import PERCENT, Line, line_names, lines_of
 
 COLOURS = {"lora": "tab:gray", "nola": "tab:blue", "vera": "tab:green", "randlora": "tab:orange"}
 DOTS_AN_INCH = 110
@@ -21,12 +21,13 @@ def plot_study(study: Study, records: list[Record], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    count = len(study.settings)
-    figure = Figure(figsize=(2.2 + 2.9 * count, 0.8 + 0.36 * len(study.rows)), layout="constrained")
+    count, names = len(study.settings), line_names(study)
+    figure = Figure(figsize=(2.2 + 2.9 * count, 0.8 + 0.36 * len(names)), layout="constrained")
     axes: Any = figure.subplots(1, count, squeeze=False, sharey=True)[0]
-    metric = study.metrics[0]
     for panel, setting in zip(axes, study.settings, strict=True):
-        _draw(panel, lines_of(study, setting, records), metric, [row.name for row in study.rows])
+        lines = lines_of(study, setting, records)
+        metric = next((m for m in study.metrics if any(line.scores.get(m) for line in lines)), study.metrics[0])
+        _draw(panel, lines, metric, names)
         panel.set_title(setting.name, fontsize=10)
         panel.set_xlabel(metric + (", %" if metric in PERCENT else ""))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +42,6 @@ def _draw(panel: Any, lines: list[Line], metric: str, names: list[str]) -> None:
     for line in lines:
         mean, deviation = factor * line.mean(metric), factor * line.deviation(metric)
         colour = COLOURS.get(line.row.method, "black")
-        panel.errorbar(mean, names.index(line.row.name), xerr=deviation, marker="o", capsize=3, color=colour)
+        panel.errorbar(mean, names.index(line.name), xerr=deviation, marker="o", capsize=3, color=colour)
         if not line.row.adapted:
             panel.axvline(mean, color="black", linestyle="--", linewidth=1)

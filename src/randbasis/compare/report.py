@@ -21,6 +21,8 @@ How to read the tables:
 - **rate** is the learning rate of the adapter that the sweep chose, on rows held out from training, with one seed.
   Every row had equally many candidates, half a decade apart; a star marks the smallest or largest of them.
   The head's rate was chosen in the row of the frozen base and is the same in all rows of a table.
+- **bits** are those of a coefficient: PTQ quantizes what the row in full precision has trained, QAT trains at few bits.
+  **stored** is the bytes of the codes with four bytes for each scale, without header and head.
 - Scores are of the last step, never of the best one: mean ± sample standard deviation over the runs. A run's seed
   decides its head, its basis, the order of the rows and, where there are several draws of the examples, the draw.
   Bold is the best mean.
@@ -91,6 +93,7 @@ def _unit(setting: Setting) -> str:
 def _sweep_words(study: Study, setting: Setting) -> str:
     if setting.rates_of is not None:
         return f"learning rates of “{setting.rates_of}”"
-    candidates = max(len(row.rates) for row in study.rows)
+    counts = {len(setting.rates_for(row)) for row in study.rows if row.adapted}
     rows = f"{setting.dev_rows} held-out rows" + (" a class" if setting.base.data.shots else "")
-    return f"sweep over {candidates} rates, {setting.sweep_steps} steps each, scored on {rows}"
+    chosen = "learning rates in full precision as chosen above, at few bits by a " if 1 in counts else ""
+    return f"{chosen}sweep over {max(counts)} rates, {setting.sweep_steps} steps each, scored on {rows}"

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from torch import nn
 
 from randbasis.compare.budgets import Shape, adapted_shapes, configure
 from randbasis.compare.cells import Cell, read_cell
+from randbasis.compare.precision import quantize_lora, quantized, settle_lora
 from randbasis.compare.study import Job, Record, Row, Setting, Study, fingerprint
 from randbasis.errors import NonFiniteLossError
 from randbasis.train import AdapterSettings, CausalLanguage, LoopSettings, fit, peft_config
 from randbasis.train.adapter_folder import save_parameters
 from randbasis.train.loop import torch_threads
+from randbasis.train.trainer import parameter_groups
 
 PACKAGES = ("randbasis", "torch", "transformers", "peft")
 
@@ -41,14 +43,19 @@ def run_job(study: Study, job: Job) -> Record:
     model = cell.task.load_model(setting.base.model, dtype="float32", seed=job.seed)
     began = time.process_time()
     scores: dict[str, float] = {}
+    afterwards: dict[str, dict[str, float]] = {}
     coefficients = head = 0
     with torch_threads(setting.base.loop.threads):
         try:
             if row.adapted or setting.has_head:
-                model, coefficients, head = _trained(model, adapter, cell, _loop(setting, job))
+                model, coefficients, head = _trained(model, adapter, cell, _loop(setting, job), row.bits)
             seconds = time.process_time() - began
+            batch_size = setting.base.loop.eval_batch_size or 64
             with _generating(cell, job.phase == "final"):
-                scores = cell.task.score(model, rows, setting.base.loop.eval_batch_size or 64)
+                scores = cell.task.score(model, rows, batch_size)
+                for bits in row.afterwards if job.phase == "final" else ():
+                    with quantized(model, bits):
+                        afterwards[str(bits)] = cell.task.score(model, rows, batch_size)
         except NonFiniteLossError:
             seconds = time.process_time() - began
     return Record(
@@ -62,19 +69,33 @@ def run_job(study: Study, job: Job) -> Record:
         seconds=round(seconds, 2),
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         versions={package: version(package) for package in PACKAGES},
+        vectors=len(parameter_groups(model)["adapter"]) if row.adapted else 0,
+        afterwards=afterwards,
     )
 
 
-def _trained(model: nn.Module, adapter: AdapterSettings, cell: Cell, loop: LoopSettings) -> tuple[nn.Module, int, int]:
+def _trained(
+    model: nn.Module, adapter: AdapterSettings, cell: Cell, loop: LoopSettings, bits: int | None
+) -> tuple[nn.Module, int, int]:
     """The trained model, the coefficients of its adapter, the parameters of its head.
 
     ``fit`` scores before and after training; one batch does for that, because the whole set is scored afterwards.
     """
     config = peft_config(adapter, task_type=cell.task.peft_task_type, head=cell.task.head_modules(model))
+    prepare = partial(quantize_lora, bits=bits) if bits and adapter.method == "lora" else None
     with tempfile.TemporaryDirectory(prefix="randbasis-compare-") as folder:
         result = fit(
-            model, config, cell.task, train=cell.train, eval=cell.dev[: loop.batch_size], loop=loop, checkpoints=folder
+            model,
+            config,
+            cell.task,
+            train=cell.train,
+            eval=cell.dev[: loop.batch_size],
+            loop=loop,
+            checkpoints=folder,
+            prepare=prepare,
         )
+    if prepare is not None:
+        settle_lora(result.model)
     return result.model, result.coefficients, result.head_parameters
 
 

@@ -1,12 +1,13 @@
 """The studies of ``docs/results.md``: real data, small pretrained models, rows alike in all but the method."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from randbasis.compare.study import Row, Setting, Study
 from randbasis.errors import DataMissingError
 from randbasis.train.settings import DataSettings, LoopSettings, TrainSettings
 
-STUDIES = ("sst2", "vision", "e2e")
+STUDIES = ("sst2", "vision", "e2e", "quantization")
 
 HEAD_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -21,6 +22,20 @@ ADAPTERS = (
     Row("NOLA, as LoRA r=1", "nola", 1.0, NOLA_RATES),
     Row("VeRA, as LoRA r=1", "vera", 1.0, VERA_RATES),
     Row("RandLoRA, as LoRA r=4", "randlora", 4.0, RANDLORA_RATES),
+)
+HALF_DECADES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+AFTERWARDS = (16, 8, 4, 3)
+"""Bits that trained coefficients are quantized to, as in the paper's table."""
+NOLA_SHARE = 144_000 / 184_320
+"""Coefficients of NOLA for one of LoRA r=1 in that table: GPT-2 L, query and value."""
+QUANTIZED = (
+    Row("frozen", "none", 0.0),
+    Row("LoRA r=1", "lora", 1.0, afterwards=AFTERWARDS),
+    Row("LoRA r=1, QAT 3 bits", "lora", 1.0, bits=3),
+    Row("LoRA r=1, QAT 2 bits", "lora", 1.0, bits=2),
+    Row("NOLA", "nola", NOLA_SHARE, afterwards=AFTERWARDS),
+    Row("NOLA, QAT 3 bits", "nola", NOLA_SHARE, bits=3),
+    Row("NOLA, QAT 2 bits", "nola", NOLA_SHARE, bits=2),
 )
 WITH_HEAD = (Row("frozen + head", "none", 0.0, HEAD_RATES), *ADAPTERS)
 WITHOUT_HEAD = (
@@ -44,7 +59,8 @@ def study_named(name: str, data: Path | None = None) -> Study:
     Raises:
         DataMissingError: something that the study reads is not there.
     """
-    study = {"sst2": _sst2, "vision": _vision, "e2e": _e2e}[name](data or Path())
+    made = {"sst2": _sst2, "vision": _vision, "e2e": _e2e, "quantization": _quantization}
+    study = made[name](data or Path())
     if data is None:
         return study
     for setting in study.settings:
@@ -139,3 +155,24 @@ def _e2e(data: Path) -> Study:
             )
         )
     return Study("e2e", "E2E on two tiny language models", WITHOUT_HEAD, tuple(settings), ("bleu", "loss", "chrf"))
+
+
+def _quantization(data: Path) -> Study:
+    """The settings of the other studies and the learning rates chosen there; training at few bits has its own sweep."""
+    settings = (
+        replace(_e2e(data).settings[0], rates=_quantized_rates(lora=3e-2, nola=3e-2)),
+        replace(_sst2(data).settings[0], rates=_quantized_rates(lora=3e-3, nola=1e-2, head=1e-2)),
+    )
+    return Study("quantization", "Coefficients of few bits", QUANTIZED, settings, ("accuracy", "bleu", "loss"))
+
+
+def _quantized_rates(
+    *, lora: float, nola: float, head: float | None = None
+) -> tuple[tuple[str, tuple[float, ...]], ...]:
+    """One rate for full precision; half a decade to either side of it, too, for training at few bits."""
+    rates: dict[str, tuple[float, ...]] = {} if head is None else {QUANTIZED[0].name: (head,)}
+    for row in QUANTIZED[1:]:
+        rate = lora if row.method == "lora" else nola
+        at = HALF_DECADES.index(rate)
+        rates[row.name] = (rate,) if row.bits is None else HALF_DECADES[at - 1 : at + 2]
+    return tuple(rates.items())

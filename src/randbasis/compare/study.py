@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,13 +23,18 @@ class Row:
         name: of the line.
         method: ``nola``, ``vera``, ``randlora``, ``lora``, or ``none`` for a frozen base with a trained head.
         share: how many coefficients it may have, in units of what LoRA of rank 1 has on the same matrices.
-        rates: learning rates to choose from: the adapter's, or the head's where there is no adapter.
+        rates: learning rates to choose from: the adapter's, or the head's where there is no adapter. A single one is
+            taken without a sweep.
+        bits: of the coefficients that it is trained with, math (11); ``None`` for full precision.
+        afterwards: bits that the trained coefficients are quantized to, to be scored at each.
     """
 
     name: str
     method: str
     share: float
-    rates: tuple[float, ...]
+    rates: tuple[float, ...] = ()
+    bits: int | None = None
+    afterwards: tuple[int, ...] = ()
 
     @property
     def adapted(self) -> bool:
@@ -53,6 +58,7 @@ class Setting:
         dev_words: the fewest words of a held-out text, for training rows that are mostly fragments of sentences.
         sample_sets: different draws of the training rows; run ``i`` is given draw ``i mod sample_sets``.
         rates_of: name of the setting whose learning rates are used here; ``None`` for a sweep of its own.
+        rates: learning rates to choose from here, by name of the row, for rows that name none themselves.
     """
 
     name: str
@@ -65,6 +71,11 @@ class Setting:
     dev_words: int = 1
     sample_sets: int = 1
     rates_of: str | None = None
+    rates: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+    def rates_for(self, row: Row) -> tuple[float, ...]:
+        """The learning rates that a row chooses from in this setting."""
+        return row.rates or dict(self.rates).get(row.name, ())
 
     @property
     def has_head(self) -> bool:
@@ -81,7 +92,7 @@ class Study:
         title: for people.
         rows: the lines of every table, the frozen base first.
         settings: the tables.
-        metrics: which metrics the tables show, the first being the one that is plotted.
+        metrics: which metrics the tables show, the first that a setting has being the one that is plotted.
     """
 
     name: str
@@ -91,11 +102,14 @@ class Study:
     metrics: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        counts = {len(row.rates) for row in self.rows if row.adapted}
-        if len(counts) > 1:
-            raise SettingError(
-                f"every row must have as many learning rates to choose from as the others, got {sorted(counts)}"
-            )
+        for setting in self.settings:
+            for bits in {row.bits for row in self.rows}:
+                counts = {len(setting.rates_for(row)) for row in self.rows if row.adapted and row.bits == bits}
+                if len(counts) > 1:
+                    raise SettingError(
+                        "every row must have as many learning rates to choose from as the others that are trained at "
+                        f"its precision, got {sorted(counts)} in {setting.name}"
+                    )
         if not self.rows or self.rows[0].adapted:
             raise SettingError("the first row must be the frozen base (method 'none'): it chooses the head's rate")
 
@@ -144,6 +158,8 @@ class Record:
         seconds: of processor time that training took, on one thread.
         date: when it ended.
         versions: of the packages that matter.
+        vectors: coefficient tensors of the adapter, each with one scale where it is quantized.
+        afterwards: bits → metrics with the trained coefficients quantized to so many.
     """
 
     job: Job
@@ -156,6 +172,8 @@ class Record:
     seconds: float
     date: str
     versions: dict[str, str]
+    vectors: int = 0
+    afterwards: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
 
     def line(self) -> str:
         """As one line of JSON."""
@@ -170,8 +188,9 @@ class Record:
 
 def fingerprint(setting: Setting, row: Row) -> str:
     """Twelve hex digits that change with anything that a run depends on, but not with where the files lie."""
-    values = _told(setting) | {"row": [row.method, row.share]}
-    for unused in ("seeds", "rates_of"):
+    precision = [row.bits, *row.afterwards] if row.bits or row.afterwards else []
+    values = _told(setting) | {"row": [row.method, row.share, *precision]}
+    for unused in ("seeds", "rates_of", "rates"):
         values.pop(unused, None)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -181,7 +200,7 @@ def all_jobs_count(study: Study) -> int:
     count = 0
     for setting in study.settings:
         for row in study.rows:
-            sweeps = len(row.rates) if setting.rates_of is None else 0
+            sweeps = len(_swept(setting, row))
             count += sweeps + setting.seeds if row.adapted or setting.has_head else 1
     return count
 
@@ -217,24 +236,31 @@ def chosen_rate(study: Study, setting: Setting, row: Row, records: list[Record])
     """
     if setting.rates_of is not None:
         return chosen_rate(study, study.setting(setting.rates_of), row, records)
+    rates = setting.rates_for(row)
+    if len(rates) == 1:
+        return rates[0]
     runs = [r for r in records if (r.job.setting, r.job.row, r.job.phase) == (setting.name, row.name, "sweep")]
     found = {record.job.rate: record.scores for record in runs}
-    if not set(row.rates) <= found.keys():
+    if not set(rates) <= found.keys():
         return None
-    finite = [rate for rate in row.rates if found[rate]]
+    finite = [rate for rate in rates if found[rate]]
     if not finite:
         raise SettingError(f"{setting.name}: every learning rate of {row.name} diverged; give smaller ones")
     return min(finite, key=lambda rate: (-found[rate].get("accuracy", 0.0), found[rate]["loss"]))
 
 
 def _sweep_jobs(study: Study, setting: Setting, records: list[Record]) -> Iterator[Job]:
-    if setting.rates_of is not None:
-        return
     for row in study.rows:
         known, head = _head_rate(study, setting, row, records)
         if known and (row.adapted or setting.has_head):
-            for rate in row.rates:
+            for rate in _swept(setting, row):
                 yield Job(setting.name, row.name, "sweep", rate, head if row.adapted else rate, 0)
+
+
+def _swept(setting: Setting, row: Row) -> tuple[float, ...]:
+    """The learning rates that runs of a sweep are made for: none where there is no choice."""
+    rates = setting.rates_for(row)
+    return () if setting.rates_of is not None or len(rates) == 1 else rates
 
 
 def _final_jobs(study: Study, setting: Setting, records: list[Record]) -> Iterator[Job]:

@@ -1,8 +1,10 @@
 """Records to tables: mean ± standard deviation over the final runs of each row, as Markdown."""
 
+import math
 import statistics
 from dataclasses import dataclass
 
+from randbasis.adapter_file.codec import CODED
 from randbasis.compare.study import Record, Row, Setting, Study, chosen_rate
 
 PERCENT = ("accuracy",)
@@ -23,6 +25,9 @@ class Line:
         runs: finished ones.
         diverged: runs whose loss stopped being finite.
         seconds: mean processor time of training.
+        bits: of a coefficient.
+        name: of the line.
+        stored: bytes of the coefficients at these bits, with their scales.
     """
 
     row: Row
@@ -35,6 +40,9 @@ class Line:
     runs: int
     diverged: int
     seconds: float
+    bits: int
+    name: str
+    stored: int
 
     def mean(self, metric: str) -> float:
         """Of the finished runs; NaN when there is none."""
@@ -47,14 +55,14 @@ class Line:
 
 
 def lines_of(study: Study, setting: Setting, records: list[Record]) -> list[Line]:
-    """The rows of a table that have final runs.
+    """The rows of a table that have final runs, each followed by what quantizing made of its runs.
 
     Args:
         records: usable ones.
     """
     lines: list[Line] = []
     for row in study.rows:
-        rate = chosen_rate(study, setting, row, records) if row.rates else None
+        rate = chosen_rate(study, setting, row, records) if setting.rates_for(row) else None
         runs = {
             r.job.seed: r
             for r in records
@@ -62,8 +70,15 @@ def lines_of(study: Study, setting: Setting, records: list[Record]) -> list[Line
             and (rate is None or r.job.rate == rate)
         }
         if runs:
-            lines.append(_line(row, rate, [runs[seed] for seed in sorted(runs)]))
+            ordered = [runs[seed] for seed in sorted(runs)]
+            at_edge = rate in _edges(setting.rates_for(row))
+            lines += [_line(row, rate, at_edge, ordered, bits) for bits in (None, *row.afterwards)]
     return lines
+
+
+def line_names(study: Study) -> list[str]:
+    """The names of all lines of a table, in their order."""
+    return [_name(row, bits) for row in study.rows for bits in (None, *row.afterwards)]
 
 
 def table_of(study: Study, setting: Setting, records: list[Record]) -> str:
@@ -74,15 +89,17 @@ def table_of(study: Study, setting: Setting, records: list[Record]) -> str:
     """
     lines = lines_of(study, setting, records)
     metrics = [metric for metric in study.metrics if any(line.scores.get(metric) for line in lines)]
-    heads = ["row", "configuration", "coefficients", "file, bytes", "rate", *(_head(m) for m in metrics), "s", "runs"]
+    quantized = any(row.afterwards for row in study.rows)
+    size = ["bits", "stored, bytes"] if quantized else ["file, bytes"]
+    heads = ["row", "configuration", "coefficients", *size, "rate", *(_head(m) for m in metrics), "s", "runs"]
     best = {metric: _best(lines, metric) for metric in metrics}
     out = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for line in lines:
         cells = [
-            line.row.name,
+            line.name,
             line.configuration,
             f"{line.coefficients:,}",
-            f"{line.file_bytes:,}" if line.file_bytes else "",
+            *_sizes(line, quantized=quantized),
             "" if line.rate is None else f"{line.rate:g}" + ("*" if line.at_edge else ""),
             *(_cell(line, metric, line is best[metric]) for metric in metrics),
             f"{line.seconds:.0f}",
@@ -92,21 +109,43 @@ def table_of(study: Study, setting: Setting, records: list[Record]) -> str:
     return "\n".join(out)
 
 
-def _line(row: Row, rate: float | None, runs: list[Record]) -> Line:
-    finished = [run for run in runs if run.scores]
-    metrics = finished[0].scores if finished else {}
+def _line(row: Row, rate: float | None, at_edge: bool, runs: list[Record], bits: int | None) -> Line:
+    """The runs of a row, or what quantizing their coefficients to so many bits made of them."""
+    scored = [run.scores if bits is None else run.afterwards.get(str(bits), {}) for run in runs]
+    finished = [scores for scores in scored if scores]
+    metrics = finished[0] if finished else {}
+    first, stored_bits = runs[0], bits or row.bits or 32
     return Line(
         row,
-        _words(runs[0]),
-        runs[0].coefficients,
-        runs[0].file_bytes,
+        _words(first),
+        first.coefficients,
+        first.file_bytes,
         rate,
-        rate is not None and rate in (min(row.rates), max(row.rates)),
-        {metric: [run.scores[metric] for run in finished] for metric in metrics},
+        at_edge,
+        {metric: [scores[metric] for scores in finished] for metric in metrics},
         len(finished),
         len(runs) - len(finished),
         statistics.fmean(run.seconds for run in runs),
+        stored_bits,
+        _name(row, bits),
+        math.ceil(first.coefficients * stored_bits / 8) + (4 * first.vectors if stored_bits in CODED else 0),
     )
+
+
+def _name(row: Row, bits: int | None) -> str:
+    return row.name if bits is None else f"{row.name}, PTQ {bits} bits"
+
+
+def _edges(rates: tuple[float, ...]) -> tuple[float, ...]:
+    """The smallest and the largest rate of a sweep."""
+    return (min(rates), max(rates)) if len(rates) > 1 else ()
+
+
+def _sizes(line: Line, *, quantized: bool) -> list[str]:
+    """What the adapter takes: bits and bytes of its coefficients alone, or the file of the runs."""
+    if quantized:
+        return [str(line.bits), f"{line.stored:,}"] if line.coefficients else ["", ""]
+    return [f"{line.file_bytes:,}" if line.file_bytes else ""]
 
 
 def _words(record: Record) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,7 @@ def fit(
     checkpoints: str | Path,
     resume: bool = False,
     console: Console | None = None,
+    prepare: Callable[[nn.Module], object] | None = None,
 ) -> FitResult:
     """Train an adapter and a head.
 
@@ -81,6 +82,7 @@ def fit(
         checkpoints: folder for the checkpoints (adapter, head and optimiser only).
         resume: go on from the last checkpoint there; the run ends as it would have without the interruption.
         console: where to show progress, ``None`` for nowhere.
+        prepare: called with the adapted model before an optimizer is made for it.
 
     Returns:
         The trained model and its metrics before and after.
@@ -102,6 +104,8 @@ def fit(
     start = checkpoint_to_resume(folder) if resume else None
     with torch_threads(loop.threads), _quiet_logging(), confined_randomness(loop.train_seed):
         adapted = adapt(model, config, task.head_modules(model))
+        if prepare is not None:
+            prepare(adapted)
         arguments = training_arguments(loop, len(train), folder, task)
         report = ProgressReport(task, console) if console else None
         trainer = AdapterTrainer(
