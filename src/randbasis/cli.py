@@ -11,6 +11,7 @@ from typer import Option
 
 from randbasis.console import AsJson, Overwrite, answer, answer_table, reported
 from randbasis.export_cli import export
+from randbasis.hub_cli import push
 from randbasis.store_cli import store
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(store)
+app.command(epilog="Example: randbasis push runs/e2e me/e2e-nola --license apache-2.0 --dry-run folder")(push)
 app.command(epilog="Example: randbasis export runs/e2e lora --to peft-lora")(export)
 
 of_data = partial(Option, rich_help_panel="Data")

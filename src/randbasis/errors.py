@@ -256,6 +256,14 @@ class ImportConflictError(RandbasisError, ValueError):
     """An import would give a version that is there another content."""
 
 
+class HubNameError(RandbasisError, ValueError):
+    """A repository or a base model has a name that a hub does not take, or that only this machine knows."""
+
+
+class HubError(RandbasisError, OSError):
+    """A hub refused what was sent to it, or could not be reached."""
+
+
 class ExportSourceError(RandbasisError, FileNotFoundError):
     """There is no adapter to export."""
 
@@ -286,6 +294,10 @@ class UnsupportedAdapterError(RandbasisError, ValueError):
 
 class ProjectionsMissingError(RandbasisError, ValueError):
     """A VeRA or RandLoRA checkpoint of PEFT does not carry its random matrices."""
+
+
+class ImportOptionError(RandbasisError, ValueError):
+    """An option of an import is unknown, or has no meaning for what was asked for."""
 
 
 class ResidualError(RandbasisError, ValueError):
