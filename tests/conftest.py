@@ -14,6 +14,10 @@ import hypothesis
 import pytest
 import torch
 
+# Without a GPU, Triton kernels are tested in its interpreter: Triton wants to know before it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 ROOT = Path(__file__).resolve().parent.parent
 #: Tests of the arithmetic, which has no business with ambient randomness. Layers of torch draw their starts from it.
 CORE_TESTS = ("basis", "ops", "methods", "contraction")

@@ -1,5 +1,6 @@
 """Who computes an op: what the environment may say, what is refused and with which reason."""
 
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -8,7 +9,7 @@ import torch
 
 from randbasis.basis import Basis, basis_entries
 from randbasis.errors import BackendError
-from randbasis.ops import Slab, backends, cpu, reference
+from randbasis.ops import Slab, backends, cpu, project, reference, triton
 from randbasis.ops.reference import Tile, subtiles, tiles
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -18,9 +19,9 @@ LAWS = ("sign", "uniform", "normal", "sparse(3)")
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """A choice is made once in a process; these tests make it anew."""
-    backends._compiled.cache_clear()
+    backends._chosen.cache_clear()
     yield
-    backends._compiled.cache_clear()
+    backends._chosen.cache_clear()
 
 
 @pytest.fixture
@@ -32,22 +33,22 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
 def test_the_fast_path_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANDBASIS_BACKEND", raising=False)
     assert cpu.available() is None
-    assert backends.compiled(CPU, torch.float32)
-    assert backends.compiled(CPU, torch.float64)
+    assert backends.chosen(CPU, torch.float32) == "cpu"
+    assert backends.chosen(CPU, torch.float64) == "cpu"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_environment_names_one(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    for name, compiled in [("reference", False), ("cpu", True), ("auto", True)]:
+    for name, backend in [("reference", "reference"), ("cpu", "cpu"), ("auto", "cpu")]:
         monkeypatch.setenv("RANDBASIS_BACKEND", name)
-        assert backends.compiled(CPU, dtype) is compiled
+        assert backends.chosen(CPU, dtype) == backend
 
 
 def test_unknown_backend_names_argument_value_and_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANDBASIS_BACKEND", "fpga")
     with pytest.raises(BackendError) as refusal:
-        backends.compiled(CPU, torch.float32)
-    assert "RANDBASIS_BACKEND must be one of ['auto', 'reference', 'cpu'], got 'fpga'" in str(refusal.value)
+        backends.chosen(CPU, torch.float32)
+    assert "RANDBASIS_BACKEND must be one of ['auto', 'reference', 'cpu', 'triton'], got 'fpga'" in str(refusal.value)
     assert "unset it" in str(refusal.value)
 
 
@@ -66,7 +67,7 @@ def test_a_named_backend_that_cannot_run_says_why(
     assert backends.refusal(device, dtype) == reason
     monkeypatch.setenv("RANDBASIS_BACKEND", "cpu")
     with pytest.raises(BackendError) as refusal:
-        backends.compiled(device, dtype)
+        backends.chosen(device, dtype)
     assert f"RANDBASIS_BACKEND=cpu was asked for but {reason}" in str(refusal.value)
     assert "unset it to fall back to the reference" in str(refusal.value)
 
@@ -74,7 +75,7 @@ def test_a_named_backend_that_cannot_run_says_why(
 @pytest.mark.usefixtures("without_compiler")
 def test_falling_back_is_said_once_with_its_reason() -> None:
     with pytest.warns(UserWarning, match="falls back to its plain torch path.*numba cannot be imported") as seen:
-        assert [backends.compiled(CPU, torch.float32) for _ in range(3)] == [False] * 3
+        assert [backends.chosen(CPU, torch.float32) for _ in range(3)] == ["reference"] * 3
     assert len(seen) == 1
 
 
@@ -82,15 +83,48 @@ def test_falling_back_is_said_once_with_its_reason() -> None:
 def test_what_has_no_fast_path_is_not_worth_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not backends.compiled(CPU, torch.bfloat16)
-        assert not backends.compiled(CUDA, torch.float32)
+        assert backends.chosen(CPU, torch.bfloat16) == "reference"
+        assert backends.chosen(CUDA, torch.float64) == "reference"
+        assert backends.chosen(torch.device("mps"), torch.float32) == "reference"
 
 
 @pytest.mark.usefixtures("without_compiler")
 def test_a_missing_compiler_refuses_the_named_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANDBASIS_BACKEND", "cpu")
     with pytest.raises(BackendError, match="numba cannot be imported"):
-        backends.compiled(CPU, torch.float32)
+        backends.chosen(CPU, torch.float32)
+
+
+# --- CUDA ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_triton_is_the_default_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANDBASIS_BACKEND", raising=False)
+    monkeypatch.setattr(triton, "available", lambda: None)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int32):
+        assert backends.chosen(CUDA, dtype) == "triton"
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_missing_triton_is_said_once_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "randbasis.ops.triton_kernels", None)
+    monkeypatch.setattr(triton, "available", triton.available.__wrapped__)
+    monkeypatch.delenv("RANDBASIS_BACKEND", raising=False)
+    with pytest.warns(UserWarning, match=r"plain torch path.*triton cannot be imported.*install randbasis\[gpu\]") as seen:
+        assert [backends.chosen(CUDA, torch.bfloat16) for _ in range(3)] == ["reference"] * 3
+    assert len(seen) == 1
+    monkeypatch.setenv("RANDBASIS_BACKEND", "triton")
+    with pytest.raises(BackendError, match="RANDBASIS_BACKEND=triton was asked for but triton cannot be imported"):
+        backends.chosen(CUDA, torch.bfloat16)
+
+
+def test_a_way_to_project_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANDBASIS_PROJECT", "mixed")
+    slab = Slab(Basis.named(0, "project", "sign"), 2, 3, 10)
+    with pytest.raises(BackendError) as refusal:
+        project(torch.ones(1, 10), slab, "recompute")
+    assert "RANDBASIS_PROJECT must be one of ['auto', 'fused', 'expanded'], got 'mixed'" in str(refusal.value)
 
 
 # --- both give the same -----------------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ frozen is saved for the backward pass, and ``torch.compile`` sees one opaque cal
 op                      what it computes
 ======================  ==========================================================================================
 ``randbasis::product``  ``x Mᵀ`` or ``x M`` for a slab read as a matrix ``M``; the two are each other's gradient
+``randbasis::product_each``  the same for many slabs that differ in their stream alone, each with vectors of its own
 ``randbasis::sandwich``  ``Σⱼ Bⱼᵀ Λⱼ A Γⱼ``, the weight order of VeRA (12) and RandLoRA (14), with its own backward
 ======================  ==========================================================================================
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ __all__ = [
     "check_storage",
     "choose_storage",
     "combine",
+    "combine_each",
     "entries",
     "hold",
     "project",
@@ -45,11 +48,6 @@ def _name(slab: Slab) -> list[int]:
 def _slab(name: list[int], law: Law) -> Slab:
     key0, key1, stream, count, rows, cols = name
     return Slab(Basis(key0 | key1 << 32, stream, law), count, rows, cols)
-
-
-def _packed(slab: Slab, storage: BasisStorage, device: torch.device) -> Tensor | None:
-    stored = held(slab, storage)
-    return stored.packed(device) if stored is not None else None
 
 
 def _tile_entries(slab: Slab, tile: Tile, storage: BasisStorage, like: Tensor) -> Tensor:
@@ -73,33 +71,22 @@ def _no_autocast(x: Tensor) -> torch.autocast:
 @torch.library.custom_op("randbasis::product", mutates_args=())
 def _product(x: Tensor, name: list[int], law: str, join_rows: bool, transpose: bool, storage: str) -> Tensor:
     _product_width(x, name, join_rows, transpose)
-    slab = _slab(name, parse_law(law))
-    kind = check_storage(storage)
     with _no_autocast(x):
-        dense = held(slab, kind)
-        matrix = dense.dense(x.dtype, x.device) if dense is not None else None
-        if matrix is not None:
-            matrix = matrix.flatten(0, 1) if join_rows else matrix.flatten(1)
-            return x @ matrix if transpose else x @ matrix.T
-        if join_rows:
-            return _product_by_rows(x, slab, transpose, kind)
-        packed = _packed(slab, kind, x.device)
-        if transpose:
-            return backends.combine(x, slab, packed).flatten(1)
-        return backends.inner(x.view(-1, slab.rows, slab.cols), slab, packed)
+        return _multiply(x, _slab(name, parse_law(law)), join_rows, transpose, check_storage(storage))
 
 
-def _product_by_rows(x: Tensor, slab: Slab, transpose: bool, storage: BasisStorage) -> Tensor:
-    out = x.new_zeros(x.shape[0], slab.cols if transpose else slab.count * slab.rows)
-    for tile in tiles(slab):
-        rows = _tile_entries(slab, tile, storage, x).flatten(0, 1)
-        first = tile.index * slab.rows + tile.row
-        last = first + rows.shape[0]
-        if transpose:
-            out.addmm_(x[:, first:last], rows)
-        else:
-            torch.mm(x, rows.T, out=out[:, first:last])
-    return out
+def _multiply(x: Tensor, slab: Slab, join_rows: bool, transpose: bool, storage: BasisStorage) -> Tensor:
+    stored = held(slab, storage)
+    matrix = stored.dense(x.dtype, x.device) if stored is not None else None
+    if matrix is not None:
+        matrix = matrix.flatten(0, 1) if join_rows else matrix.flatten(1)
+        return x @ matrix if transpose else x @ matrix.T
+    packed = stored.packed(x.device) if stored is not None else None
+    if join_rows:
+        return backends.project(x, slab, packed, transpose=transpose)
+    if transpose:
+        return backends.combine(x, slab, packed).flatten(1)
+    return backends.inner(x.view(-1, slab.rows, slab.cols), slab, packed)
 
 
 @_product.register_fake
@@ -109,12 +96,16 @@ def _(x: Tensor, name: list[int], law: str, join_rows: bool, transpose: bool, st
 
 def _product_width(x: Tensor, name: list[int], join_rows: bool, transpose: bool) -> int:
     """Columns of the product, once those of ``x`` are checked."""
-    _, _, _, count, rows, cols = name
-    height, width = (count * rows, cols) if join_rows else (count, rows * cols)
-    taken, given = (height, width) if transpose else (width, height)
+    taken, given = _widths(name, join_rows, transpose)
     if x.dim() != 2 or x.shape[1] != taken:
         raise BasisShapeError(f"x must be [n, {taken}] for this slab, got {list(x.shape)}; reshape it")
     return given
+
+
+def _widths(name: list[int], join_rows: bool, transpose: bool) -> tuple[int, int]:
+    _, _, _, count, rows, cols = name
+    height, width = (count * rows, cols) if join_rows else (count, rows * cols)
+    return (height, width) if transpose else (width, height)
 
 
 def _product_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -179,6 +170,85 @@ def entries(slab: Slab, storage: BasisStorage, dtype: torch.dtype, device: torch
     return _tile_entries(slab, whole, storage, torch.empty(0, dtype=dtype, device=device))
 
 
+# --- many bases of one shape --------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("randbasis::product_each", mutates_args=())
+def _product_each(x: Tensor, name: list[int], streams: list[int], law: str, transpose: bool, storage: str) -> Tensor:
+    width = _product_each_width(x, name, streams, transpose)
+    slabs = [_slab([*name[:2], stream, *name[3:]], parse_law(law)) for stream in streams]
+    kind = check_storage(storage)
+    with _no_autocast(x):
+        if slabs and all(held(slab, kind) is None for slab in slabs) and backends.launches_together(x):
+            return backends.product_each(x, slabs, transpose=transpose)
+        out = x.new_empty(*x.shape[:-1], width)
+        for i, slab in enumerate(slabs):
+            out[i] = _multiply(x[i], slab, False, transpose, kind)
+        return out
+
+
+@_product_each.register_fake
+def _(x: Tensor, name: list[int], streams: list[int], law: str, transpose: bool, storage: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _product_each_width(x, name, streams, transpose))
+
+
+def _product_each_width(x: Tensor, name: list[int], streams: list[int], transpose: bool) -> int:
+    taken, given = _widths(name, False, transpose)
+    if x.dim() != 3 or x.shape[0] != len(streams) or x.shape[2] != taken:
+        raise BasisShapeError(
+            f"x must be [{len(streams)}, n, {taken}] for these slabs, got {list(x.shape)}; reshape it"
+        )
+    return given
+
+
+def _product_each_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    name, streams, law, transpose, storage = ctx.arguments
+    return (
+        _product_each(gradient.contiguous(), name, streams, law, not transpose, storage),
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+_product_each.register_autograd(_product_each_backward, setup_context=_product_setup)
+
+
+def combine_each(coefficients: Tensor, slabs: Sequence[Slab], storage: BasisStorage) -> Tensor:
+    """:func:`combine` for each of many slabs: all adapted matrices of one shape, each with a basis of its own.
+
+    On CUDA, and where nothing is stored, that is one launch.
+
+    Args:
+        coefficients: ``[m, ..., count]``, of slab ``i`` at ``i``.
+        slabs: ``m`` slabs of one shape, law and seed.
+        storage: how they are kept.
+
+    Returns:
+        ``[m, ..., rows, cols]``.
+
+    Raises:
+        BasisShapeError: the slabs differ in more than their stream, or the coefficients do not fit them.
+    """
+    if not slabs:
+        raise BasisShapeError("slabs must hold at least one slab, got none; leave the call out")
+    first = slabs[0]
+    for slab in slabs:
+        if (
+            _name(slab)[:2] + _name(slab)[3:] != _name(first)[:2] + _name(first)[3:]
+            or slab.basis.law != first.basis.law
+        ):
+            raise BasisShapeError(
+                f"slabs must differ in their stream alone, got {first} and {slab}; call once for each"
+            )
+    flat = coefficients.reshape(coefficients.shape[0], -1, coefficients.shape[-1])
+    streams = [slab.basis.stream for slab in slabs]
+    out = _product_each(flat, _name(first), streams, first.basis.law.name, True, storage)
+    return out.view(*coefficients.shape[:-1], first.rows, first.cols)
+
+
 # --- sandwich ----------------------------------------------------------------------------------------------------
 
 
@@ -199,13 +269,13 @@ def _sandwich(
 
 def _sandwich_tiles(a: Slab, b: Slab, storage: BasisStorage, like: Tensor) -> Any:
     """Tiles of B with the rows of A that meet them: ``(tile, [1, rows, a.cols], [count, rows, b.cols])``."""
-    for tile in tiles(b, TILE_OF_SANDWICH):
+    for tile in tiles(b, max(TILE_OF_SANDWICH, backends.tile_entries(like.device) // 4)):
         a_rows = _tile_entries(a, Tile(0, 1, tile.row, tile.rows), storage, like)
         yield tile, a_rows, _tile_entries(b, tile, storage, like)
 
 
 TILE_OF_SANDWICH = 1 << 20
-"""Entries of B, and about as many of ``Λ A Γ``, that exist in floating point at one time."""
+"""Entries of B, and about as many of ``Λ A Γ``, that exist in floating point at one time on the CPU."""
 
 
 def _rows(diagonal: Tensor, tile: Tile) -> Tensor:

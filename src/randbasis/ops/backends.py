@@ -1,22 +1,39 @@
 """Which implementation runs an op, and why another was refused.
 
-``RANDBASIS_BACKEND`` may name one (``reference`` or ``cpu``): then it is used or its refusal is an error. By default
-the fastest that accepts the device and dtype runs; falling back to the reference is said once, with the reason.
+``RANDBASIS_BACKEND`` may name one (``reference``, ``cpu`` or ``triton``): then it is used or its refusal is an error.
+By default the fastest that accepts the device and dtype runs; falling back to the reference is said once, with the
+reason.
+
+``RANDBASIS_PROJECT`` says how Triton multiplies by a basis that is not stored densely: ``fused`` makes its entries
+inside of the product, ``expanded`` writes them to memory, some at a time, for the vendor's product; ``auto`` decides by
+the number of vectors.
 """
 
 import os
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from randbasis.errors import BackendError
-from randbasis.ops import cpu, reference
+from randbasis.ops import cpu, reference, triton
 from randbasis.ops.reference import Slab, Tile
 
+Backend = Literal["reference", "cpu", "triton"]
+
 ENVIRONMENT = "RANDBASIS_BACKEND"
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "triton")
+PROJECT_ENVIRONMENT = "RANDBASIS_PROJECT"
+PROJECTS = ("auto", "fused", "expanded")
+
+FUSED_VECTORS = 64
+"""Vectors that one tile of the fused product holds: for more, it would make every entry more than once."""
+
+EXPANDED_ENTRIES = 1 << 26
+"""Entries that exist at one time in the memory of a GPU (128 MiB of bfloat16): small tiles would leave it idle."""
 
 
 def refusal(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -29,38 +46,51 @@ def refusal(device: torch.device, dtype: torch.dtype = torch.float32) -> str | N
 
 
 @lru_cache(maxsize=64)
-def _compiled(device_type: str, dtype: torch.dtype, named: str) -> bool:
+def _chosen(device_type: str, dtype: torch.dtype, named: str) -> Backend:
     if named not in BACKENDS:
         raise BackendError(f"{ENVIRONMENT} must be one of {list(BACKENDS)}, got {named!r}; unset it for the default")
     if named == "reference":
-        return False
-    reason = refusal(torch.device(device_type), dtype)
+        return "reference"
+    device = torch.device(device_type)
+    fast: Backend = "triton" if named == "triton" or (named == "auto" and device_type == "cuda") else "cpu"
+    reason = triton.refusal(device, dtype) if fast == "triton" else refusal(device, dtype)
     if reason is None:
-        return True
-    if named == "cpu":
-        raise BackendError(f"{ENVIRONMENT}=cpu was asked for but {reason}; unset it to fall back to the reference")
-    if device_type == "cpu" and dtype in (torch.float32, torch.float64):
+        return fast
+    if named == fast:
+        raise BackendError(f"{ENVIRONMENT}={named} was asked for but {reason}; unset it to fall back to the reference")
+    takes = {"cuda": triton.DTYPES, "cpu": (torch.float32, torch.float64)}.get(device_type, ())
+    if dtype in takes:
         warnings.warn(f"randbasis falls back to its plain torch path, which is slower: {reason}", stacklevel=2)
-    return False
+    return "reference"
 
 
-def compiled(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the compiled CPU path runs for this device and dtype.
+def chosen(device: torch.device, dtype: torch.dtype) -> Backend:
+    """Who computes on this device in this dtype.
 
     Raises:
         BackendError: the environment names a backend that does not exist or cannot run here.
     """
-    return _compiled(device.type, dtype, os.environ.get(ENVIRONMENT, "auto"))
+    return _chosen(device.type, dtype, os.environ.get(ENVIRONMENT, "auto"))
+
+
+def tile_entries(device: torch.device) -> int:
+    """Entries of the basis that may exist in floating point at one time on this device."""
+    return EXPANDED_ENTRIES if device.type == "cuda" else reference.TILE_ENTRIES
 
 
 def _wide(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: the CPU adds half precision in float32, faster and with fewer roundings."""
-    return torch.float32 if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16) else dtype
+    if device.type != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return dtype
+    return dtype if os.environ.get(ENVIRONMENT) == "triton" else torch.float32
 
 
 def words(slab: Slab, device: torch.device) -> Tensor:
     """Raw words of a whole slab, int32 ``[count, rows, 4 * blocks]``, math (2)."""
-    if compiled(device, torch.int32):
+    backend = chosen(device, torch.int32)
+    if backend == "triton":
+        return triton.words(slab, Tile(0, slab.count, 0, slab.rows), device)
+    if backend == "cpu":
         basis = slab.basis
         return cpu.words(*basis.key, basis.stream, 0, slab.count, 0, slab.rows, 0, slab.blocks)
     parts = [reference.words(slab, tile, device).flatten() for tile in reference.tiles(slab)]
@@ -72,8 +102,11 @@ def expand(slab: Slab, tile: Tile, dtype: torch.dtype, device: torch.device, pac
     """Entries of a tile in floating point, ``[count, rows, cols]``; see :func:`reference.expand`."""
     if _wide(device, dtype) != dtype:
         return expand(slab, tile, _wide(device, dtype), device, packed).to(dtype)
-    if compiled(device, dtype):
-        part = None if packed is None else reference.part(packed, tile)
+    backend = chosen(device, dtype)
+    part = None if packed is None else reference.part(packed, tile)
+    if backend == "triton":
+        return triton.expand(slab, tile, dtype, device, part)
+    if backend == "cpu":
         return cpu.expand(slab, tile, dtype, part)
     if tile.count * tile.rows * slab.cols <= reference.TILE_ENTRIES:
         return reference.expand(slab, tile, dtype, device, packed)
@@ -90,7 +123,10 @@ def combine(coefficients: Tensor, slab: Slab, packed: Tensor | None) -> Tensor:
     wide = _wide(coefficients.device, coefficients.dtype)
     if wide != coefficients.dtype:
         return combine(coefficients.to(wide), slab, packed).to(coefficients.dtype)
-    if compiled(coefficients.device, coefficients.dtype):
+    backend = chosen(coefficients.device, coefficients.dtype)
+    if backend == "triton":
+        return triton.combine(coefficients, slab, packed)
+    if backend == "cpu":
         return cpu.combine(coefficients.contiguous(), slab, packed)
     return reference.combine(coefficients, slab, packed)
 
@@ -100,6 +136,48 @@ def inner(gradient: Tensor, slab: Slab, packed: Tensor | None) -> Tensor:
     wide = _wide(gradient.device, gradient.dtype)
     if wide != gradient.dtype:
         return inner(gradient.to(wide), slab, packed).to(gradient.dtype)
-    if compiled(gradient.device, gradient.dtype):
+    backend = chosen(gradient.device, gradient.dtype)
+    if backend == "triton":
+        return triton.inner(gradient, slab, packed)
+    if backend == "cpu":
         return cpu.inner(gradient.contiguous(), slab, packed)
     return reference.inner(gradient, slab, packed)
+
+
+def project(x: Tensor, slab: Slab, packed: Tensor | None, *, transpose: bool) -> Tensor:
+    """``x Mᵀ``, or ``x M``, for the slab as a matrix ``[count * rows, cols]``, with one tile of it at a time at most.
+
+    Raises:
+        BackendError: the environment names a way of multiplying that does not exist.
+    """
+    way = os.environ.get(PROJECT_ENVIRONMENT, "auto")
+    if way not in PROJECTS:
+        raise BackendError(
+            f"{PROJECT_ENVIRONMENT} must be one of {list(PROJECTS)}, got {way!r}; unset it for the default"
+        )
+    fused = way == "fused" or (way == "auto" and x.shape[0] <= FUSED_VECTORS)
+    if fused and chosen(x.device, x.dtype) == "triton":
+        return triton.project(x, slab, packed, transpose=transpose)
+    out = x.new_zeros(x.shape[0], slab.cols if transpose else slab.count * slab.rows)
+    for tile in reference.tiles(slab, tile_entries(x.device)):
+        lines = expand(slab, tile, x.dtype, x.device, packed).flatten(0, 1)
+        first = tile.index * slab.rows + tile.row
+        last = first + lines.shape[0]
+        if transpose:
+            out.addmm_(x[:, first:last], lines)
+        else:
+            torch.mm(x, lines.T, out=out[:, first:last])
+    return out
+
+
+def launches_together(x: Tensor) -> bool:
+    """Whether many products of one shape are one launch here, and not one call after the other."""
+    return chosen(x.device, x.dtype) == "triton"
+
+
+def product_each(x: Tensor, slabs: Sequence[Slab], *, transpose: bool) -> Tensor:
+    """:func:`combine` (transposed) or :func:`inner` on ``x[i]`` and slab ``i``, ``[m, n, ...]``, in one launch."""
+    streams = [slab.basis.stream for slab in slabs]
+    if transpose:
+        return triton.combine_each(x, slabs[0], streams).flatten(2)
+    return triton.inner_each(x.view(*x.shape[:2], slabs[0].rows, slabs[0].cols), slabs[0], streams)
