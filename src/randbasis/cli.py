@@ -9,9 +9,12 @@ from rich.console import Console
 from rich.progress import track
 from typer import Option
 
+from randbasis.arithmetic_cli import average, diff
 from randbasis.console import AsJson, Overwrite, answer, answer_table, reported
 from randbasis.export_cli import export
 from randbasis.hub_cli import push
+from randbasis.import_cli import import_
+from randbasis.quantize_cli import quantize
 from randbasis.store_cli import store
 
 app = typer.Typer(
@@ -24,7 +27,11 @@ app = typer.Typer(
 )
 app.add_typer(store)
 app.command(epilog="Example: randbasis push runs/e2e me/e2e-nola --license apache-2.0 --dry-run folder")(push)
+app.command(epilog="Example: randbasis quantize runs/e2e e2e-4.safetensors --bits 4")(quantize)
 app.command(epilog="Example: randbasis export runs/e2e lora --to peft-lora")(export)
+app.command("import", epilog="Example: randbasis import LORA runs/nola --to nola --rank 8 --basis 128")(import_)
+app.command(epilog="Example: randbasis diff runs/a runs/b --json")(diff)
+app.command(epilog="Example: randbasis average runs/a runs/b --weights 0.5,0.5 --output runs/mean")(average)
 
 of_data = partial(Option, rich_help_panel="Data")
 of_adapter = partial(Option, rich_help_panel="Adapter")

@@ -102,6 +102,11 @@ class PackedAdapter:
             return self.coefficients
         return dequantize(self.coefficients, self.scales, run_lengths(self.spec.vector_lengths, self.spec.group))
 
+    def at(self, bits: int, group: int = 0) -> "PackedAdapter":
+        """The same adapter with its coefficients stored at another precision, as :meth:`of` stores them."""
+        spec = replace(self.spec, bits=bits, group=group)
+        return PackedAdapter.of(spec, self.values(), streams=self.streams, extra=self.extra)
+
     def matrices(self) -> Iterator[tuple[SpecMatrix, Matrix, dict[str, Tensor]]]:
         """Each adapted matrix with what its method is told of it and with its coefficients, in the method's order."""
         split = cast("Callable[[Tensor, list[int]], tuple[Tensor, ...]]", torch.split)

@@ -4,7 +4,7 @@ NOLA and its kin are trained at few bits by their own option ``quantize_coeffici
 and B are given the same straight-through estimator as a parametrization of torch for the length of a run.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,9 +12,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from randbasis.adapter_file.codec import rounded
 from randbasis.train.trainer import parameter_groups
 from randbasis.tuner.coefficients import straight_through
+from randbasis.tuner.quantization import quantize_tensors
 
 
 class StraightThrough(nn.Module):
@@ -48,17 +48,19 @@ def settle_lora(model: nn.Module) -> None:
 @contextmanager
 def quantized(model: nn.Module, bits: int) -> Generator[None]:
     """The coefficients of the trained adapter at so many bits within the block, one scale a tensor."""
-    parameters = parameter_groups(model)["adapter"].values()
-    kept = [parameter.detach().clone() for parameter in parameters]
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.copy_(rounded(parameter.flatten(), [parameter.numel()], bits).view(parameter.shape))
+    parameters = parameter_groups(model)["adapter"]
+    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    _set(parameters, quantize_tensors(kept, bits))
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, values in zip(parameters, kept, strict=True):
-                parameter.copy_(values)
+        _set(parameters, kept)
+
+
+@torch.no_grad()
+def _set(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 def _pairs(model: nn.Module) -> Iterator[nn.Module]:

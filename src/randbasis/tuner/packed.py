@@ -269,7 +269,19 @@ def unpack_adapter(
         SaveError: it could not be written.
     """
     adapter = read(file)
-    config = _config_of(adapter.spec, str(file), base_name)
+    write_adapter_dir(adapter, path, where=str(file), base_name=base_name, overwrite=overwrite)
+    return adapter
+
+
+def write_adapter_dir(
+    adapter: PackedAdapter, path: str | Path, *, where: str, base_name: str | None = None, overwrite: bool = False
+) -> None:
+    """Write a packed adapter as a PEFT directory; see :func:`unpack_adapter`.
+
+    Args:
+        where: what it was read from, for messages.
+    """
+    config = _config_of(adapter.spec, where, base_name)
     path = Path(path)
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
         raise OutputExistsError(
@@ -285,7 +297,6 @@ def unpack_adapter(
             flush_directory(path)
     except OSError as error:
         raise SaveError(f"{path} could not be written ({error}); make room, or name another directory") from error
-    return adapter
 
 
 def _write_dir(path: Path, adapter: PackedAdapter, config: RandbasisConfig) -> None:
