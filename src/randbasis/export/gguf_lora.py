@@ -50,11 +50,17 @@ _ROTATED = frozenset({"q_proj", "k_proj"})
 FAMILIES = {
     "llama": Family("llama", _ROTATED),
     "mistral": Family("llama", _ROTATED),
+    "granite": Family("granite", _ROTATED),
+    "olmo": Family("olmo", _ROTATED),
+    "olmo2": Family("olmo2"),
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
     "gemma": Family("gemma"),
     "gemma2": Family("gemma2"),
+    "gemma3_text": Family("gemma3"),
     "phi3": Family("phi3"),
+    "stablelm": Family("stablelm"),
+    "starcoder2": Family("starcoder2"),
     "gpt2": Family("gpt2"),
 }
 """``model_type`` of the bases whose layers are known to lie in GGUF as :func:`gguf_rows` says."""

@@ -122,8 +122,9 @@ def _check_layers(found: AdapterDir, model: PreTrainedModel, prefix: str) -> Non
     with torch.device("meta"):
         adapted = get_peft_model(cast("Any", under_prefix(model, prefix)), found.bare_config()).get_base_model()
     own = set(found.modules)
+    unused = f"{prefix}.pooler."  # a head on the hidden states leaves the encoder's pooler out
     for key, layer in cast("Iterator[tuple[str, nn.Module]]", adapted.named_modules()):
-        if isinstance(layer, RandbasisLinear) and key not in own:
+        if isinstance(layer, RandbasisLinear) and key not in own and not (prefix and key.startswith(unused)):
             raise _mismatch(found, f"{key!r}, which the adapter has no coefficients for and {name} has")
 
 

@@ -228,6 +228,8 @@ def _dequantized(base: PreTrainedModel) -> PreTrainedModel:
 def _merge(base: PreTrainedModel, found: AdapterDir, fit: BaseFit) -> int:
     """Merge in place; returns the number of changed matrices."""
     config = found.bare_config(head=fit.head)
+    if fit.prefix:  # its words would pick the encoder's pooler too, which a head on the hidden states leaves out
+        config.target_modules, config.exclude_modules, config.layers_to_transform = set(found.modules), None, None
     adapted = cast("PeftModel", get_peft_model(cast("Any", under_prefix(base, fit.prefix)), config))
     tensors = {name: tensor for name, tensor in found.load().items() if fit.head or f".{PREFIX}" in name}
     set_peft_model_state_dict(adapted, tensors)
