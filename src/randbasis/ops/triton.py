@@ -34,8 +34,8 @@ _FEW = 2
 """Vectors that are multiplied one by one; three already cost less as a matrix product with most of its rows empty."""
 _ONE = 0x3F800000
 """The bits of 1.0, passed to the kernels: as a constant in their code it would cost an instruction an entry."""
-_LINES_OF_SUM = 2048
-"""Products in one part of a sum at least: below, adding the parts costs more than it saves."""
+_PART = 2048
+"""Products in one part of a sum, at least: below, adding the parts costs more than it saves."""
 
 
 @cache
@@ -218,7 +218,7 @@ def _sum(
         else (-(-lines // shape.lines), height * strips, shape.cols)
     )
     programs = tiles * -(-n // vectors) * groups
-    share = max(-(-_LINES_OF_SUM // step) if programs < _PROGRAMS else 1, -(-steps * programs // _PROGRAMS))
+    share = max(-(-_PART // step) if programs < _PROGRAMS else 1, -(-steps * programs // _PROGRAMS))
     parts = -(-steps // share)
     sums = torch.empty((parts, *out_shape), dtype=x.dtype if parts == 1 else torch.float32, device=x.device)
     kernel = kernels.KERNELS["spread" if transpose else "gather"]
