@@ -94,7 +94,7 @@ def test_a_hub_that_refuses(adapter: Path, hub: tuple[FakeHub, str], monkeypatch
     found, url = hub
     found.refuses = True
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(errors.HubError, match=r"me/nola could not be sent to the hub .*403.*HF_TOKEN"):
+    with pytest.raises(errors.HubError, match=r"(?s)me/nola could not be sent to the hub .*403.*HF_TOKEN"):
         push_to_hub(adapter, "me/nola", base_name="acme/tiny", token="hf_secret", endpoint=url)
 
 
