@@ -178,17 +178,17 @@ class Spec:
     extra: tuple[str, ...] = ()
     peft: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of adapted matrices."""
         return sum(group.size for group in self.groups)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Number of coefficients; takes no memory however many the spec claims."""
         return sum(group.size * group.like.count for group in self.groups)
 
-    @property
+    @cached_property
     def run_count(self) -> int:
         """Number of scales, were the coefficients quantized."""
         return sum(
