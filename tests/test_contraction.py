@@ -10,6 +10,7 @@ from torch.nn import functional
 from randbasis.contraction import (
     check_order,
     choose_order,
+    fused_pair_order,
     fused_weight_order,
     fusing_refusal,
     token_order,
@@ -55,7 +56,7 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize(("shape", "leading"), list(zip(SHAPES, [(5,), (2, 3), ()], strict=True)), ids=str)
 @pytest.mark.parametrize("law", ["sign", "uniform", "sparse(6)"])
 def test_orders_agree(name: str, law: str, storage: str, shape: tuple[int, int], leading: tuple[int, ...]) -> None:
-    """h and the gradients of coefficients, tokens and base weight: token, weight, and fused weight order."""
+    """h and the gradients of tokens, coefficients and base weight: token, weight, fused weight and fused pair order."""
     method = METHODS[name](law=law, basis_storage=storage, seed=5)
     matrix = Matrix(*shape, method.streams())
     held: tuple[Stored, ...] = method.hold(matrix)
@@ -63,20 +64,26 @@ def test_orders_agree(name: str, law: str, storage: str, shape: tuple[int, int],
     values = {key: draw(*size, seed=place) for place, (key, size) in enumerate(shapes.items())}
     weight, bias, x = draw(*shape, seed=10), draw(shape[0], seed=11), draw(*leading, shape[1], seed=12)
     found = []
-    for order in ("token", "weight", "fused"):
+    for order in ("token", "weight", "fused", "pair"):
         coefficients, w, tokens = leaves(values), weight.clone().requires_grad_(), x.clone().requires_grad_()
         if order == "token":
             prepared = method.prepare(coefficients, matrix)
             h = functional.linear(tokens, w, bias) + token_order(tokens, prepared, method, matrix)
         elif order == "weight":
             h = functional.linear(tokens, w, bias) + weight_order(tokens, method.delta(coefficients, matrix))
-        else:
+        elif order == "fused":
             h = fused_weight_order(tokens, w, bias, method.delta(coefficients, matrix))
+        elif isinstance(method, Pranc):
+            continue  # no pair
+        else:
+            factors = method.factors(coefficients, matrix)
+            assert factors.up is not None
+            h = fused_pair_order(tokens, w.detach(), bias, [(0, factors.up, factors.down)])
         assert h.shape == (*leading, shape[0])
-        weights = draw(*h.shape, seed=13)
-        found.append([h, *torch.autograd.grad(h, [*coefficients.values(), w, tokens], weights)])
+        trained = [tokens, *coefficients.values(), *([] if order == "pair" else [w])]
+        found.append([h, *torch.autograd.grad(h, trained, draw(*h.shape, seed=13))])
     for other in found[1:]:
-        for one, two in zip(found[0], other, strict=True):
+        for one, two in zip(found[0], other, strict=len(other) == len(found[0])):
             torch.testing.assert_close(two, one, rtol=0, atol=1e-12 * max(1.0, one.abs().max().item()))
     assert bool(held) == (storage != "recompute")
 
@@ -183,11 +190,15 @@ LAYER = (768, 768)
 @pytest.mark.parametrize(
     ("method", "tokens", "training", "fused", "order"),
     [
-        # a thin pair never pays for a product of its own
-        (Nola(r=8, num_basis=64, alpha=8.0), 16384, True, True, "token"),
+        # a thin pair never pays for a product of its own, but its sum with the base weight is nearly free
+        (Nola(r=8, num_basis=64, alpha=8.0), 16384, True, True, "pair"),
+        (Nola(r=8, num_basis=64, alpha=8.0), 16384, True, False, "token"),
+        (Nola(r=8, num_basis=64, alpha=8.0), 64, True, True, "token"),
         (Nola(r=8, num_basis=64, alpha=8.0), 16384, False, False, "token"),
         (Nola(r=8, num_basis=64, alpha=8.0), 1, False, False, "token"),
         (Vera(r=16), 4096, True, False, "token"),
+        (Vera(r=16), 4096, True, True, "pair"),
+        (Vera(r=256), 2048, True, True, "pair"),
         # full rank: weight order as soon as the tokens are a few times the smaller side
         (RandLora(r=32), 16, True, True, "token"),
         (RandLora(r=32), 8192, True, True, "weight"),
@@ -208,14 +219,66 @@ def test_a_forced_order_stands(wanted: str, tokens: int) -> None:
     for make in METHODS.values():
         method = make()
         matrix = Matrix(*LAYER, method.streams())
-        assert choose_order(wanted, method, matrix, tokens, training=True, fused=True) == wanted  # type: ignore[arg-type]
+        found = choose_order(wanted, method, matrix, tokens, training=True, fused=True)  # type: ignore[arg-type]
+        assert (found == "token") == (wanted == "token")
 
 
 def test_more_tokens_never_lead_back_to_token_order(name: str) -> None:
     method = METHODS[name]()
     matrix = Matrix(*LAYER, method.streams())
     orders = [choose_order("auto", method, matrix, 2**n, training=True, fused=True) for n in range(18)]
-    assert orders == sorted(orders)
+    assert orders == sorted(orders, key=lambda order: order != "token")
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [3, 40], ids=["formed again", "kept"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_pairs_on_slices_against_one_merged_weight(rank: int, transposed: bool) -> None:
+    """Two pairs on row ranges that overlap, on both layouts of the weight, whatever is trained."""
+    weight = draw(20, 14, seed=1) if not transposed else draw(14, 20, seed=1).T
+    x, bias = draw(2, 5, 14, seed=2).requires_grad_(), draw(20, seed=3)
+    pairs = [
+        (2, draw(9, rank, seed=4).requires_grad_(), draw(rank, 14, seed=5)),
+        (8, draw(12, rank, seed=6), draw(rank, 14, seed=7).requires_grad_()),
+    ]
+    merged = weight + sum(functional.pad(up @ down, (0, 0, start, 20 - start - len(up))) for start, up, down in pairs)
+    trained = [x, pairs[0][1], pairs[1][2]]
+    wanted = functional.linear(x, merged, bias)
+    h = fused_pair_order(x, weight, bias, pairs)
+    torch.testing.assert_close(h, wanted, rtol=0, atol=1e-12)
+    seen = draw(*h.shape, seed=8)
+    for one, two in zip(torch.autograd.grad(wanted, trained, seen), torch.autograd.grad(h, trained, seen), strict=True):
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-12 * rank * 10)
+
+
+def test_pairs_pass_gradcheck() -> None:
+    weight, bias = draw(4, 3), draw(4, seed=1)
+
+    def run(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return fused_pair_order(x, weight, bias, [(1, up, down)])
+
+    inputs = [draw(2, 3, seed=2), draw(3, 2, seed=3), draw(2, 3, seed=4)]
+    assert torch.autograd.gradcheck(run, [one.requires_grad_() for one in inputs])
+
+
+@pytest.mark.parametrize("method", [Vera(r=48), Nola(r=4, num_basis=3, alpha=1.0)], ids=str)
+def test_pairs_keep_nothing_as_long_as_the_tokens_but_them(method: Method) -> None:
+    """No tensor beside the input itself holds a number for each token; PEFT's VeRA keeps three."""
+    matrix = Matrix(24, 16, method.streams())
+    held = method.hold(matrix)
+    coefficients = {key: draw(*size).requires_grad_() for key, size in method.coefficient_shapes(24, 16).items()}
+    x, weight = draw(2000, 16, seed=1).requires_grad_(), draw(24, 16, seed=2)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor
+    ):
+        factors = method.factors(coefficients, matrix)
+        assert factors.up is not None
+        fused_pair_order(x, weight, None, [(0, factors.up, factors.down)])
+    assert held
+    assert [tensor.data_ptr() for tensor in kept if tensor.numel() >= 2000] == [x.data_ptr()]
 
 
 # --- fusing -----------------------------------------------------------------------------------------------------------

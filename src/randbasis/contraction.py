@@ -1,25 +1,31 @@
 """FACTORS → h: one contraction, two orders, math (19)-(20).
 
 Token order multiplies the tokens by the factors one after the other. Weight order forms ΔW first: ``fused`` into the
-base weight when that loses nothing, else as a product of its own. Both give the same h and the same gradients; they
-differ in cost, and the cheaper one is chosen unless the user forces one.
+base weight when that loses nothing, else as a product of its own. Where it is fused, training has two ways back:
+through the gradient of ΔW, T·in·out multiply-adds, or through those of its factors, T·q·(in + out) for each factor that
+is trained ("pair"). All give the same h and the same gradients; they differ in cost, and the cheapest is chosen unless
+the user forces an order.
 """
 
-from collections.abc import Mapping
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from randbasis.errors import ContractionError, near
 from randbasis.methods import Matrix, Method
 
-Order = Literal["token", "weight"]
+Order = Literal["token", "weight", "pair"]
 OrderChoice = Literal["auto", "token", "weight"]
 
 WORK_OF_A_BYTE = 8
 """Multiply-adds that a processor does in the time of writing and reading back one byte: about 100 G/s at 12 GB/s."""
+
+WORK_OF_A_NUMBER = 4 * WORK_OF_A_BYTE
+"""The same for one number of float32. A sum W0 + B A of a smaller rank is formed again rather than kept."""
 
 
 def check_order(name: str) -> OrderChoice:
@@ -37,23 +43,44 @@ def check_order(name: str) -> OrderChoice:
 
 
 def choose_order(
-    wanted: OrderChoice, method: Method, matrix: Matrix, tokens: int, *, training: bool, fused: bool
+    wanted: OrderChoice,
+    method: Method,
+    matrix: Matrix,
+    tokens: int,
+    *,
+    training: bool,
+    fused: bool,
+    pairs: bool = True,
 ) -> Order:
-    """The order that costs less above the base layer; ``wanted`` unless it is ``"auto"``.
+    """The order that costs least above the base layer, among those that ``wanted`` allows.
 
-    Cost is multiply-adds, plus the bytes that training keeps for the backward pass at :data:`WORK_OF_A_BYTE` each.
+    Cost is multiply-adds, plus :data:`WORK_OF_A_NUMBER` for each number that is written and read back: what training
+    keeps for the backward pass, what is added to the base layer's result and to its gradient, the sum of weights.
 
     Without training, ΔW is formed once and kept, so weight order must pay for itself by its product alone, and that
     product is counted even where it could be fused: a second copy of every base weight is not worth a thin pair.
+
+    Args:
+        wanted: what the user allows.
+        method: the method.
+        matrix: shape and streams.
+        tokens: rows of x.
+        training: whether the coefficients get gradients.
+        fused: whether ``W0 + ΔW`` may be one matrix.
+        pairs: whether the gradient of a fused sum may go to the factors.
     """
-    if wanted != "auto":
-        return wanted
-    token = method.token_cost(tokens, matrix, training=training)
-    weight = method.weight_cost(tokens, matrix, training=training, fused=fused and training)
-    if training:
-        token += WORK_OF_A_BYTE * 4 * tokens * method.rank(matrix.out_features, matrix.in_features)
-        weight += WORK_OF_A_BYTE * 4 * matrix.out_features * matrix.in_features
-    return "token" if token <= weight else "weight"
+    costs: dict[Order, float] = {}
+    out, in_, rank = matrix.out_features, matrix.in_features, method.rank(matrix.out_features, matrix.in_features)
+    fused = fused and training
+    if wanted != "weight":
+        kept = tokens * (rank + out + in_) if training else 0
+        costs["token"] = method.token_cost(tokens, matrix, training=training) + WORK_OF_A_NUMBER * kept
+    if wanted != "token":
+        kept = (out * in_ + (0 if fused else tokens * (out + in_))) if training else 0
+        costs["weight"] = method.weight_cost(tokens, matrix, training=training, fused=fused) + WORK_OF_A_NUMBER * kept
+    if wanted != "token" and fused and pairs:
+        costs["pair"] = method.pair_cost(tokens, matrix) + min(rank, WORK_OF_A_NUMBER) * out * in_
+    return min(costs, key=lambda order: costs[order])
 
 
 def token_order(x: Tensor, prepared: Mapping[str, Tensor], method: Method, matrix: Matrix) -> Tensor:
@@ -88,6 +115,79 @@ def fused_weight_order(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Te
         delta: ``ΔW``, ``[out, in]``.
     """
     return functional.linear(x, weight + delta, bias)
+
+
+class _FusedPairs(torch.autograd.Function):
+    """``(W0 + Σ Bₚ Aₚ) x + bias``, whose gradient goes to the factors without forming that of ΔW.
+
+    ``∂L/∂B = gᵀ (A x)`` and ``∂L/∂A = (g B)ᵀ x``: a factor that is frozen costs nothing. A sum of large rank is kept
+    for the backward pass, one of small rank is formed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, starts: tuple[int, ...], *factors: Tensor
+    ) -> Tensor:
+        total = _summed(weight, starts, factors)
+        ctx.formed_again = sum(down.shape[0] for down in factors[1::2]) <= WORK_OF_A_NUMBER
+        ctx.starts = starts
+        ctx.ranges = tuple((start, start + up.shape[0]) for start, up in zip(starts, factors[::2], strict=True))
+        # The gradient of a factor is made with the other one of its pair.
+        partners = (place + 1 - 2 * (place % 2) for place in range(len(factors)))
+        kept = [
+            factor if ctx.formed_again or ctx.needs_input_grad[4 + partner] else None
+            for factor, partner in zip(factors, partners, strict=True)
+        ]
+        ctx.save_for_backward(x, weight if ctx.formed_again else total, *kept)
+        return functional.linear(x, total, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, *factors = ctx.saved_tensors
+        for_x = None
+        if ctx.needs_input_grad[0]:
+            for_x = gradient @ (_summed(weight, ctx.starts, factors) if ctx.formed_again else weight)
+        tokens = x.reshape(-1, x.shape[-1])
+        for_output = gradient.reshape(-1, gradient.shape[-1])
+        found: list[Tensor | None] = []
+        for place, (start, stop) in enumerate(ctx.ranges):
+            part = for_output[:, start:stop]
+            up, down = factors[2 * place : 2 * place + 2]
+            up_trained, down_trained = ctx.needs_input_grad[4 + 2 * place : 6 + 2 * place]
+            # Thin products run several times faster with the long axis last.
+            found.append(((tokens @ down.T).T @ part).T if up_trained else None)
+            found.append((part @ up).T @ tokens if down_trained else None)
+        return for_x, None, None, None, *found
+
+
+def _summed(weight: Tensor, starts: Sequence[int], factors: Sequence[Tensor]) -> Tensor:
+    """``W0 + Σ Bₚ Aₚ`` in the layout of the weight, each pair in the rows from its start."""
+    if not weight.is_contiguous() and weight.T.is_contiguous():
+        total = weight.T.clone()
+        for start, up, down in zip(starts, factors[::2], factors[1::2], strict=True):
+            total[:, start : start + up.shape[0]].addmm_(down.T, up.T)
+        return total.T
+    total = weight.clone()
+    for start, up, down in zip(starts, factors[::2], factors[1::2], strict=True):
+        total[start : start + up.shape[0]].addmm_(up, down)
+    return total
+
+
+def fused_pair_order(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[tuple[int, Tensor, Tensor]]
+) -> Tensor:
+    """``(W0 + Σ Bₚ Aₚ) x + bias``, math (20), with the gradient of the factors taken from the tokens.
+
+    Args:
+        x: ``[..., in]``.
+        weight: ``W0``, ``[out, in]``, frozen.
+        bias: ``[out]``, frozen, or None.
+        pairs: first output row, ``B`` of ``[rows, q]`` and ``A`` of ``[q, in]`` of each.
+    """
+    starts = tuple(start for start, _, _ in pairs)
+    factors = (factor for _, up, down in pairs for factor in (up, down))
+    return cast("Tensor", _FusedPairs.apply(x, weight, bias, starts, *factors))  # pyright: ignore[reportUnknownMemberType]
 
 
 def fusing_refusal(weight: Tensor, dtype: torch.dtype) -> str | None:

@@ -1,5 +1,6 @@
 """`get_peft_model`: what an adapter adds to a model, against the formulas of math §2 written by hand."""
 
+import itertools
 import random
 from math import prod
 
@@ -104,6 +105,26 @@ def test_both_orders_give_one_output_and_one_gradient(case):
         loss.backward()
         found[order] = (loss.detach(), {name: p.grad for name, p in coefficients_of(model).items()})
     torch.testing.assert_close(found["token"], found["weight"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "orders", [("pair",), ("pair", "weight"), ("pair", "token"), ("weight", "pair", "token")], ids=str
+)
+@pytest.mark.parametrize("case", [case for case in CASES if case.values[0].method != "pranc"])
+def test_parts_of_one_layer_may_take_different_orders(case, orders, monkeypatch):
+    """The orders are dealt out in turn: to several parts of one layer where it is fused, else to layers."""
+    wanted = case.adapted(contraction="token").train()
+    expected = loss_of(wanted, case.batch())
+    expected.backward()
+    turn = itertools.cycle(orders)
+    monkeypatch.setattr("randbasis.tuner.layer.choose_order", lambda *_, **options: next(turn))
+    model = case.adapted().train()
+    loss = loss_of(model, case.batch())
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    gradients = {name: p.grad for name, p in coefficients_of(wanted).items()}
+    found = {name: p.grad for name, p in coefficients_of(model).items()}
+    torch.testing.assert_close(found, gradients, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("storage", ["packed", "dense", "recompute"])

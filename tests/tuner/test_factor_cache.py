@@ -55,7 +55,7 @@ def test_inference_mode_prepares_once(method, prepared):
 @pytest.mark.parametrize("method", OPTIONS)
 def test_training_keeps_nothing(method, prepared):
     case = Case("linear", method)
-    model = case.adapted().train()
+    model = case.adapted(contraction="token").train()
     loss_of(model, case.batch())
     once = len(prepared)
     loss_of(model, case.batch())

@@ -141,7 +141,8 @@ def test_another_head_and_so_another_path(method, tmp_path):
         assert torch.equal(layer.get_delta_weight("default"), theirs.get_delta_weight("default"))
         assert layer.get_delta_weight("default").abs().max() > 1e-3
     hidden = with_head.eval()(**token_batch(), output_hidden_states=True).hidden_states[-1]
-    assert torch.equal(hidden, bare(**token_batch()).last_hidden_state)
+    # What can be trained and what cannot may take different orders of the same contraction.
+    torch.testing.assert_close(hidden, bare(**token_batch()).last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", OPTIONS)

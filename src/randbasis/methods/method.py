@@ -98,6 +98,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
+    trained_factors: ClassVar[int] = 1
+    """How many of the two factors depend on coefficients; the other is frozen."""
 
     seed: int = 0
     law: str = "sign"
@@ -213,9 +215,16 @@ class Method(ABC):
         ``fused`` says that ``W0 + ΔW`` is one matrix, so that only the gradient of ΔW costs a product of T·in·out.
         """
         area = matrix.out_features * matrix.in_features
-        build = 2 * self.rank(matrix.out_features, matrix.in_features) * area if training else 0
+        rank = self.rank(matrix.out_features, matrix.in_features)
+        build = (1 + self.trained_factors) * rank * area if training else 0
         products = (0 if fused else 1) + ((1 if fused else 2) if training else 0)
         return build + products * tokens * area
+
+    def pair_cost(self, tokens: int, matrix: Matrix) -> float:
+        """Multiply-adds of math (20) in training, fused, with the gradient of the factors taken from the tokens."""
+        out, in_ = matrix.out_features, matrix.in_features
+        rank = self.rank(out, in_)
+        return rank * out * in_ + self.trained_factors * tokens * rank * (in_ + out)
 
 
 def check_coefficients(coefficients: Coefficients, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -31,6 +31,7 @@ class Nola(Method):
 
     name: ClassVar[str] = "nola"
     roles: ClassVar[tuple[str, ...]] = ("A", "B", "A0")
+    trained_factors: ClassVar[int] = 2
 
     r: int
     num_basis: int

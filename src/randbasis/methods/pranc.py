@@ -73,3 +73,7 @@ class Pranc(Method):
         """As the contract's, without the product of factors: there are none."""
         products = (0 if fused else 1) + ((1 if fused else 2) if training else 0)
         return products * tokens * matrix.out_features * matrix.in_features
+
+    def pair_cost(self, tokens: int, matrix: Matrix) -> float:
+        """Never the cheapest: there is no pair."""
+        return math.inf

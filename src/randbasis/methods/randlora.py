@@ -87,8 +87,9 @@ class RandLora(Method):
         a, b = self.slabs(matrix)
         lam, gamma = coefficients["randlora_lambda"], coefficients["randlora_gamma"]
         frozen_a = entries(a, self.storage(a), lam.dtype, lam.device)[0]
-        wide = self._scale(matrix) * entries(b, self.storage(b), lam.dtype, lam.device).flatten(0, 1).T
-        narrow = (lam.unsqueeze(-1) * frozen_a * gamma.unsqueeze(-2)).flatten(-3, -2)
+        wide = entries(b, self.storage(b), lam.dtype, lam.device).flatten(0, 1).T
+        scalings = (self._scale(matrix) * lam).unsqueeze(-1) * gamma.unsqueeze(-2)
+        narrow = (scalings * frozen_a).flatten(-3, -2)
         wide = wide.expand(*narrow.shape[:-2], *wide.shape)
         if matrix.in_features > matrix.out_features:
             return Factors(narrow.transpose(-1, -2), wide.transpose(-1, -2))

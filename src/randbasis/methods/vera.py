@@ -55,15 +55,17 @@ class Vera(Method):
         return self.unit**2 * math.sqrt(2 / matrix.in_features) * math.sqrt(2 / self.r)
 
     def factors(self, coefficients: Coefficients, matrix: Matrix) -> Factors:
-        """``Λ_b B`` of ``[..., out, r]`` and ``Λ_d A`` of ``[..., r, in]``."""
+        """``Λ_b B Λ_d`` of ``[..., out, r]`` and the frozen ``A`` of ``[..., r, in]``.
+
+        With both scalings on one side, the gradients of both come from one matrix ``[out, r]``, and the graph of the
+        product keeps no more than the coefficients.
+        """
         a, b = self.slabs(matrix)
         d, rows = coefficients["vera_d"], coefficients["vera_b"]
         frozen_a = entries(a, self.storage(a), d.dtype, d.device)[0]
         frozen_b = entries(b, self.storage(b), d.dtype, d.device)[0]
-        return Factors(
-            rows.unsqueeze(-1) * (self._scale(matrix) * frozen_b.T),
-            d.unsqueeze(-1) * frozen_a,
-        )
+        scalings = (self._scale(matrix) * rows).unsqueeze(-1) * d.unsqueeze(-2)
+        return Factors(scalings * frozen_b.T, frozen_a.expand(*d.shape[:-1], *frozen_a.shape))
 
     def delta(self, coefficients: Coefficients, matrix: Matrix) -> Tensor:
         """``Λ_b (B Λ_d A)``: the inner product has its own backward."""

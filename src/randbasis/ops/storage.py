@@ -71,7 +71,8 @@ class Stored:
             key = (device, dtype)
             if key not in self._tensors:
                 whole = Tile(0, self.slab.count, 0, self.slab.rows)
-                self._tensors[key] = backends.expand(self.slab, whole, dtype, device)
+                with torch.inference_mode(False):  # what is stored now, training may use later
+                    self._tensors[key] = backends.expand(self.slab, whole, dtype, device)
             return self._tensors[key]
 
     def packed(self, device: torch.device) -> Tensor | None:

@@ -17,8 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from randbasis.basis import basis_entries
 from randbasis.contraction import (
+    Order,
     check_order,
     choose_order,
+    fused_pair_order,
     fused_weight_order,
     fusing_refusal,
     token_order,
@@ -207,12 +209,7 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         pieces: list[Tensor] = []
         row = 0
         for one in self.matrices(adapter) if only is None else only:
-            # Sums of basis entries overflow float16; coefficients are few, so they are widened.
-            coefficients = {
-                name: c.to(torch.promote_types(c.dtype, torch.float32))
-                for name, c in self.coefficients(adapter, one).items()
-            }
-            delta = one.method.delta(coefficients, one.matrix)
+            delta = one.method.delta(self._widened(adapter, one), one.matrix)
             if row < one.part.start:
                 pieces.append(delta.new_zeros(one.part.start - row, self.in_features))
             pieces.append(delta)
@@ -220,6 +217,13 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         if row < self.out_features:
             pieces.append(pieces[0].new_zeros(self.out_features - row, self.in_features))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _widened(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
+        """The coefficients in float32 or wider: they are few, and sums of basis entries overflow float16."""
+        return {
+            name: c.to(torch.promote_types(c.dtype, torch.float32))
+            for name, c in self.coefficients(adapter, one).items()
+        }
 
     # --- merging ---
 
@@ -316,28 +320,30 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
     def _forward_active(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         dtype = _compute_dtype(x)
         refusal = self._fusing_refusal(dtype, bool(args or kwargs), active)
-        by_token: list[tuple[str, AdaptedMatrix]] = []
-        by_weight: dict[str, list[AdaptedMatrix]] = {}
+        by: dict[Order, dict[str, list[AdaptedMatrix]]] = {"token": {}, "weight": {}, "pair": {}}
         for name in active:
             for one in self.matrices(name):
                 order = self._order(name, one, x.numel() // self.in_features, fused=refusal is None)
-                if order == "weight":
-                    by_weight.setdefault(name, []).append(one)
-                else:
-                    by_token.append((name, one))
-        if by_weight and refusal is None:
-            result = self._fused(x, by_weight)
+                by[order].setdefault(name, []).append(one)
+        if by["weight"]:  # one sum of weights takes them all
+            for name, matrices in by["pair"].items():
+                together = [*by["weight"].get(name, []), *matrices]
+                by["weight"][name] = sorted(together, key=lambda one: one.part.start)
+        if by["weight"] and refusal is None:
+            result = self._fused(x, by["weight"])
+        elif by["pair"]:
+            result = self._fused_pairs(x, by["pair"])
         else:
             result = self._base_result(x, *args, **kwargs)
-            for name, matrices in by_weight.items():
-                delta = self._cached(name, matrices, "delta", partial(self._full_delta, name, matrices))
+            for name, matrices in by["weight"].items():
+                delta = self._delta(name, matrices)
                 result = result + weight_order(self._dropped(x, name, dtype), delta.to(dtype)).to(result.dtype)
-        for name, one in by_token:
-            prepared = self._prepared(name, one)
-            h = token_order(
-                self._dropped(x, name, dtype), {k: v.to(dtype) for k, v in prepared.items()}, one.method, one.matrix
-            )
-            result = result + self._embed(h.to(result.dtype), one.part)
+        for name, matrices in by["token"].items():
+            dropped = self._dropped(x, name, dtype)
+            for one in matrices:
+                prepared = {key: value.to(dtype) for key, value in self._prepared(name, one).items()}
+                h = token_order(dropped, prepared, one.method, one.matrix)
+                result = result + self._embed(h.to(result.dtype), one.part)
         return result
 
     def _base_result(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -346,16 +352,30 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
             result if self.quantization_backend is None else self.quantization_backend.maybe_clone_base_result(result)
         )
 
-    def _fused(self, x: Tensor, by_weight: dict[str, list[AdaptedMatrix]]) -> Tensor:
+    def _linear_parts(self) -> tuple[Tensor, Tensor | None]:
+        """``W0`` as ``[out, in]`` and the bias of a plain base layer."""
         base = self.get_base_layer()
         weight = cast("Tensor", base.weight)
-        weight = weight.T if self.transposed else weight
-        deltas = [
-            self._cached(name, matrices, "delta", partial(self._full_delta, name, matrices))
-            for name, matrices in by_weight.items()
-        ]
+        return weight.T if self.transposed else weight, cast("Tensor | None", base.bias)
+
+    def _delta(self, adapter: str, matrices: list[AdaptedMatrix]) -> Tensor:
+        return self._cached(adapter, matrices, "delta", partial(self._full_delta, adapter, matrices))
+
+    def _fused(self, x: Tensor, by_weight: dict[str, list[AdaptedMatrix]]) -> Tensor:
+        weight, bias = self._linear_parts()
+        deltas = [self._delta(name, matrices) for name, matrices in by_weight.items()]
         total = deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(0)
-        return fused_weight_order(x, weight, cast("Tensor | None", base.bias), total.to(weight.dtype))
+        return fused_weight_order(x, weight, bias, total.to(weight.dtype))
+
+    def _fused_pairs(self, x: Tensor, by_pair: dict[str, list[AdaptedMatrix]]) -> Tensor:
+        weight, bias = self._linear_parts()
+        pairs: list[tuple[int, Tensor, Tensor]] = []
+        for name, matrices in by_pair.items():
+            for one in matrices:
+                factors = one.method.factors(self._widened(name, one), one.matrix)
+                assert factors.up is not None
+                pairs.append((one.part.start, factors.up.to(weight.dtype), factors.down.to(weight.dtype)))
+        return fused_pair_order(x, weight, bias, pairs)
 
     def _fusing_refusal(self, dtype: torch.dtype, extra_arguments: bool, active: list[str]) -> str | None:
         base = self.base_layer
@@ -367,9 +387,11 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
             return "the base layer has forward hooks"
         if self.training and any(self.options[name].dropout > 0 for name in active):
             return "the adapter drops some of its inputs, the base layer none"
+        if any(parameter.requires_grad for parameter in base.parameters()):
+            return "the base layer is trained too"
         return fusing_refusal(cast("Tensor", base.weight), dtype)
 
-    def _order(self, adapter: str, one: AdaptedMatrix, tokens: int, *, fused: bool) -> str:
+    def _order(self, adapter: str, one: AdaptedMatrix, tokens: int, *, fused: bool) -> Order:
         wanted = self.options[adapter].contraction
         if self.quantization_backend is not None:
             if wanted == "weight":
@@ -380,7 +402,15 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
             wanted = "token"
         # Checkpointed layers run first without gradients: the same order as when they run again with them.
         training = (torch.is_grad_enabled() or self.training) and self._needs_gradient(adapter, one)
-        return choose_order(check_order(wanted), one.method, one.matrix, tokens, training=training, fused=fused)
+        return choose_order(
+            check_order(wanted),
+            one.method,
+            one.matrix,
+            tokens,
+            training=training,
+            fused=fused,
+            pairs=not torch.compiler.is_compiling(),  # a compiler cannot follow a factor into what is stored
+        )
 
     def _needs_gradient(self, adapter: str, one: AdaptedMatrix) -> bool:
         return any(c.requires_grad for c in self.trained_coefficients(adapter, one).values())
