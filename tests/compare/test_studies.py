@@ -59,7 +59,7 @@ def test_learning_rates_in_full_precision_are_those_chosen_before(root: Path, ot
         rate = chosen_rate(chosen_in, chosen_in.settings[0], chosen_in.row(theirs), records)
         assert study.settings[index].rates_for(study.row(ours)) == (rate,)
         if ours != "frozen":
-            assert study.settings[index].rates_for(study.row(f"{ours}, QAT 3 bits"))[1] == rate
+            assert study.settings[index].rates_for(study.row(f"{ours}, QAT 3 bits"))[2] == rate
 
 
 def test_page_of_results_is_what_the_raw_rows_say(root: Path, tmp_path: Path):

@@ -48,6 +48,7 @@ from randbasis.train.trainer import last_checkpoint
 
 LORA = AdapterSettings(method="lora", rank=2)
 NOLA = AdapterSettings(method="nola", rank=2, basis=8, seed=5)
+QUANTIZED = replace(NOLA, quantize_coefficients=3)
 SHORT = LoopSettings(max_steps=8, batch_size=8, learning_rate=1e-2, eval_every=4, threads=1)
 
 
@@ -132,7 +133,7 @@ def test_the_same_settings_give_the_same_bytes(sentences_run: TrainSettings, tmp
 # Checkpoints are made after steps 3, 6, 9, 12; the first epoch ends after step 8.
 @pytest.mark.parametrize(
     ("adapter", "stop"),
-    [(LORA, 5), (LORA, 6), (LORA, 8), (NOLA, 12), (AdapterSettings(method="none"), 4)],
+    [(LORA, 5), (LORA, 6), (LORA, 8), (NOLA, 12), (QUANTIZED, 7), (AdapterSettings(method="none"), 4)],
     ids=lambda value: getattr(value, "method", str(value)),
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(

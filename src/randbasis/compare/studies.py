@@ -23,7 +23,7 @@ ADAPTERS = (
     Row("VeRA, as LoRA r=1", "vera", 1.0, VERA_RATES),
     Row("RandLoRA, as LoRA r=4", "randlora", 4.0, RANDLORA_RATES),
 )
-HALF_DECADES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+HALF_DECADES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 AFTERWARDS = (16, 8, 4, 3)
 """Bits that trained coefficients are quantized to, as in the paper's table."""
 NOLA_SHARE = 144_000 / 184_320
@@ -169,10 +169,10 @@ def _quantization(data: Path) -> Study:
 def _quantized_rates(
     *, lora: float, nola: float, head: float | None = None
 ) -> tuple[tuple[str, tuple[float, ...]], ...]:
-    """One rate for full precision; half a decade to either side of it, too, for training at few bits."""
+    """One rate for full precision; up to a decade to either side of it, too, for training at few bits."""
     rates: dict[str, tuple[float, ...]] = {} if head is None else {QUANTIZED[0].name: (head,)}
     for row in QUANTIZED[1:]:
         rate = lora if row.method == "lora" else nola
         at = HALF_DECADES.index(rate)
-        rates[row.name] = (rate,) if row.bits is None else HALF_DECADES[at - 1 : at + 2]
+        rates[row.name] = (rate,) if row.bits is None else HALF_DECADES[at - 2 : at + 3]
     return tuple(rates.items())
