@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -85,6 +86,7 @@ def _run(given: argparse.Namespace, console: Console) -> int:
         console.print("--device cuda needs a CUDA device and a torch built for it; there is none here", style="red")
         return 2
     torch.set_num_threads(given.threads)
+    transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"(transformers|peft|torch)(\.|$)")
     output = given.output or (TINY_TIMINGS if given.tiny else rows.TIMINGS)
     known = [] if given.again else rows.read(output)

@@ -23,6 +23,7 @@ from transformers import (
 LENGTH = 128
 """Tokens of a row in training."""
 CHECK_VOCABULARY = 512
+GPT2_WORDS, LLAMA_WORDS = 50257, 8192
 DATA = Path(os.environ.get("RANDBASIS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 MINILM = DATA / "minilm_l6_h384"
 
@@ -87,10 +88,10 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, kept)
 
 
-def gpt2(layers: int, width: int, vocabulary: int = 50257) -> Base:
+def gpt2(layers: int, width: int, vocabulary: int = GPT2_WORDS) -> Base:
     """GPT-2-like, random weights; its four matrices a layer are adapted, the fused one as a whole."""
     return Base(
-        f"GPT-2 {layers}×{width}",
+        f"GPT-2 {layers}×{width}" + ("" if vocabulary == GPT2_WORDS else f", {vocabulary:,} words"),
         partial(_gpt2, width),
         layers,
         vocabulary,
@@ -109,11 +110,13 @@ def _gpt2(width: int, layers: int, vocabulary: int) -> nn.Module:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     return GPT2LMHeadModel(config)
 
 
-def llama(layers: int, width: int, vocabulary: int = 32000) -> Base:
+def llama(layers: int, width: int, vocabulary: int = LLAMA_WORDS) -> Base:
     """Llama-like (SwiGLU, two query heads a key head), random weights; its seven matrices a layer are adapted."""
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     return Base(f"Llama {layers}×{width}", partial(_llama, width), layers, vocabulary, targets)

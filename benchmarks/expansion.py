@@ -72,7 +72,7 @@ def _case(shape: Shape, layers: int, sides: tuple[str, ...], *, usual: bool = Tr
         work=shape.entries(layers) / 1e9,
         unit="G entries/s",
         usual=usual,
-        seconds=20,
+        seconds=12,
     )
 
 

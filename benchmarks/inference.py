@@ -46,7 +46,7 @@ def cases(*, tiny: bool = False, everything: bool = False) -> Iterator[Case]:
                 parameters={"model": base.name, "tokens": tokens, "rank": width},
                 work=tokens,
                 unit="tokens/s",
-                seconds=40,
+                seconds=25,
             )
 
 

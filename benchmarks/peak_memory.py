@@ -18,21 +18,24 @@ from benchmarks import growth, training_step
 from benchmarks.case import Built, Case, Side
 
 SIDES = (
-    *("PEFT LoRA r=16", "PEFT LoRA r=1", "NOLA r=8 k=256", "NOLA r=8 k=256 unique", "NOLA r=8 k=1000"),
-    *("published NOLA r=8 k=1000", "VeRA r=256", "PEFT VeRA r=256", "RandLoRA r=32", "PEFT RandLoRA r=32"),
+    *("PEFT LoRA r=16", "PEFT LoRA r=1", "NOLA r=8 k=256", "published NOLA r=8 k=1000"),
+    *("VeRA r=256", "PEFT VeRA r=256", "RandLoRA r=32", "PEFT RandLoRA r=32"),
 )
+MORE_SIDES = (*SIDES, "NOLA r=8 k=64", "NOLA r=8 k=256 unique", "NOLA r=8 k=1000", "VeRA r=1024", "PEFT VeRA r=1024")
 USUAL = ("step of GPT-2 6×512, 2,048 tokens",)
+TINY = "step of GPT-2 2×64, 512 words, 64 tokens"
 CALLS = 2
 
 
 def cases(*, tiny: bool = False, everything: bool = False) -> Iterator[Case]:
     """The peak of every training step, and of growth when everything is asked for."""
     for of in training_step.cases(tiny=tiny, everything=True):
-        if tiny and of.parameters["model"] != "GPT-2 2×64":
-            continue
-        yield _case(of, SIDES[:1] + SIDES[-2:-1] if tiny else SIDES, tiny=tiny, usual=tiny or of.name in USUAL)
-    for of in growth.cases() if everything and not tiny else ():
-        yield _case(of, of.sides, tiny=False, usual=True)
+        if not tiny:
+            yield _case(of, MORE_SIDES if everything else SIDES, tiny=False, usual=of.name in USUAL)
+        elif of.name == TINY:
+            yield _case(of, ("PEFT LoRA r=16", "RandLoRA r=32"), tiny=True, usual=True)
+    for of in () if tiny else growth.cases():
+        yield _case(of, of.sides, tiny=False, usual=False)
 
 
 def _case(of: Case, sides: tuple[str, ...], *, tiny: bool, usual: bool) -> Case:

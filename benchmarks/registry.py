@@ -7,7 +7,7 @@ from typing import Protocol, cast
 from benchmarks.case import Case
 
 FAMILIES = ("basis_rate", "training_step", "peak_memory", "inference", "expansion", "switching", "growth")
-GPU_FAMILIES: tuple[str, ...] = ()
+GPU_FAMILIES = ("gpu_basis", "gpu_expansion", "gpu_step", "gpu_project")
 
 
 class Family(Protocol):
@@ -39,16 +39,18 @@ def select(
 
     Args:
         cases: to choose from.
-        only: words of which one is the family or in the name.
+        only: families, or words of which one is in the name; a family without usual cases runs when it is named.
         everything: also those that do not run unless asked for.
         parameters: values that the case must have; None for any.
     """
+    families = {case.family for case in cases}
+    unusual = families - {case.family for case in cases if case.usual}
     wanted = {name: value for name, value in parameters.items() if value is not None}
     return [
         case
         for case in cases
-        if (case.usual or everything or wanted)
-        and (not only or any(word == case.family or word in case.name for word in only))
+        if (case.usual or everything or wanted or case.family in unusual.intersection(only))
+        and (not only or any(case.family == word if word in families else word in case.name for word in only))
         and all(_fits(case.parameters.get(name), value) for name, value in wanted.items())
     ]
 

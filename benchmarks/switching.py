@@ -1,6 +1,8 @@
 """Loading an adapter from disk, and switching between adapters that a model holds."""
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
@@ -102,15 +104,22 @@ def _build_with_token(base: Base, sides: Sequence[str]) -> Built:
     return Built({name: made[name] for name in sides}, partial(_check, saved, folder))
 
 
-def _saved(base: Base, names: set[str]) -> tuple[dict[str, _Saved], Any]:
-    folder = tempfile.TemporaryDirectory(prefix="benchmark-")
-    frozen = base.model()
-    return {name: _Saved(name, frozen, base, Path(folder.name)) for name in sorted(names)}, folder
+class _Folder:
+    """A temporary folder that goes with the last that knows it."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="benchmark-"))
+        weakref.finalize(self, shutil.rmtree, self.path)
 
 
-def _check(saved: dict[str, _Saved], folder: Any) -> str:
+def _saved(base: Base, names: set[str]) -> tuple[dict[str, _Saved], _Folder]:
+    folder, frozen = _Folder(), base.model()
+    return {name: _Saved(name, frozen, base, folder.path) for name in sorted(names)}, folder
+
+
+def _check(saved: dict[str, _Saved], folder: _Folder) -> str:
     """Every way leads to the outputs of the adapter that was saved, and the two in memory differ."""
-    del folder  # the directory lives as long as this check does
+    del folder  # it lives as long as this check does
     worst = 0.0
     for one in saved.values():
         first, other = one.wanted["default"], one.wanted["other"]

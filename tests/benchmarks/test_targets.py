@@ -1,0 +1,96 @@
+"""Targets against figures computed by hand from synthetic rows."""
+
+import pytest
+from synthetic_rows import run_of
+
+from benchmarks.adapters import FLOOR
+from benchmarks.rows import Run
+from benchmarks.targets import TARGETS, Finding, Target, verdicts
+
+ROUNDS = 5
+
+
+def found(words: str, *runs: Run) -> list[tuple[float, bool]]:
+    """Figures of the one target whose name contains some words, and whether it is met."""
+    (target,) = [target for target in TARGETS if words in target.name]
+    return [(finding.value, target.is_met(finding)) for finding in target.findings(runs)]
+
+
+def step(tokens: int, **milliseconds: float) -> Run:
+    """A step; names of sides have underscores for spaces, and the floor takes 100 ms."""
+    sides = {FLOOR: [0.1] * ROUNDS}
+    sides |= {name: [value / 1e3] * ROUNDS for name, value in milliseconds.items()}
+    return run_of("step", sides, parameters={"model": "m", "tokens": tokens})
+
+
+def test_steps_of_nola_against_lora_of_the_same_rank_from_2048_tokens_on() -> None:
+    sides = {"PEFT LoRA r=8": 110, "NOLA r=8 k=64": 111, "NOLA r=8 k=256 unique": 121, "NOLA r=8 k=1000": 300}
+    assert found("step of NOLA", step(512, **sides)) == []
+    small, unique = found("step of NOLA", step(2048, **sides))
+    assert small == (pytest.approx(111 / 110), True)
+    assert unique == (pytest.approx(1.1), False)
+
+
+def test_overhead_of_the_published_algorithm() -> None:
+    name = "NOLA r=8 k=1000"
+    assert found("published", step(512, **{name: 120, f"published {name}": 210})) == [(pytest.approx(20 / 110), True)]
+    assert found("published", step(512, **{name: 150, f"published {name}": 210})) == [(pytest.approx(50 / 110), False)]
+
+
+def test_overhead_of_randlora_has_one_limit_at_2048_and_another_at_8192_tokens() -> None:
+    sides = {"RandLoRA r=32": 135, "PEFT RandLoRA r=32": 200}
+    assert found("RandLoRA at 2,048", step(2048, **sides)) == [(pytest.approx(0.35), True)]
+    assert found("RandLoRA at 8,192", step(8192, **sides)) == [(pytest.approx(0.35), False)]
+    assert found("RandLoRA at 2,048", step(512, **sides)) == []
+
+
+def test_a_side_without_overhead_cannot_be_beaten() -> None:
+    assert found("VeRA", step(512, **{"VeRA r=256": 110, "PEFT VeRA r=256": 100})) == [(float("inf"), False)]
+    assert found("VeRA", step(512, **{"VeRA r=256": 95, "PEFT VeRA r=256": 110})) == [(pytest.approx(-0.5), True)]
+
+
+def test_peak_memory() -> None:
+    sides = {"PEFT LoRA r=16": [1000.0], "RandLoRA r=32": [1051.0]}
+    assert found("peak memory", run_of("memory", sides, quantity="MB")) == [(pytest.approx(1.051), False)]
+
+
+def test_decoding_is_held_against_lora_of_the_rank_of_the_factors() -> None:
+    times = {"base": 9, "PEFT LoRA r=8": 10, "PEFT LoRA r=256": 20, "PEFT LoRA r=512": 40}
+    times |= {"NOLA r=8 k=256": 10.2, "VeRA r=256": 21, "RandLoRA r=32": 20}
+    run = run_of("decode", {name: [value] * ROUNDS for name, value in times.items()}, parameters={"rank": 512})
+    nola, vera, randlora = found("decoding", run)
+    assert nola == (pytest.approx(1.02), True)
+    assert vera == (pytest.approx(1.05), False)
+    assert randlora == (pytest.approx(0.5), True)
+
+
+def test_switching_is_held_against_the_quickest_load() -> None:
+    sides = {"PEFT LoRA r=8: load_adapter": [30.0] * 3, "NOLA r=8 k=256: set_adapter": [0.25, 0.2, 0.3]}
+    assert found("switch", run_of("switch", sides)) == [(pytest.approx(120.0), True)]
+
+
+def test_signs_a_second_are_those_of_the_compiled_side() -> None:
+    sides = {"reference": [4.0] * 3, "compiled": [0.5] * 3}
+    run = run_of("basis", sides, work=6.0, unit="Gbit/s", parameters={"what": "packed signs"})
+    assert found("packed signs", run) == [(pytest.approx(12.0, rel=1e-3), True)]
+
+
+def test_the_interval_comes_from_the_rounds_and_is_the_same_every_time() -> None:
+    base, own = [1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 1.1, 1.2, 1.3, 9.0]
+    run = run_of("memory", {"PEFT LoRA r=16": base, "RandLoRA r=32": own})
+    (target,) = [target for target in TARGETS if "peak memory" in target.name]
+    (first,), (again,) = target.findings([run]), target.findings([run])
+    assert first == again
+    assert first.value == 1.2
+    assert first.low < first.value < first.high
+
+
+def test_every_target_has_a_verdict_and_says_so_when_it_was_not_measured() -> None:
+    assert [finding for _, finding in verdicts([])] == [None] * len(TARGETS)
+    assert {target.name for target, _ in verdicts([])} == {target.name for target in TARGETS}
+
+
+@pytest.mark.parametrize(("at_least", "value", "met"), [(True, 9.0, False), (True, 10.0, True), (False, 10.1, False)])
+def test_a_limit_is_met_by_reaching_it(at_least: bool, value: float, met: bool) -> None:
+    target = Target("t", 10.0, lambda _: iter(()), at_least=at_least)
+    assert target.is_met(Finding("w", value, 0.0, 0.0)) is met
