@@ -8,7 +8,7 @@ architectures listed here, stay as they are.
 import os
 import secrets
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -103,8 +103,8 @@ def export_gguf_lora(
     _gguf()
     with opened(source, base) as adapter:
         config, family = _family(adapter)
-        _check_extra(adapter)
         names = gguf_names(config, family, [adapter.path(name) for name in adapter.found.modules])
+        _check_extra(adapter)
         pairs = lora_pairs(adapter.packed, rank, stored, track)
         tensors: dict[str, Tensor] = {}
         for pair in pairs:
@@ -183,11 +183,12 @@ def _family(adapter: Source) -> tuple[PreTrainedConfig, Family]:
 
 
 def _check_extra(adapter: Source) -> None:
-    if adapter.packed.extra:
-        first = next(iter(adapter.packed.extra))
+    # PEFT saves the frozen weight of an adapted output layer too; it is the base's own.
+    trained = [name for name in adapter.packed.extra if not name.endswith(".base_layer.weight")]
+    if trained:
         raise ExportHeadError(
-            f"a LoRA in GGUF has no place for what was trained whole beside the adapter, got {first!r}; export with "
-            "merged and convert the merged model, or train without modules_to_save and bias"
+            f"a LoRA in GGUF has no place for what was trained whole beside the adapter, got {trained[0]!r}; export "
+            "with merged and convert the merged model, or train without modules_to_save and bias"
         )
 
 
@@ -207,8 +208,7 @@ def _gguf() -> Any:
 
 def _write(output: Path, family: Family, alpha: float, tensors: dict[str, Tensor], base: str | None) -> None:
     gguf = _gguf()
-    with _replaced_file(output) as temporary:
-        writer = gguf.GGUFWriter(temporary, family.name)
+    with _replaced_file(output) as temporary, closing(gguf.GGUFWriter(temporary, family.name)) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
@@ -222,7 +222,7 @@ def _write(output: Path, family: Family, alpha: float, tensors: dict[str, Tensor
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
+        writer.flush()
 
 
 @contextmanager
