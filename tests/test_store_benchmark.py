@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine
+from benchmarks import crash, machine, store_page
 from benchmarks import store as benchmark
 
 
@@ -33,3 +33,27 @@ def test_rows_are_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     [extrapolated] = {row["note"] for row in rows if row["measure"] == "file" and row["side"] != "store"}
     assert extrapolated == "extrapolated from 10 folders"
     assert [file.name for file in tmp_path.iterdir()] == ["store.csv"]
+
+
+def test_the_page_holds_the_newest_figures():
+    rows, kills = (
+        store_page.rows_of(store_page.RESULTS / "store.csv"),
+        store_page.rows_of(store_page.RESULTS / "crash.csv"),
+    )
+    page = store_page.PAGE.read_text(encoding="utf-8")
+    assert store_page.with_block(page, store_page.block(rows, kills)) == page, "run python -m benchmarks.store_page"
+    assert store_page.PLOT.is_file()
+
+
+def test_the_newest_run_of_the_largest_store_counts():
+    def row(adapters: int, value: str) -> dict[str, str]:
+        return {"adapters": str(adapters), "side": "store", "measure": "file", "value": value}
+
+    found = store_page.newest([row(10, "1"), row(10, "2"), row(5, "3")])
+    assert found["store", "file"]["value"] == "2"
+
+
+def test_a_row_of_kills_says_what_was_hit():
+    counts = {name: number for number, name in enumerate(crash.COUNTS)}
+    row = crash._row({**counts, "batch": 3, "killed within batch": 2, "killed within gc": 1, "seconds": 0.5})
+    assert row == {**counts, "within": "batch 2, gc 1", "seconds": 0.5}
