@@ -222,7 +222,7 @@ def _dequantized(base: PreTrainedModel) -> PreTrainedModel:
             f"{kind}; give the model that it was quantized from"
         ) from error
     vars(plain).pop("_weight_conversions", None)  # how its file is read: it would be written as quantized weights are
-    return plain.to(plain.config.dtype)  # what was not quantized has the dtype of its file
+    return cast("Any", plain).to(plain.config.dtype)  # what was not quantized has the dtype of its file
 
 
 def _merge(base: PreTrainedModel, found: AdapterDir, fit: BaseFit) -> int:
