@@ -8,10 +8,12 @@ from hypothesis import example, given
 from randbasis.adapter_file.codec import (
     CODED,
     check_precision,
+    check_training_precision,
     dequantize,
     largest_code,
     pack_codes,
     quantize,
+    rounded,
     run_count,
     run_lengths,
     unpack_codes,
@@ -104,3 +106,28 @@ def test_precisions_that_do_not_exist():
     for bits, group in ((5, 0), (64, 0), (16, 8), (4, -1)):
         with pytest.raises(PrecisionError):
             check_precision(bits, group)
+
+
+@pytest.mark.parametrize("bits", CODED)
+def test_rounded_is_codes_and_scales(bits: int):
+    values = torch.linspace(-1, 3, 11)
+    runs = run_lengths([4, 7], 3)
+    assert torch.equal(rounded(values, [4, 7], bits, 3), dequantize(*quantize(values, runs, bits), runs))
+    assert not torch.equal(rounded(values, [4, 7], bits), rounded(values, [11], bits))
+
+
+def test_rounded_to_halves_and_not_at_all():
+    values = torch.tensor([1.0, 1.0 + 2**-13, -3e-9])
+    assert rounded(values, [3], 32) is values
+    assert torch.equal(rounded(values, [3], 16), values.half())
+    assert rounded(values.bfloat16(), [3], 16).dtype == torch.bfloat16
+    with pytest.raises(PrecisionError, match="up to 1e\\+05 do not fit"):
+        rounded(torch.tensor([1e5]), [1], 16)
+
+
+def test_precisions_that_training_takes():
+    for bits in (None, *CODED):
+        check_training_precision(bits)
+    for bits in (16, 32, 1, 0, -3, True, 3.0):
+        with pytest.raises(PrecisionError, match=r"one of \[8, 4, 3, 2\] bits, or None"):
+            check_training_precision(bits)
