@@ -90,7 +90,7 @@ def plot(found: dict[tuple[str, str], Row], path: Path) -> None:
         axes.plot(
             [number / 1e6 for number in sorted(points)], [points[number] for number in sorted(points)], marker="o"
         )
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * max(points.values()))
         axes.set_xlabel("adapters in the store, millions", fontsize=8)
         axes.set_title(label, fontsize=9)
         axes.tick_params(labelsize=8)

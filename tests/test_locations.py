@@ -92,6 +92,13 @@ def test_files_and_folders(remote_folder: str, tmp_path: Path):
     assert (Remote(remote_folder).names(), folder.sizes(["a", "e"])) == ({"a", "b"}, [1, None])
 
 
+def test_an_object_that_stands_for_its_folder_is_none_of_its_files(s3_folder: str):
+    import s3fs
+
+    s3fs.S3FileSystem().pipe_file(f"{s3_folder}/", b"")
+    assert Remote(s3_folder).names() == set()
+
+
 def test_a_bucket_that_is_not_there(s3_folder: str):
     missing = Remote(f"{s3_folder.rpartition('/')[0]}-missing/a")
     assert missing.kind() is None

@@ -51,7 +51,7 @@ def local_path(location: Location) -> Path | None:
     Raises:
         LocationError: a ``file://`` URL names another machine.
     """
-    if isinstance(location, Path) or not _URL.match(location):
+    if not isinstance(location, str) or not _URL.match(location):
         return Path(location)
     parts = urlsplit(location)
     if parts.scheme.lower() != "file":
@@ -142,7 +142,9 @@ class Remote:
                 found = self._files.ls(self._root, detail=False)
             except FileNotFoundError:
                 return set()
-        return {path.rstrip("/").rpartition("/")[2] for path in found}
+        # A folder that a console made is an object of its own, and stands among its names.
+        inside = {path.rstrip("/") for path in found} - {self._root.rstrip("/")}
+        return {path.rpartition("/")[2] for path in inside}
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
         """Bytes of files in the folder, None for each that is not there; many are asked for at a time."""
