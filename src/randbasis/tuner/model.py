@@ -40,6 +40,7 @@ from randbasis.tuner.base_weight import layer_shape
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
+from randbasis.tuner.switching import activate
 from randbasis.tuner.targets import parts_of, resolve_parts
 
 _MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba")
@@ -167,6 +168,16 @@ class RandbasisModel(BaseTuner):
         config.made_for = compress_shapes(shapes)
         config.made_for_rows = compress_shapes(rows) or None
         config.made_for_type = cast("dict[str, Any]", self.get_model_config(self.model)).get("model_type")
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's, several times quicker.
+
+        Args:
+            adapter_name: one name, or several that are active together.
+            inference_mode: leave them frozen.
+        """
+        activate(self.model, adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Coefficients are float32; without ``autocast_adapter_dtype`` they take the dtype of their base layer."""
