@@ -20,6 +20,8 @@ from tuner_cases import (
     make_config,
     naive_deltas,
     outputs,
+    seeded,
+    tiny_llama,
     token_batch,
 )
 
@@ -211,6 +213,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         loss_of(model, token_batch()).backward()
         found.append({n: p.grad for n, p in coefficients_of(model).items()})
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("order", ["token", "weight"])
+@pytest.mark.parametrize("method", ONE_EACH)
+def test_a_base_in_half_precision_with_coefficients_of_its_dtype(method, order):
+    base = seeded(tiny_llama).bfloat16()
+    config = make_config(method, ["q_proj", "v_proj"], quantize_coefficients=4, contraction=order)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    fill(model)
+    assert {p.dtype for p in coefficients_of(model).values()} == {torch.bfloat16}
+    loss_of(model.train(), token_batch()).backward()
+    assert all(bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in coefficients_of(model).values())
 
 
 def test_weighted_sums_are_of_the_trained_coefficients():
