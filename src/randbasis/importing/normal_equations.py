@@ -1,5 +1,6 @@
 """One half of an alternation: a symmetric linear system, also where it does not have full rank."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -22,4 +23,6 @@ def solve(gram: Tensor, right: Tensor) -> Tensor:
     pivots = factor.diagonal()
     if not int(failed) and bool(pivots.min() > SMALLEST_PIVOT * pivots.max()):
         return torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
-    return cast("Any", torch.linalg.lstsq)(gram, right.unsqueeze(-1), rcond=CUT, driver="gelsd").solution.squeeze(-1)
+    values, vectors = cast("Callable[[Tensor], tuple[Tensor, Tensor]]", torch.linalg.eigh)(gram)
+    kept = values > CUT * values[-1]
+    return vectors[:, kept] @ ((vectors[:, kept].T @ right) / values[kept])
