@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +128,33 @@ def save_parameters(model: nn.Module, path: Path) -> None:
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that are trained, detached and contiguous on the CPU."""
     return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def carry_task(sources: Sequence[str | Path], target: Path, method: str) -> bool:
+    """Say beside an adapter that was made of others what their task is, where all of them have one and the same.
+
+    Args:
+        sources: the adapters that it was made of; packed files have no task.
+        target: folder of the adapter.
+        method: what it is now, as the command names it.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        AdapterFilesError: a source is not an adapter folder.
+        SaveError: the operating system refused.
+    """
+    if not all(Path(source).is_dir() for source in sources):
+        return False
+    folders = [read_folder(source) for source in sources]
+    first = folders[0]
+    if not first.task or any(folder.task != first.task for folder in folders[1:]):
+        return False
+    about = {"base_model": first.base_model, "method": method, "task": first.task}
+    with saving(target):
+        (target / TASK_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return True
 
 
 @contextmanager
