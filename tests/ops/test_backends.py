@@ -111,7 +111,9 @@ def test_a_missing_triton_is_said_once_with_its_reason(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "randbasis.ops.triton_kernels", None)
     monkeypatch.setattr(triton, "available", triton.available.__wrapped__)
     monkeypatch.delenv("RANDBASIS_BACKEND", raising=False)
-    with pytest.warns(UserWarning, match=r"plain torch path.*triton cannot be imported.*install randbasis\[gpu\]") as seen:
+    with pytest.warns(
+        UserWarning, match=r"plain torch path.*triton cannot be imported.*install randbasis\[gpu\]"
+    ) as seen:
         assert [backends.chosen(CUDA, torch.bfloat16) for _ in range(3)] == ["reference"] * 3
     assert len(seen) == 1
     monkeypatch.setenv("RANDBASIS_BACKEND", "triton")

@@ -1,8 +1,8 @@
 """The ops on a basis as Triton kernels on CUDA: float32, bfloat16 and float16 tensors.
 
 The numbers equal :mod:`randbasis.ops.reference`: words and entries bit for bit, sums within rounding of float32, in
-which all of them are kept. No sum depends on the device or on the order in which its programs run: there are no
-atomics, and parts are cut by the shape alone. Nothing waits for the device, so calls can be captured in a CUDA graph
+which all of them are kept. No sum depends on the order in which its programs run: there are no atomics, and parts are
+cut by the shape alone. Nothing waits for the device, so calls can be captured in a CUDA graph
 once each has run (the first call of a kind compiles its kernel).
 
 The kernels are in :mod:`randbasis.ops.triton_kernels`, imported on first use. With ``TRITON_INTERPRET=1`` set before
@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PROGRAMS = 512
 """Programs that a sum is cut into at least, where its length allows: a few for each multiprocessor of a large GPU.
 
-A constant, so that the sums do not depend on the device."""
+A constant, so that the parts of a sum do not depend on the device."""
 _FEW = 2
 """Vectors that are multiplied one by one; three already cost less as a matrix product with most of its rows empty."""
 _ONE = 0x3F800000
@@ -230,7 +230,7 @@ def _sum(
             **_names(slab), threshold=law.threshold, one=_ONE,
             JOINED=joined, STORED=packed is not None, OWN=streams is not None, LAW=_law(law), PIECES=pieces,
             OPERAND=kernels.OPERANDS[operand], VECTORS=vectors, LINES=shape.lines, BLOCKS=shape.blocks, COLS=shape.cols,
-            num_warps=8 if vectors >= 64 else 4, num_stages=2,
+            num_warps=8 if vectors >= 64 else 4, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
     return sums[0] if parts == 1 else sums.sum(0).to(x.dtype)
 
