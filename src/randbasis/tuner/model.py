@@ -18,6 +18,7 @@ from peft.utils import (
     peft_types,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import _set_adapter  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -59,6 +60,8 @@ class RandbasisModel(BaseTuner):
     model: nn.Module
     trained_before: frozenset[str] | None = None
     """Names of the parameters that trained before the first adapter froze them."""
+    _known_layers: list[RandbasisLinear] | None = None
+    """The adapted layers, once they were looked for; a new adapter may add some."""
 
     # --- injection ---
 
@@ -156,6 +159,7 @@ class RandbasisModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, and note which layers of which shapes the adapter is made for."""
+        self._known_layers = None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         shapes: dict[str, tuple[int, int]] = {}
         rows: dict[str, tuple[int, int]] = {}
@@ -176,7 +180,12 @@ class RandbasisModel(BaseTuner):
             adapter_name: one name, or several that are active together.
             inference_mode: leave them frozen.
         """
-        activate(self.model, adapter_name, inference_mode=inference_mode)
+        if self._known_layers is None:
+            self._known_layers = list(self._layers())
+        configs = cast("dict[str, RandbasisConfig]", self.peft_config).values()
+        if any(config.modules_to_save for config in configs):
+            _set_adapter(self.model, adapter_name, inference_mode=inference_mode)
+        activate(self._known_layers, adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
