@@ -95,8 +95,12 @@ def token_order(x: Tensor, prepared: Mapping[str, Tensor], method: Method, matri
     Returns:
         ``[..., out]``.
     """
-    flat = x.reshape(1, -1, matrix.in_features)
-    h = method.apply(flat, {name: value.unsqueeze(0) for name, value in prepared.items()}, matrix)
+    return token_order_of_rows(x, {name: value.unsqueeze(0) for name, value in prepared.items()}, method, matrix)
+
+
+def token_order_of_rows(x: Tensor, prepared: Mapping[str, Tensor], method: Method, matrix: Matrix) -> Tensor:
+    """As :func:`token_order`, with a leading dimension of 1 on all that was prepared."""
+    h = method.apply(x.reshape(1, -1, matrix.in_features), prepared, matrix)
     return h.view(*x.shape[:-1], matrix.out_features)
 
 

@@ -251,7 +251,7 @@ def matmul_rows(x: Tensor, weight: Tensor) -> Tensor:
         weight: ``[rows or 1, out, in]``.
     """
     if weight.shape[0] == 1:
-        return torch.nn.functional.linear(x, weight[0])
+        return torch.nn.functional.linear(x, weight.squeeze(0))
     return torch.bmm(x, weight.transpose(1, 2))
 
 

@@ -60,6 +60,17 @@ def _tile_entries(slab: Slab, tile: Tile, storage: BasisStorage, like: Tensor) -
     return backends.expand(slab, tile, like.dtype, like.device, packed)
 
 
+def _plain(slab: Slab, storage: BasisStorage, like: Tensor) -> Tensor | None:
+    """The stored entries ``[count, rows, cols]`` where a product with them may go without an op of its own.
+
+    The call of an op costs as much as a small product. Tracing wants the op, and so does autocast, which it keeps away.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(like.device.type):
+        return None
+    stored = held(slab, storage) if storage == "dense" else None
+    return stored.dense(like.dtype, like.device) if stored is not None else None
+
+
 def _no_autocast(x: Tensor) -> torch.autocast:
     # An op computes in the dtype of its arguments: what autocast wants was decided before the call.
     return torch.autocast(x.device.type, enabled=False)
@@ -137,6 +148,9 @@ def combine(coefficients: Tensor, slab: Slab, storage: BasisStorage) -> Tensor:
         BasisShapeError: the coefficients do not end in ``count``.
     """
     flat = coefficients.reshape(-1, coefficients.shape[-1])
+    plain = _plain(slab, storage, flat)
+    if plain is not None and flat.shape[1] == slab.count:
+        return (flat @ plain.flatten(1)).view(*coefficients.shape[:-1], slab.rows, slab.cols)
     out = _product(flat, _name(slab), slab.basis.law.name, False, True, storage)
     return out.view(*coefficients.shape[:-1], slab.rows, slab.cols)
 
@@ -156,6 +170,10 @@ def project(x: Tensor, slab: Slab, storage: BasisStorage, *, transpose: bool = F
     Raises:
         BasisShapeError: ``x`` has another width.
     """
+    plain = _plain(slab, storage, x)
+    if plain is not None and x.shape[-1] == (slab.count * slab.rows if transpose else slab.cols):
+        matrix = plain.flatten(0, 1)
+        return torch.nn.functional.linear(x, matrix.T if transpose else matrix)
     flat = x.reshape(-1, x.shape[-1])
     out = _product(flat, _name(slab), slab.basis.law.name, True, transpose, storage)
     return out.view(*x.shape[:-1], out.shape[-1])

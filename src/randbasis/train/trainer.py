@@ -132,6 +132,7 @@ class AdapterTrainer(Trainer):
                 ],
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
+                fused=True,  # coefficients are many small tensors: one call updates all of them
             )
         return self.optimizer
 

@@ -10,7 +10,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 CAPACITY = 64
 """Results kept on one layer; the oldest goes first. Mixed batches make one for each set of names."""
 
-_Stamp = tuple[int, int]
+Stamps = tuple[int, ...]
+"""State of some tensors: what an optimizer, an in-place change or a move would alter."""
 
 
 class _OptimizerSteps:
@@ -27,6 +28,14 @@ class _OptimizerSteps:
 _STEPS = _OptimizerSteps()
 
 
+def stamps_of(tensors: Sequence[Tensor]) -> Stamps:
+    """Version and address of each tensor, and the steps that optimizers have taken."""
+    stamps = [_STEPS.taken]
+    for tensor in tensors:
+        stamps += (tensor._version, tensor.data_ptr())
+    return tuple(stamps)
+
+
 class FactorCache:
     """Results by key, each valid while its source tensors are the same objects in the same version.
 
@@ -35,7 +44,7 @@ class FactorCache:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[list[Tensor], list[_Stamp], int, Any]] = {}
+        self._kept: dict[Hashable, tuple[list[Tensor], Stamps, Any]] = {}
 
     def get(self, key: Hashable, sources: Sequence[Tensor], compute: Callable[[], Any], *, usable: bool) -> Any:
         """The result for a key, computed when there is none or a source has changed.
@@ -49,17 +58,17 @@ class FactorCache:
         tracked = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
         if not usable or tracked or torch.compiler.is_compiling() or any(s.is_inference() for s in sources):
             return compute()
-        stamps = [(source._version, source.data_ptr()) for source in sources]
+        stamps = stamps_of(sources)
         found = self._kept.get(key)
         if found is not None:
             same = len(found[0]) == len(sources) and all(a is b for a, b in zip(found[0], sources, strict=True))
-            if same and found[1] == stamps and found[2] == _STEPS.taken:
-                return found[3]
+            if same and found[1] == stamps:
+                return found[2]
         result = compute()
         self._kept.pop(key, None)
         while len(self._kept) >= CAPACITY:
             self._kept.pop(next(iter(self._kept)))
-        self._kept[key] = (list(sources), stamps, _STEPS.taken, result)
+        self._kept[key] = (list(sources), stamps, result)
         return result
 
     def clear(self) -> None:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from randbasis.basis import basis_entries
 from randbasis.contraction import (
+    WORK_OF_A_NUMBER,
     Order,
     check_order,
     choose_order,
@@ -24,6 +25,7 @@ from randbasis.contraction import (
     fused_weight_order,
     fusing_refusal,
     token_order,
+    token_order_of_rows,
     weight_order,
 )
 from randbasis.errors import AdapterNameError, ContractionError, LayerTypeError, MergeError
@@ -39,6 +41,7 @@ from randbasis.tuner.base_weight import (
 )
 from randbasis.tuner.coefficients import Coefficients, Streams, straight_through
 from randbasis.tuner.factor_cache import FactorCache
+from randbasis.tuner.prepared_pass import Holder, PreparedPass, Term
 from randbasis.tuner.targets import Part
 
 NOISE = 0.1
@@ -76,6 +79,7 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         self.randbasis_streams = nn.ModuleDict({})
         self.merged_adapters: list[str] = []
         self._cache = FactorCache()
+        self._prepared_pass: PreparedPass | None = None
         self._unmerged: BaseWeight | None = None
         self._disable_adapters = False
         self.quantization_backend: QuantizationBackend | None = quantization_of(inner, quantization)
@@ -173,7 +177,12 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's, and forget the factors that were kept."""
         super().delete_adapter(adapter_name)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop all that was kept for evaluation."""
         self._cache.clear()
+        self._prepared_pass = None
 
     def coefficients(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
         """The coefficients of one matrix that ΔW is made of, in the method's order.
@@ -186,7 +195,10 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
 
     def trained_coefficients(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
         """The coefficient tensors of one matrix that are trained and saved, in the method's order."""
-        return {name: getattr(self, attribute)[adapter].weight for name, attribute in one.attributes.items()}
+        return {name: self._holder(adapter, attribute).weight for name, attribute in one.attributes.items()}
+
+    def _holder(self, adapter: str, attribute: str) -> Coefficients:
+        return getattr(self, attribute)[adapter]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """ΔW is additive, so it can be written as a LoRA pair (exactly where the rank allows)."""
@@ -281,7 +293,7 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         if self._unmerged is None:
             self._unmerged = BaseWeight.of(base, quantized=self.quantization_backend is not None)
         self.set_base_weight(merged)
-        self._cache.clear()
+        self._forget()
 
     def unmerge(self) -> None:
         """Restore the base weight to the bits it had before :meth:`merge`."""
@@ -293,7 +305,7 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
         self._unmerged.restore()
         self._unmerged = None
         self.merged_adapters.clear()
-        self._cache.clear()
+        self._forget()
 
     # --- forward ---
 
@@ -305,6 +317,10 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
             args: passed on to the base layer.
             kwargs: passed on to the base layer; ``adapter_names`` gives each row its own adapter.
         """
+        prepared = self._prepared_pass
+        usual = not (args or kwargs or self._disable_adapters or self.merged_adapters)
+        if prepared is not None and usual and prepared.fits(x, self.active_adapters):
+            return prepared.add_to(self._base_result(x), x)
         adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
@@ -329,7 +345,7 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
             for name, matrices in by["pair"].items():
                 together = [*by["weight"].get(name, []), *matrices]
                 by["weight"][name] = sorted(together, key=lambda one: one.part.start)
-        if by["weight"] and refusal is None:
+        if by["weight"] and refusal is None and not self._thin(x):
             result = self._fused(x, by["weight"])
         elif by["pair"]:
             result = self._fused_pairs(x, by["pair"])
@@ -344,7 +360,29 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
                 prepared = {key: value.to(dtype) for key, value in self._prepared(name, one).items()}
                 h = token_order(dropped, prepared, one.method, one.matrix)
                 result = result + self._embed(h.to(result.dtype), one.part)
+        if not args and not kwargs and self._thin(x) and result.dtype == x.dtype == dtype:
+            self._prepare_pass(x, by)
         return result
+
+    def _thin(self, x: Tensor) -> bool:
+        """Whether this is a step of decoding: the sum W0 + ΔW would cost more than a second product."""
+        return not (self.training or torch.is_grad_enabled()) and x.numel() < WORK_OF_A_NUMBER * self.in_features
+
+    def _prepare_pass(self, x: Tensor, by: Mapping[Order, Mapping[str, list[AdaptedMatrix]]]) -> None:
+        holders: list[Holder] = [cast("Streams", one) for one in self.randbasis_streams.values()]
+        terms: list[Term] = []
+        for name, matrices in by["weight"].items():
+            terms.append(partial(weight_order, delta=self._delta(name, matrices).to(x.dtype)))
+        for name, matrices in by["token"].items():
+            terms += [self._token_term(name, one, x.dtype) for one in matrices]
+        for name, matrices in (*by["weight"].items(), *by["token"].items()):
+            holders += [self._holder(name, attribute) for one in matrices for attribute in one.attributes.values()]
+        self._prepared_pass = PreparedPass.of(x, self.active_adapters, holders, terms)
+
+    def _token_term(self, adapter: str, one: AdaptedMatrix, dtype: torch.dtype) -> Term:
+        prepared = {key: value.to(dtype).unsqueeze(0) for key, value in self._prepared(adapter, one).items()}
+        term = partial(token_order_of_rows, prepared=prepared, method=one.method, matrix=one.matrix)
+        return term if one.part.rows == self.out_features else lambda x: self._embed(term(x), one.part)
 
     def _base_result(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
@@ -478,13 +516,13 @@ class RandbasisLinear(nn.Module, BaseTunerLayer):
 
     def _apply(self, *args: Any, **kwargs: Any) -> "RandbasisLinear":
         # A change of dtype or device and back may put other values at the old address in the old version.
-        self._cache.clear()
+        self._forget()
         return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "RandbasisLinear":
         """Set the mode; factors kept for evaluation are dropped when training starts."""
         if mode:
-            self._cache.clear()
+            self._forget()
         return super().train(mode)
 
     def extra_repr(self) -> str:

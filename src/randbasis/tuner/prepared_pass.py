@@ -1,0 +1,67 @@
+"""What one layer does in evaluation, decided once: decoding a token must not pay for decisions that do not change."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from randbasis.tuner.coefficients import Coefficients, Streams
+from randbasis.tuner.factor_cache import Stamps, stamps_of
+
+Holder = Coefficients | Streams
+
+Term = Callable[[Tensor], Tensor]
+"""From the input of the layer to a summand of its output."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPass:
+    """The summands of a forward pass, for inputs like the one that it was decided for.
+
+    Attributes:
+        active: the active adapters.
+        dtype: of the input.
+        numbers: in the input.
+        holders: the modules of the coefficients (and stored streams) behind the terms.
+        sources: their tensors then.
+        stamps: the state of these then.
+        terms: what is added to the result of the base layer.
+    """
+
+    active: list[str]
+    dtype: torch.dtype
+    numbers: int
+    holders: Sequence[Holder]
+    sources: Sequence[Tensor]
+    stamps: Stamps
+    terms: Sequence[Term]
+
+    @classmethod
+    def of(
+        cls, x: Tensor, active: list[str], holders: Sequence[Holder], terms: Sequence[Term]
+    ) -> "PreparedPass | None":
+        """The pass for inputs like ``x``, as the holders are now; None where nothing may be kept."""
+        sources = [holder.weight for holder in holders]
+        if torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
+            return None
+        return cls(active, x.dtype, x.numel(), holders, sources, stamps_of(sources), terms)
+
+    def fits(self, x: Tensor, active: list[str]) -> bool:
+        """Whether deciding anew would lead to the same terms."""
+        return (
+            x.numel() == self.numbers
+            and x.dtype == self.dtype
+            and active == self.active
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.compiler.is_compiling()
+            and stamps_of(self.sources) == self.stamps
+            and all(holder.weight is source for holder, source in zip(self.holders, self.sources, strict=True))
+        )
+
+    def add_to(self, result: Tensor, x: Tensor) -> Tensor:
+        """The result of the base layer plus all terms."""
+        for term in self.terms:
+            result = result + term(x)
+        return result
