@@ -9,7 +9,7 @@ from torch import Tensor
 
 from randbasis.basis import Basis, basis_entries
 from randbasis.errors import BasisShapeError, StorageError
-from randbasis.ops import BasisStorage, Slab, combine, entries, hold, project, sandwich
+from randbasis.ops import BasisStorage, Slab, combine, combine_each, entries, hold, project, sandwich
 
 LAWS = ("sign", "uniform", "normal", "sparse(3)")
 STORAGES: tuple[BasisStorage, ...] = ("packed", "dense", "recompute")
@@ -158,6 +158,31 @@ def test_tensors_that_are_not_contiguous(storage: BasisStorage) -> None:
     assert held.storage == storage
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_slabs_against_each_alone(storage: BasisStorage, dtype: torch.dtype) -> None:
+    """Values and gradients of slabs that differ in their stream alone."""
+    slabs = [slab_of("sign", 6, 4, 150, name=f"ops/each/{number}") for number in range(3)]
+    held = [hold(slab, storage) for slab in slabs]
+    c = numbers(3, 2, 6, dtype=dtype).requires_grad_()
+    weights = numbers(3, 2, 4, 150, dtype=dtype, seed=1)
+    out = combine_each(c, slabs, storage)
+    (gradient,) = torch.autograd.grad(out, c, weights)
+    for i, slab in enumerate(slabs):
+        assert_close(out[i].detach(), torch.einsum("nk,kij->nij", c[i].detach().double(), naive(slab)), dtype)
+        assert_close(gradient[i], torch.einsum("nij,kij->nk", weights[i].double(), naive(slab)), dtype)
+    assert len(held) == 3
+
+
+def test_gradcheck_of_many_slabs() -> None:
+    slabs = [slab_of("normal", 3, 2, 5, name=f"ops/each/{number}") for number in range(2)]
+    c = numbers(2, 1, 3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda c: combine_each(c, slabs, "recompute"), c)
+    weights = numbers(2, 1, 2, 5, seed=2).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda c: combine_each(c, slabs, "recompute").square(), c, weights)
+
+
 # --- what values do not depend on -------------------------------------------------------------------------------------
 
 
@@ -280,6 +305,17 @@ def test_opcheck_of_product(storage: str, dtype: torch.dtype, join_rows: bool, t
     assert held.storage == storage
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("transpose", [True, False])
+def test_opcheck_of_product_each(storage: str, transpose: bool) -> None:
+    slab = slab_of("sign", 3, 2, 5)
+    held = hold(slab, storage)  # type: ignore[arg-type]
+    x = numbers(2, 4, 3 if transpose else 10, dtype=torch.float32).requires_grad_()
+    arguments = (x, name_of(slab), [slab.basis.stream, 7], "sign", transpose, storage)
+    torch.library.opcheck(torch.ops.randbasis.product_each.default, arguments)
+    assert held.storage == storage
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("with_columns", [True, False])
@@ -335,3 +371,14 @@ def test_unknown_storage_is_refused_by_every_op() -> None:
         torch.ops.randbasis.product(x, name_of(slab), "sign", True, False, "disk")
     with pytest.raises(StorageError, match=r"basis_storage must be one of .* got 'disk'"):
         torch.ops.randbasis.sandwich(numbers(3, 2), None, name_of(slab), name_of(slab), "sign", "disk")
+
+
+def test_many_slabs_must_be_alike_and_have_coefficients_each() -> None:
+    slab, other = slab_of("sign", 3, 2, 5), slab_of("sign", 3, 2, 6)
+    with pytest.raises(BasisShapeError, match="slabs must hold at least one slab, got none"):
+        combine_each(numbers(0, 3), [], "recompute")
+    for different in (other, slab_of("normal", 3, 2, 5), Slab(Basis(1, 2, slab.basis.law), 3, 2, 5)):
+        with pytest.raises(BasisShapeError, match="slabs must differ in their stream alone"):
+            combine_each(numbers(2, 1, 3), [slab, different], "recompute")
+    with pytest.raises(BasisShapeError, match=r"x must be \[2, n, 3\] for these slabs, got \[3, 1, 3\]"):
+        combine_each(numbers(3, 1, 3), [slab, slab], "recompute")
