@@ -47,7 +47,8 @@ bench: $(INSTALLED) ## check, then time every case (ARGS="--only step --tokens 2
 	$(BIN)/python -m benchmarks run $(ARGS); code=$$?; $(BIN)/python -m benchmarks report && exit $$code
 
 bench-gpu: $(INSTALLED) ## the same for the cases that need a CUDA device
-	$(BIN)/python -m benchmarks run --device cuda $(ARGS); code=$$?; $(BIN)/python -m benchmarks report && exit $$code
+	$(BIN)/python -m benchmarks run --device cuda $(ARGS); code=$$?; $(BIN)/python -m benchmarks report && \
+		$(BIN)/python -m benchmarks report --page docs/kernels.md && exit $$code
 
 conformance: $(INSTALLED) ## PEFT's own tests on our configurations (ARGS="--method nola", "--quick")
 	$(BIN)/python tests/conformance/run_peft_tests.py $(ARGS)

@@ -117,6 +117,7 @@ def tables(runs: Sequence[Run]) -> dict[str, Callable[[], str]]:
     """Name of a marker → what stands there."""
     families = [
         *("step", "memory", "basis", "prefill", "decode", "expand", "switch", "growth", "memory growth"),
+        *("gpu basis", "gpu expand", "gpu step", "gpu memory", "gpu project"),
         *dict.fromkeys(run.family for run in runs),
     ]
     made: dict[str, Callable[[], str]] = {"targets": lambda: targets_table(runs)}

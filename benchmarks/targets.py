@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from benchmarks.adapters import FLOOR, Adapter
 from benchmarks.basis_rate import PACKED
+from benchmarks.gpu_expansion import GRAPH, OWN, REDRAWN
 from benchmarks.inference import same_rank
 from benchmarks.rows import Run
 from benchmarks.switching import LOAD, LORA, NOLA, RANDLORA, SET
@@ -159,6 +160,31 @@ def _generation(run: Run) -> Iterator[tuple[str, Figure, int]]:
         yield name, lambda rounds: work / statistics.median(values[i] for i in rounds), len(values)
 
 
+def _gpu_expansion(model: str) -> Callable[[Run], Iterator[tuple[str, Figure, int]]]:
+    """Milliseconds."""
+
+    def find(run: Run) -> Iterator[tuple[str, Figure, int]]:
+        for side in (REDRAWN, GRAPH, OWN):
+            if run.family == "gpu expand" and run.parameters["model"] == model and side in run.timings:
+                values = run.timings[side].values
+                yield (
+                    side,
+                    lambda rounds, values=values: 1e3 * statistics.median(values[i] for i in rounds),
+                    len(values),
+                )
+
+    return find
+
+
+def _gpu_steps(kind: str, tokens: int) -> Callable[[Run], Iterator[tuple[str, Figure, int]]]:
+    def find(run: Run) -> Iterator[tuple[str, Figure, int]]:
+        other = "PEFT LoRA r=16"
+        if run.family == "gpu step" and _tokens(run) >= tokens and _present(run, other):
+            yield from (_ratio(run, side, other) for side in run.timings if Adapter.named(side).kind == kind)
+
+    return find
+
+
 TARGETS = (
     Target("step of NOLA, k ≤ 256, 2,048 tokens or more, to that of PEFT LoRA of the same rank", 1.03, _nola_steps),
     Target("overhead of NOLA, k = 1000, to that of the published algorithm", 0.2, _published),
@@ -167,8 +193,17 @@ TARGETS = (
     Target("peak memory of RandLoRA to that of PEFT LoRA r=16", 1.05, _randlora_memory),
     Target("overhead of VeRA, r ≥ 256, to that of PEFT's", 0.7, _against_peft("VeRA", None)),
     Target("decoding with kept factors to PEFT LoRA of the rank of the factors", 1.03, _decoding),
-    Target("load_adapter, of PEFT LoRA or of the same adapter, to a switch between adapters in memory", 100, _switching, at_least=True),
+    Target(
+        "load_adapter, of PEFT LoRA or of the same adapter, to a switch between adapters in memory",
+        100,
+        _switching,
+        at_least=True,
+    ),
     Target("packed signs generated", 10, _generation, at_least=True, unit="Gbit/s"),
+    Target("GPU: expanding an adapter of LLaMA-2 7B, k = 128", 2, _gpu_expansion("LLaMA-2 7B"), unit="ms"),
+    Target("GPU: expanding an adapter of LLaMA-2 70B, k = 512", 60, _gpu_expansion("LLaMA-2 70B"), unit="ms"),
+    Target("GPU: training step with NOLA, r = 16, to that of PEFT LoRA of the same rank", 1.02, _gpu_steps("NOLA", 0)),
+    Target("GPU: training step with RandLoRA at 16,384 tokens to that of LoRA r=16", 1.35, _gpu_steps("RandLoRA", 16384)),
 )
 
 

@@ -95,3 +95,19 @@ def test_every_target_has_a_verdict_and_says_so_when_it_was_not_measured() -> No
 def test_a_limit_is_met_by_reaching_it(at_least: bool, value: float, met: bool) -> None:
     target = Target("t", 10.0, lambda _: iter(()), at_least=at_least)
     assert target.is_met(Finding("w", value, 0.0, 0.0)) is met
+
+
+def test_expansion_on_a_gpu_is_in_milliseconds_and_by_side() -> None:
+    sides = {"all layers, basis redrawn": [1.9e-3] * 5, "matrix by matrix, basis redrawn": [0.04] * 5}
+    sides["all layers, own bases redrawn"] = [2.5e-3] * 5
+    run = run_of("gpu expand", sides, parameters={"model": "LLaMA-2 7B"})
+    assert found("LLaMA-2 7B", run) == [(pytest.approx(1.9), True), (pytest.approx(2.5), False)]
+    assert found("LLaMA-2 70B", run) == []
+
+
+def test_steps_on_a_gpu_against_lora_of_rank_16() -> None:
+    sides = {"PEFT LoRA r=16": [0.1] * 5, "NOLA r=16 k=128": [0.101] * 5, "RandLoRA r=32": [0.14] * 5}
+    few, many = (run_of("gpu step", sides, parameters={"model": "m", "tokens": n}) for n in (4096, 16384))
+    assert found("GPU: training step with NOLA", few, many) == [(pytest.approx(1.01), True)] * 2
+    assert found("GPU: training step with RandLoRA", few, many) == [(pytest.approx(1.4), False)]
+    assert found("step of NOLA, k", few, many) == []
