@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ from randbasis.errors import (
 )
 from randbasis.export import export_peft_lora
 from randbasis.train.pooled import PooledClassifier
-from randbasis.tuner.packed import load_packed, pack_adapter
+from randbasis.tuner.adapter_dir import read_adapter_dir
+from randbasis.tuner.packed import load_packed, pack_adapter, packed_of
 
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -74,6 +75,9 @@ CASES = {
             r=2, num_basis=5, share_basis=False, target_modules=["c_attn[q,v]", "c_fc"], rank_pattern={"1.mlp.c_fc": 3}
         ),
         ranks=(2, 3, 4),
+    ),
+    "quantized in training": Case(
+        llama, NolaConfig(r=3, num_basis=9, target_modules=["q_proj", "v_proj"], quantize_coefficients=3), ranks=(3,)
     ),
     "slices": Case(phi3, VeraConfig(r=5, target_modules=["qkv_proj[q,v]", "gate_up_proj[up]"]), ranks=(5, 10)),
     "head": Case(
@@ -280,6 +284,18 @@ def test_a_base_that_is_not_here_keeps_the_paths_and_is_told(made: Path):
     torch.testing.assert_close(model(TOKENS).logits, want(TOKENS).logits)
     config = json.loads((made / "lora" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(made / "base")
+
+
+def test_a_packed_file_that_does_not_say_how_peft_picks_its_layers(made: Path):
+    """A writer without PEFT leaves that out: the layers are picked by their paths."""
+    adapted(gpt2(), NolaConfig(r=2, num_basis=4, target_modules=["c_fc"]), made / "whole")
+    packed = packed_of(read_adapter_dir(made / "whole"), bits=32)
+    replace(packed, spec=replace(packed.spec, peft={})).write(made / "file.safetensors")
+    export_peft_lora(made / "file.safetensors", made / "lora", base=str(made / "base"))
+    config = LoraConfig.from_pretrained(str(made / "lora"))
+    assert sorted(config.target_modules) == [f"transformer.h.{layer}.mlp.c_fc" for layer in range(2)]
+    want = load_packed(gpt2(), made / "file.safetensors")(TOKENS).logits
+    torch.testing.assert_close(PeftModel.from_pretrained(gpt2(), made / "lora")(TOKENS).logits, want)
 
 
 # --- refusals leave everything as it was ---

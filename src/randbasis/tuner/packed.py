@@ -332,8 +332,10 @@ def _config_of(spec: Spec, where: str, base_name: str | None) -> RandbasisConfig
         "base_rows": compress_shapes(rows) or None,
         "inference_mode": True,
     }
+    # A file that another writer made may not say how PEFT picks the layers: by their paths, then.
+    picked: dict[str, Any] = {"target_modules": list(spec.shapes)}
     try:
-        config = RandbasisConfig(**(dict(spec.peft) | told))
+        config = RandbasisConfig(**(picked | dict(spec.peft) | told))
         agrees = not (spec.peft.keys() & told.keys()) and _means(config, spec)
     except RandbasisError as error:
         raise type(error)(f"{where}: {error}") from error
