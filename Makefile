@@ -43,12 +43,11 @@ test: check ## check, then the test suite (PYTEST_ARGS="-k nola" picks tests)
 	@echo "make test: lint, format, types, docs/cli.md and the test suite passed"
 
 # The page is made from what was measured, also when a case failed; the exit code is that of the run.
-bench: $(INSTALLED) ## check, then time every case (ARGS="--only step --tokens 2048 --rounds 7 --threads 4"); writes docs/performance.md
+bench: $(INSTALLED) ## check, then time every case (ARGS="--only step --tokens 2048 --rounds 7 --threads 4"); writes the tables in docs/
 	$(BIN)/python -m benchmarks run $(ARGS); code=$$?; $(BIN)/python -m benchmarks report && exit $$code
 
 bench-gpu: $(INSTALLED) ## the same for the cases that need a CUDA device
-	$(BIN)/python -m benchmarks run --device cuda $(ARGS); code=$$?; $(BIN)/python -m benchmarks report && \
-		$(BIN)/python -m benchmarks report --page docs/kernels.md && exit $$code
+	$(BIN)/python -m benchmarks run --device cuda $(ARGS); code=$$?; $(BIN)/python -m benchmarks report && exit $$code
 
 conformance: $(INSTALLED) ## PEFT's own tests on our configurations (ARGS="--method nola", "--quick")
 	$(BIN)/python tests/conformance/run_peft_tests.py $(ARGS)

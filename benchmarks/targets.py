@@ -203,7 +203,9 @@ TARGETS = (
     Target("GPU: expanding an adapter of LLaMA-2 7B, k = 128", 2, _gpu_expansion("LLaMA-2 7B"), unit="ms"),
     Target("GPU: expanding an adapter of LLaMA-2 70B, k = 512", 60, _gpu_expansion("LLaMA-2 70B"), unit="ms"),
     Target("GPU: training step with NOLA, r = 16, to that of PEFT LoRA of the same rank", 1.02, _gpu_steps("NOLA", 0)),
-    Target("GPU: training step with RandLoRA at 16,384 tokens to that of LoRA r=16", 1.35, _gpu_steps("RandLoRA", 16384)),
+    Target(
+        "GPU: training step with RandLoRA at 16,384 tokens to that of LoRA r=16", 1.35, _gpu_steps("RandLoRA", 16384)
+    ),
 )
 
 
