@@ -64,8 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about)
         command.add_argument("--input", type=Path, default=rows.TIMINGS, help="csv to read")
         if name == "report":
-            command.add_argument("--page", type=Path, default=report.PAGE, help="Markdown with markers")
-            command.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+            command.add_argument("--page", type=Path, nargs="+", default=report.PAGES, help="Markdown")
+            command.add_argument("--pictures", type=Path, default=report.PICTURES, help="folder for them")
+            command.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
     return parser
 
 
@@ -140,20 +141,22 @@ def _table(case: Case, made: list[dict[str, str]]) -> Table:
 
 
 def _report(given: argparse.Namespace, runs: list[rows.Run], console: Console) -> int:
-    page: Path = given.page
+    pages: list[Path] = given.page
     try:
-        before = page.read_text(encoding="utf-8")
-        after = report.filled(before, runs)
+        texts = {page: page.read_text(encoding="utf-8") for page in pages}
+        made = {page: report.filled(text, runs) for page, text in texts.items()}
     except (OSError, ValueError) as error:
-        console.print(f"{page}: {error}", style="red", markup=False)
+        console.print(str(error), style="red", markup=False, highlight=False)
         return 2
+    stale = [page for page in pages if made[page] != texts[page]]
     if given.check:
-        console.print(f"{page} is {'up to date' if before == after else 'stale: run `python -m benchmarks report`'}")
-        return int(before != after)
-    page.write_text(after, encoding="utf-8")
-    for picture in plots.draw(runs, page.with_suffix("")):
-        console.print(f"wrote {picture}", highlight=False)
-    console.print(f"wrote {page}", highlight=False)
+        for page in stale:
+            console.print(f"{page} is stale: run `python -m benchmarks report`", style="red", highlight=False)
+        return int(bool(stale))
+    for page in stale:
+        page.write_text(made[page], encoding="utf-8")
+    for written in (*stale, *plots.draw(runs, given.pictures)):
+        console.print(f"wrote {written}", highlight=False)
     return 0
 
 

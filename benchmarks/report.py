@@ -1,4 +1,4 @@
-"""Tables from the csv into a page, between markers, so that what stands there is what was measured.
+"""Tables from the csv into pages, between markers, so that what stands there is what was measured.
 
 ``<!-- table: step -->`` and ``<!-- end of table -->`` stand each on a line of their own; everything between them is
 replaced. The prose around them stays.
@@ -11,8 +11,9 @@ from pathlib import Path
 from benchmarks.rows import Run
 from benchmarks.tables import tables
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-PICTURES = PAGE.with_suffix("")
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = (DOCS / "performance.md", DOCS / "kernels.md")
+PICTURES = DOCS / "performance"
 END = "<!-- end of table -->"
 _BLOCK = re.compile(rf"<!-- table: (?P<name>[^\n]+?) -->\n.*?^{re.escape(END)}$", re.DOTALL | re.MULTILINE)
 

@@ -78,20 +78,22 @@ def test_a_picture_a_family_that_has_rows(tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
-def test_the_command_writes_the_page_and_says_when_it_is_stale(tmp_path: Path) -> None:
-    page, timings = tmp_path / "page.md", tmp_path / "timings.csv"
-    page.write_text(PAGE, encoding="utf-8")
+def test_the_command_writes_pages_and_says_when_one_is_stale(tmp_path: Path) -> None:
+    pages, timings = [tmp_path / "page.md", tmp_path / "another.md"], tmp_path / "timings.csv"
+    for page in pages:
+        page.write_text(PAGE, encoding="utf-8")
     for run in runs():
         rows.append(timings, run.rows)
-    words = ["report", "--page", str(page), "--input", str(timings)]
+    words = ["report", "--page", *map(str, pages), "--input", str(timings), "--pictures", str(tmp_path / "pictures")]
     assert main([*words, "--check"]) == 1
     assert main(words) == 0
     assert main([*words, "--check"]) == 0
-    assert (tmp_path / "page" / "step.png").exists()
+    assert (tmp_path / "pictures" / "step.png").exists()
+    pages[0].write_text(PAGE, encoding="utf-8")
+    assert main([*words, "--check"]) == 1
     assert main(["report", "--page", str(tmp_path / "absent.md")]) == 2
 
 
-def test_the_page_in_the_repository_is_up_to_date() -> None:
-    page = report.PAGE.read_text(encoding="utf-8")
-    stale = "docs/performance.md is stale: run `python -m benchmarks report`"
-    assert filled(page, rows.newest(rows.read(rows.TIMINGS))) == page, stale
+def test_the_pages_in_the_repository_are_up_to_date() -> None:
+    assert len(report.PAGES) == 2
+    assert main(["report", "--check"]) == 0, "a page is stale: run `python -m benchmarks report`"
