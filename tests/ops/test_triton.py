@@ -22,8 +22,9 @@ LAWS = ("sign", "uniform", "normal", "sparse(3)")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: (count, rows, cols): one entry; less than a block; odd sizes over several strips; more lines than a tile of sums has.
 SHAPES = ((1, 1, 1), (3, 2, 5), (5, 2, 140), (130, 2, 33))
-#: Rounding relative to the root mean square: of a float32 sum, and of one store. (The interpreter truncates.)
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-5, torch.float16: 2**-8}
+#: Rounding relative to the root mean square: of a float32 sum, which tensor cores truncate at every step, and of one
+#: store, which the interpreter truncates.
+TOLERANCE = {torch.float32: 2e-5 if torch.cuda.is_available() else 2e-6, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 GOLDEN_BASIS = (0x0123456789ABCDEF, 0xECEB6DCF)
 #: law -> entries (0, 0, 0..11) and (5, 3, 1000..1003), the table of math.md.
 GOLDEN = {
