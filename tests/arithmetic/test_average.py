@@ -212,6 +212,15 @@ def test_heads_are_averaged_or_taken_from_the_first(classifiers: list[Path], tmp
     assert torch.equal(trained, tensors(tmp_path / "out")[HEAD])
 
 
+def test_whole_numbers_beside_adapters_must_be_the_same(classifiers: list[Path], tmp_path: Path):
+    for count, folder in enumerate(classifiers):
+        steps = {"base_model.model.classifier.steps": torch.tensor([count])}
+        save_file(tensors(folder) | steps, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(HeadMismatchError, match=r"steps' is of torch\.int64 and not the same in all"):
+        average_adapters(classifiers, tmp_path / "out")
+    assert average_adapters([classifiers[1]] * 2, tmp_path / "out").head == 3
+
+
 def test_heads_that_cannot_be_averaged_are_refused(classifiers: list[Path], tmp_path: Path):
     with pytest.raises(HeadMismatchError, match=r"sum to 0, and heads are weights.*heads='first'"):
         average_adapters(classifiers, tmp_path / "out", weights=[1.0, -1.0])

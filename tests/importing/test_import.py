@@ -148,6 +148,18 @@ def test_conv1d_layers_and_regular_expressions(tmp_path: Path):
         assert one.residual == pytest.approx(float(left), rel=1e-4)
 
 
+@pytest.mark.parametrize("config", [peft.VeraConfig, peft.RandLoraConfig], ids=["vera", "randlora"])
+@pytest.mark.parametrize("name", OURS)
+def test_vera_and_randlora_of_peft_become_the_nearest_too(name: str, config: Any, tmp_path: Path):
+    expected = peft_deltas(adapted(based(llama, tmp_path), config(r=5, target_modules=LINEAR), tmp_path / "theirs"))
+    found = import_as_nearest(tmp_path / "theirs", tmp_path / "ours", OURS[name])
+    reached = our_deltas(PeftModel.from_pretrained(llama(), str(tmp_path / "ours")))
+    for one in found.matrices:
+        left = (expected[one.name] - reached[one.name]).norm() / expected[one.name].norm()
+        assert one.residual == pytest.approx(float(left), rel=1e-4)
+        assert one.residual < 1
+
+
 def test_a_residual_above_the_limit_writes_nothing(lora: Path, tmp_path: Path):
     (tmp_path / "ours").mkdir()
     with pytest.raises(ResidualError, match=r"limit 0\.5 .* is 0\.9\d+ away and was not written"):
