@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,3 +66,9 @@ class PreparedPass:
         for term in self.terms:
             result = result + term(x)
         return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """None: the copy of a layer decides for itself."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
