@@ -48,7 +48,7 @@ ROWS: dict[str, set[str]] = {
     "__main__": set(),
 }  # fmt: skip
 #: Third parties that one file alone may import, whatever its row allows.
-ONLY_HERE = {"triton": "randbasis.ops.triton", "gguf": "randbasis.export.gguf_lora"}
+ONLY_HERE = {"triton": "randbasis.ops.triton_kernels", "gguf": "randbasis.export.gguf_lora"}
 
 
 class Import(NamedTuple):
