@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from randbasis import NolaConfig, PrancConfig, RandbasisConfig, RandbasisLinear, VeraConfig
 from randbasis.adapter_file import read
+from randbasis.arithmetic import difference
 from randbasis.errors import (
     BaseMismatchError,
     CoefficientValueError,
@@ -26,6 +27,7 @@ from randbasis.errors import (
     ResidualError,
     UnknownMethodError,
 )
+from randbasis.export import export_peft_lora
 from randbasis.importing import import_as_lora, import_as_merged, import_as_nearest
 from randbasis.methods import Matrix
 from randbasis.tuner.packed import pack_adapter
@@ -266,3 +268,19 @@ def test_what_cannot_be_merged_is_refused(lora: Path, tmp_path: Path):
     with pytest.raises(BaseMismatchError, match="no class of transformers for 'gpt2'"):
         import_as_merged(lora, tmp_path / "merged", model=str(tmp_path / "other"))
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_an_exported_adapter_comes_back(name: str, tmp_path: Path):
+    model = peft.get_peft_model(llama(), type(OURS[name])(**OURS[name].to_dict() | {"target_modules": LINEAR}))
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(str(tmp_path / "ours"))
+    export_peft_lora(tmp_path / "ours", tmp_path / "lora")
+    import_as_nearest(tmp_path / "lora", tmp_path / "back", OURS[name], limit=1e-6)
+    apart = difference(tmp_path / "ours", tmp_path / "back")
+    assert apart.other_basis is None
+    assert apart.total.relative is not None
+    assert apart.total.relative < 1e-6
