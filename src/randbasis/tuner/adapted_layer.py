@@ -1,0 +1,225 @@
+"""What adapters a layer has: their matrices, coefficients and streams, and the ΔW that they make."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from randbasis.basis import basis_entries
+from randbasis.errors import LayerTypeError
+from randbasis.methods import Matrix, Method
+from randbasis.tuner.adapted_matrix import AdaptedMatrix, AdapterOptions
+from randbasis.tuner.base_weight import base_device, base_dtype, layer_shape, quantization_of
+from randbasis.tuner.coefficients import Coefficients, Streams, straight_through
+from randbasis.tuner.factor_cache import FactorCache
+from randbasis.tuner.prepared_pass import PreparedPass
+from randbasis.tuner.targets import Part
+
+NOISE = 0.1
+"""Standard deviation of what ``init_weights=False`` adds to the starts of the coefficients, relative to the start."""
+
+
+class AdaptedLayer(nn.Module, BaseTunerLayer):
+    """A frozen linear layer and what its adapters are made of; :class:`RandbasisLinear` computes with them.
+
+    Args:
+        base_layer: the layer to adapt.
+        quantization: what PEFT's quantization backends need to know of the model.
+
+    Raises:
+        LayerTypeError: the layer is not linear.
+    """
+
+    other_param_names: tuple[str, ...] = ("adapted", "options", "randbasis_streams")
+
+    def __init__(self, base_layer: nn.Module, quantization: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        inner = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        shape = layer_shape(inner)
+        if shape is None:
+            raise LayerTypeError(
+                f"only linear layers can be adapted (nn.Linear, Conv1D, quantized linear), got {type(inner).__name__}; "
+                "leave it out of target_modules, or train it whole with modules_to_save"
+            )
+        self.base_layer = base_layer
+        self.out_features, self.in_features = shape
+        self.transposed = isinstance(inner, Conv1D)
+        self.adapter_layer_names: tuple[str, ...] = ()
+        self.adapted: dict[str, list[AdaptedMatrix]] = {}
+        self.options: dict[str, AdapterOptions] = {}
+        self.randbasis_streams = nn.ModuleDict({})
+        self.merged_adapters: list[str] = []
+        self._cache = FactorCache()
+        self._prepared_pass: PreparedPass | None = None
+        self._disable_adapters = False
+        self.quantization_backend: QuantizationBackend | None = quantization_of(inner, quantization)
+
+    # --- adapters on this layer ---
+
+    def update_layer(
+        self, adapter: str, method: Method, parts: Sequence[Part], key: str, options: AdapterOptions
+    ) -> None:
+        """Put an adapter on this layer, with its coefficients at their starts.
+
+        Args:
+            adapter: its name.
+            method: its hyper-parameters here.
+            parts: output rows that it adapts.
+            key: module path, which names the streams of a basis that is not shared.
+            options: what it asks of every layer.
+        """
+        paths = [f"{key}[{part.name}]" if part.name else key for part in parts]
+        streams = [method.streams(path) for path in paths]
+        if not method.shares_basis:
+            self.randbasis_streams[adapter] = Streams(streams)
+        self.options[adapter] = options
+        self.adapted[adapter] = [
+            self._adapt(adapter, method, part, path, stream, options)
+            for part, path, stream in zip(parts, paths, streams, strict=True)
+        ]
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters)
+
+    def _adapt(
+        self,
+        adapter: str,
+        method: Method,
+        part: Part,
+        path: str,
+        streams: tuple[int, ...],
+        options: AdapterOptions,
+    ) -> AdaptedMatrix:
+        matrix = Matrix(part.rows, self.in_features, streams)
+        attributes: dict[str, str] = {}
+        starts = method.starts(part.rows, self.in_features)
+        for name, shape in method.coefficient_shapes(part.rows, self.in_features).items():
+            start = torch.full(shape, starts[name], dtype=torch.float32)
+            if not options.init_weights:
+                stream = f"{method.name}/init/{len(self.options)}/{name}/{path}"
+                noise = basis_entries(method.seed, stream, "normal", (1, 1, start.numel()))
+                start = start + (NOISE / 2) * (starts[name] or 1.0) * noise.view(shape).to(start.device)
+            attribute = f"randbasis_{name}{part.suffix}"
+            self._container(attribute)[adapter] = Coefficients(start)
+            attributes[name] = attribute
+        return AdaptedMatrix(part, method, matrix, attributes, method.hold(matrix))
+
+    def _container(self, attribute: str) -> nn.ModuleDict:
+        if attribute not in self.adapter_layer_names:
+            setattr(self, attribute, nn.ModuleDict({}))
+            self.adapter_layer_names = (*self.adapter_layer_names, attribute)
+        return getattr(self, attribute)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter, but keep its dtype: coefficients are float32 beside a base in half precision."""
+        target = device or base_device(self.get_base_layer())
+        for name in (*self.adapter_layer_names, "randbasis_streams"):
+            container = cast("nn.ModuleDict", getattr(self, name))
+            if target is None or adapter_name not in container:
+                continue
+            if all(not tensor.is_meta for tensor in container[adapter_name].state_dict().values()):
+                container[adapter_name].to(target)
+
+    def cast_to_base(self, adapter: str) -> None:
+        """Give the coefficients of an adapter the dtype of the base layer, when that is a floating dtype."""
+        dtype = base_dtype(self.get_base_layer())
+        for name in self.adapter_layer_names:
+            container = cast("nn.ModuleDict", getattr(self, name))
+            if adapter in container and dtype is not None:
+                container[adapter].to(dtype=dtype)
+
+    def matrices(self, adapter: str) -> list[AdaptedMatrix]:
+        """The matrices that an adapter has on this layer, their streams as stored."""
+        adapted = self.adapted.get(adapter, [])
+        if adapter in self.randbasis_streams:
+            stored = cast("Streams", self.randbasis_streams[adapter]).values
+            for one, streams in zip(adapted, stored, strict=True):
+                if one.matrix.streams != streams:
+                    one.matrix = Matrix(one.matrix.out_features, one.matrix.in_features, streams)
+                    one.held = one.method.hold(one.matrix)
+        return adapted
+
+    def copy_streams(self, source: str, target: str) -> None:
+        """Give an adapter the stored streams of another one; nothing to do where the basis is shared."""
+        if source in self.randbasis_streams:
+            stored = cast("Streams", self.randbasis_streams[source])
+            self.randbasis_streams[target] = Streams(stored.values).to(stored.weight.device)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's, and forget the factors that were kept."""
+        super().delete_adapter(adapter_name)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop all that was kept for evaluation."""
+        self._cache.clear()
+        self._prepared_pass = None
+
+    def coefficients(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
+        """The coefficients of one matrix that ΔW is made of, in the method's order.
+
+        Those that are trained, or what math (11) makes of them where the adapter has ``quantize_coefficients``.
+        """
+        trained = self.trained_coefficients(adapter, one)
+        bits = self.options[adapter].quantize_coefficients
+        return trained if bits is None else {name: straight_through(c, bits) for name, c in trained.items()}
+
+    def trained_coefficients(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
+        """The coefficient tensors of one matrix that are trained and saved, in the method's order."""
+        return {name: self._holder(adapter, attribute).weight for name, attribute in one.attributes.items()}
+
+    def _holder(self, adapter: str, attribute: str) -> Coefficients:
+        return getattr(self, attribute)[adapter]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """ΔW is additive, so it can be written as a LoRA pair (exactly where the rank allows)."""
+        return True
+
+    # --- ΔW ---
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``ΔW`` of an adapter in the layout and dtype of the base weight; zero rows where no part is adapted.
+
+        Args:
+            adapter: its name.
+        """
+        delta = self._full_delta(adapter, None)
+        delta = delta.to(base_dtype(self.get_base_layer()) or delta.dtype)
+        return delta.T if self.transposed else delta
+
+    def _full_delta(self, adapter: str, only: Sequence[AdaptedMatrix] | None) -> Tensor:
+        """ΔW ``[out, in]`` in float32 or wider, of all matrices of the adapter or of some."""
+        pieces: list[Tensor] = []
+        row = 0
+        for one in self.matrices(adapter) if only is None else only:
+            delta = one.method.delta(self._widened(adapter, one), one.matrix)
+            if row < one.part.start:
+                pieces.append(delta.new_zeros(one.part.start - row, self.in_features))
+            pieces.append(delta)
+            row = one.part.stop
+        if row < self.out_features:
+            pieces.append(pieces[0].new_zeros(self.out_features - row, self.in_features))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _widened(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
+        """The coefficients in float32 or wider: they are few, and sums of basis entries overflow float16."""
+        return {
+            name: c.to(torch.promote_types(c.dtype, torch.float32))
+            for name, c in self.coefficients(adapter, one).items()
+        }
+
+    # --- moves ---
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        # A change of dtype or device and back may put other values at the old address in the old version.
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; factors kept for evaluation are dropped when training starts."""
+        if mode:
+            self._forget()
+        return super().train(mode)
