@@ -57,7 +57,11 @@ def block(rows: list[Row], crashes: list[Row]) -> str:
             values = " | ".join("" if cell is None else f"{_number(cell)} {cell['unit']}" for cell in cells)
             notes = dict.fromkeys(cell["note"] for cell in cells if cell is not None and cell["note"])
             lines.append(f"| {label} | {values} | {'; '.join(notes)} |")
+    runs = [row for row in rows if row["measure"] == "add, batched" and row["adapters"] == one["adapters"]]
+    told = [f"{_number(row)} {row['unit']} ({row['disk'].partition(',')[0]})" for row in runs]
     lines += [
+        "",
+        f"Additions in every run of this size, which share processor and disk with what else runs there: {'; '.join(told)}.",
         "",
         "![Rate of additions and memory as the store grows](store/growth.png)",
         "",
