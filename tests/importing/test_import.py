@@ -9,9 +9,16 @@ import peft
 import pytest
 import torch
 from peft import PeftModel
-from peft_adapters import adapted, bert, contents, gpt2, llama, logits, peft_deltas, rewrite
+from peft_adapters import TOKENS, adapted, bert, contents, gpt2, llama, logits, peft_deltas, rewrite
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    PreTrainedModel,
+)
 
 from randbasis import NolaConfig, PrancConfig, RandbasisConfig, RandbasisLinear, VeraConfig
 from randbasis.adapter_file import read
@@ -30,6 +37,7 @@ from randbasis.errors import (
 from randbasis.export import export_peft_lora
 from randbasis.importing import import_as_lora, import_as_merged, import_as_nearest
 from randbasis.methods import Matrix
+from randbasis.tuner.merging import HEAD_FILE
 from randbasis.tuner.packed import pack_adapter
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -257,6 +265,36 @@ def test_merged_classifier_keeps_the_trained_head(tmp_path: Path):
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
     assert (merged.architecture, merged.head) == ("BertForSequenceClassification", "merged")
+
+
+class Pooled(PreTrainedModel):
+    """An encoder inside a classifier that transformers has no class for."""
+
+    config_class = BertConfig
+    base_model_prefix = "encoder"
+    _supports_sdpa = True
+
+    def __init__(self, encoder: PreTrainedModel) -> None:
+        super().__init__(encoder.config)
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.config.hidden_size, 3)
+
+
+def test_a_head_without_a_class_lies_beside_the_merged_encoder(tmp_path: Path):
+    encoder = bert().bert
+    encoder.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, target_modules=["query"], modules_to_save=["classifier"])
+    with torch.random.fork_rng(devices=()):
+        wrapped = Pooled(encoder)
+    model = adapted(wrapped, config, tmp_path / "adapter")
+    merged = import_as_merged(tmp_path / "adapter", tmp_path / "merged", model=str(tmp_path / "base"))
+    assert (merged.architecture, merged.head) == ("BertModel", "apart")
+    loaded = AutoModel.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        expected = model.base_model.model.encoder(TOKENS).last_hidden_state
+        torch.testing.assert_close(loaded(TOKENS).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+    trained = model.base_model.model.classifier.modules_to_save["default"].weight
+    assert torch.equal(load_file(tmp_path / "merged" / HEAD_FILE)["classifier.weight"], trained)
 
 
 def test_what_cannot_be_merged_is_refused(lora: Path, tmp_path: Path):

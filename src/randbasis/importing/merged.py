@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from randbasis.errors import BaseMismatchError, DataMissingError, HyperparameterError, MergeError, near
@@ -14,10 +15,10 @@ from randbasis.importing.nearest_adapter import finite_factors
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
 from randbasis.low_rank import sides
 from randbasis.tuner.adapter_dir import SAVED_PREFIX
-from randbasis.tuner.base_fit import BaseFit, auto_classes, has_head, with_classes
+from randbasis.tuner.base_fit import BaseFit, auto_classes, has_head, prefix_of, under_prefix, with_classes
 from randbasis.tuner.base_model import linear_shapes, meta_model, read_config
 from randbasis.tuner.inspection import Track
-from randbasis.tuner.merging import DTYPES, Merged, check_output, copy_companions, load_base, replaced_folder
+from randbasis.tuner.merging import DTYPES, HEAD_FILE, Merged, check_output, copy_companions, load_base, replaced_folder
 
 _T = TypeVar("_T")
 
@@ -59,22 +60,27 @@ def import_as_merged(
     check_output(Path(output), (source, name), overwrite=overwrite)
     fit = _fit(found, read_config(name))
     base = load_base(name, fit, dtype)
+    wrapped = under_prefix(base, fit.prefix)
     with torch.no_grad():
         for key in track(found.layers):
-            _add(found, key, base.get_submodule(key))
-    base.load_state_dict(_head(found.load(found.head)), strict=False)
+            _add(found, key, wrapped.get_submodule(key))
+    head = _head(found.load(found.head))
+    if fit.head:
+        base.load_state_dict(head, strict=False)
     with replaced_folder(Path(output)) as stage:
         base.save_pretrained(stage)
         copy_companions(name, stage)
+        if head and not fit.head:
+            save_file(head, stage / HEAD_FILE, metadata={"format": "pt"})
         files = tuple(sorted(file.name for file in stage.iterdir()))
         size = sum((stage / file).stat().st_size for file in files)
     parameters, stored = sum(p.numel() for p in base.parameters()), str(base.dtype).removeprefix("torch.")
-    head = "merged" if fit.head else "none"
-    return Merged(Path(output), type(base).__name__, len(found.layers), parameters, stored, head, files, size)
+    place = "merged" if fit.head else "apart" if head else "none"
+    return Merged(Path(output), type(base).__name__, len(found.layers), parameters, stored, place, files, size)
 
 
 def _fit(found: PeftAdapter, config: PreTrainedConfig) -> BaseFit:
-    """The first class of transformers that has the adapter's layers and head."""
+    """The first class of transformers that has the adapter's layers and head; else ``AutoModel`` under a prefix."""
     head = _head({name: found.stored[name] for name in found.head})
     missing = ""
     for auto in auto_classes(config, found.options.get("task_type")):
@@ -88,6 +94,10 @@ def _fit(found: PeftAdapter, config: PreTrainedConfig) -> BaseFit:
         if absent is None and has_head(model, head):
             return BaseFit(auto, own, "", bool(head))
         missing = missing or (f"the layer {absent!r}" if absent else f"a head of {sorted(head)}")
+    bare = linear_shapes(meta_model(config, AutoModel))
+    prefix = prefix_of(found.layers[0], bare)
+    if prefix is not None and all(key.removeprefix(f"{prefix}.") in bare for key in found.layers):
+        return BaseFit(AutoModel, config, prefix, head=False)
     raise BaseMismatchError(
         f"{found.path} was made for another base model: no class of transformers for {config.model_type!r} has "
         f"{missing}; name the base model that it was made for, or merge it with PEFT where it was trained"

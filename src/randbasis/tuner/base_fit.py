@@ -73,7 +73,7 @@ def find_fit(found: AdapterDir, config: PreTrainedConfig) -> BaseFit:
         except BaseMismatchError as error:
             refusal = refusal or error
     bare = meta_model(config, transformers.AutoModel)
-    prefix = _prefix(found.modules[0], linear_shapes(bare))
+    prefix = prefix_of(found.modules[0], linear_shapes(bare))
     if prefix is None:
         raise refusal or BaseMismatchError(f"the adapter's head has no place in a {type(bare).__name__}")
     _check_layers(found, bare, prefix)
@@ -152,6 +152,6 @@ def with_classes(config: PreTrainedConfig, head: Mapping[str, tuple[int, ...]]) 
     return own
 
 
-def _prefix(key: str, shapes: Mapping[str, tuple[int, int]]) -> str | None:
-    """What stands before the path of one of these layers in ``key``."""
+def prefix_of(key: str, shapes: Mapping[str, tuple[int, int]]) -> str | None:
+    """What stands before the path of one of these layers in ``key``; None where none of them ends it."""
     return next((key.removesuffix(f".{name}") for name in shapes if key.endswith(f".{name}")), None)
