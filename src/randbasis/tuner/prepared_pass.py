@@ -46,7 +46,7 @@ class PreparedPass:
         sources = [holder.weight for holder in holders]
         if torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
             return None
-        return cls(active, x.dtype, x.numel(), holders, sources, stamps_of(sources), terms)
+        return cls(list(active), x.dtype, x.numel(), holders, sources, stamps_of(sources), terms)
 
     def fits(self, x: Tensor, active: list[str]) -> bool:
         """Whether deciding anew would lead to the same terms."""
