@@ -61,7 +61,7 @@ def block(rows: list[Row], crashes: list[Row]) -> str:
     told = [f"{_number(row)} {row['unit']} ({row['disk'].partition(',')[0]})" for row in runs]
     lines += [
         "",
-        f"Additions in every run of this size, which share processor and disk with what else runs there: {'; '.join(told)}.",
+        f"Additions in every run of this size, beside what else the machine did: {'; '.join(told)}.",
         "",
         "![Rate of additions and memory as the store grows](store/growth.png)",
         "",
