@@ -2,8 +2,8 @@
 
 The numbers equal :mod:`randbasis.ops.reference`: words and entries bit for bit, sums within rounding of float32, in
 which all of them are kept. No sum depends on the order in which its programs run: there are no atomics, and parts are
-cut by the shape alone. Nothing waits for the device, so calls can be captured in a CUDA graph
-once each has run (the first call of a kind compiles its kernel).
+cut by the shape alone. Nothing waits for the device, so calls can be captured in a CUDA graph once each has run (the
+first call of a kind compiles its kernel).
 
 The kernels are in :mod:`randbasis.ops.triton_kernels`, imported on first use. With ``TRITON_INTERPRET=1`` set before
 anything imports triton, they run on CPU tensors, slowly: for tests.
@@ -34,7 +34,7 @@ _FEW = 2
 """Vectors that are multiplied one by one; three already cost less as a matrix product with most of its rows empty."""
 _ONE = 0x3F800000
 """The bits of 1.0, passed to the kernels: as a constant in their code it would cost an instruction an entry."""
-_PART = 2048
+_PART = 512
 """Products in one part of a sum, at least: below, adding the parts costs more than it saves."""
 
 
@@ -179,8 +179,8 @@ def expand(slab: Slab, tile: Tile, dtype: torch.dtype, device: torch.device, pac
         return out
     lines = tile.count * tile.rows
     _check_lines(lines)
-    blocks = 8 if law.kind != "sign" else 1
-    shape = _Shape(128 // blocks, blocks, blocks * law.entries_per_block)
+    # Fewer blocks than threads for the sign law: a thread with 128 entries in odd places would run out of registers.
+    shape = _Shape(64, 1, 128) if law.kind == "sign" else _Shape(16, 8, 8 * law.entries_per_block)
     grid = (-(-lines // shape.lines), -(-slab.cols // shape.cols))
     with _on(device):
         kernels.KERNELS["expand"][grid](

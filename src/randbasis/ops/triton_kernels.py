@@ -128,7 +128,7 @@ def _add_product(sums, x, entries, PIECES: tl.constexpr, OPERAND: tl.constexpr):
 # --- kernels -----------------------------------------------------------------------------------------------------
 
 #: Numbers that differ from call to call without changing the code: no variant of a kernel is compiled for a value.
-_VALUES = ["basis_stream", "key0", "key1", "threshold", "one", "index0", "row0", "block0", "share"]
+_VALUES = ["n", "groups", "basis_stream", "key0", "key1", "threshold", "one", "index0", "row0", "block0", "share"]
 
 
 @triton.jit(do_not_specialize=_VALUES)
