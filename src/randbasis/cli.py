@@ -25,14 +25,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(store)
-app.command(epilog="Example: randbasis push runs/e2e me/e2e-nola --license apache-2.0 --dry-run folder")(push)
-app.command(epilog="Example: randbasis quantize runs/e2e e2e-4.safetensors --bits 4")(quantize)
-app.command(epilog="Example: randbasis export runs/e2e lora --to peft-lora")(export)
-app.command("import", epilog="Example: randbasis import LORA runs/nola --to nola --rank 8 --basis 128")(import_)
-app.command(epilog="Example: randbasis diff runs/a runs/b --json")(diff)
-app.command(epilog="Example: randbasis average runs/a runs/b --weights 0.5,0.5 --output runs/mean")(average)
-
 of_data = partial(Option, rich_help_panel="Data")
 of_adapter = partial(Option, rich_help_panel="Adapter")
 of_loop = partial(Option, rich_help_panel="Optimisation")
@@ -358,6 +350,16 @@ def verify(
         from randbasis.adapter_file import verify as run
 
         answer(run(file).as_json(), as_json)
+
+
+# Commands that have a module of their own, in the order of the help.
+app.command(epilog="Example: randbasis quantize runs/e2e e2e-4.safetensors --bits 4")(quantize)
+app.command(epilog="Example: randbasis export runs/e2e lora --to peft-lora")(export)
+app.command("import", epilog="Example: randbasis import LORA runs/nola --to nola --rank 8 --basis 128")(import_)
+app.command(epilog="Example: randbasis diff runs/a runs/b --json")(diff)
+app.command(epilog="Example: randbasis average runs/a runs/b --weights 0.5,0.5 --output runs/mean")(average)
+app.command(epilog="Example: randbasis push runs/e2e me/e2e-nola --license apache-2.0 --dry-run folder")(push)
+app.add_typer(store)
 
 
 def answer_rows(rows: list[dict[str, Any]], output: Path | None, as_json: bool, *, overwrite: bool) -> None:
