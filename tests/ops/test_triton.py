@@ -6,6 +6,7 @@ The interpreter takes milliseconds a program, so shapes are small; what a compil
 
 import pytest
 import torch
+from test_cpu import GOLDEN, GOLDEN_BASIS, KNOWN_ANSWERS
 from torch import Tensor
 
 from randbasis.basis import Basis, basis_entries, block_words
@@ -25,24 +26,6 @@ SHAPES = ((1, 1, 1), (3, 2, 5), (5, 2, 140), (130, 2, 33))
 #: Rounding relative to the root mean square: of a float32 sum, which tensor cores truncate at every step, and of one
 #: store, which the interpreter truncates.
 TOLERANCE = {torch.float32: 2e-5 if torch.cuda.is_available() else 2e-6, torch.bfloat16: 2**-5, torch.float16: 2**-8}
-GOLDEN_BASIS = (0x0123456789ABCDEF, 0xECEB6DCF)
-#: law -> entries (0, 0, 0..11) and (5, 3, 1000..1003), the table of math.md.
-GOLDEN = {
-    "sign": ((1, 1, 1, -1, -1, 1, 1, -1, 1, -1, -1, 1), (-1, -1, -1, 1)),
-    "uniform": ((49, 141, 193, 129, -63, -215, -255, -183, -239, 253, 1, -211), (-149, -177, 19, 49)),
-    "normal": ((-1, -3, -4, -6, 0, -4, 2, -2, 3, -1, 1, 2), (-1, -3, -1, -2)),
-    "sparse(3)": ((-1, -1, 1, 1, -1, 1, -1, -1, 0, -1, 1, -1), (1, 0, 1, 0)),
-}
-#: math.md (1): counter, key, words.
-KNOWN_ANSWERS = (
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-)
 
 
 @pytest.fixture(autouse=True)
