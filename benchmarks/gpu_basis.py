@@ -47,7 +47,8 @@ def cases(*, tiny: bool = False, everything: bool = False) -> Iterator[Case]:
     """Raw words, then entries in bfloat16 by law."""
     del everything
     count, rows, cols = (2, 2, 256) if tiny else (1024, 16, 11008)
-    words = Slab(Basis.named(0, "bench/words", "sign"), count, rows, cols)
+    # More matrices for words, so that they do not fit into a cache either.
+    words = Slab(Basis.named(0, "bench/words", "sign"), count if tiny else 8 * count, rows, cols)
     yield _case("words", words)
     for law in ENTRY_OPERATIONS:
         yield _case("entries", Slab(Basis.named(0, "bench/entries", law), count, rows, cols))
