@@ -118,7 +118,29 @@ def fused_weight_order(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Te
         bias: ``[out]`` or None.
         delta: ``ΔW``, ``[out, in]``.
     """
-    return functional.linear(x, weight + delta, bias)
+    return cast("Tensor", _FusedSum.apply(x, weight, bias, delta))  # pyright: ignore[reportUnknownMemberType]
+
+
+class _FusedSum(torch.autograd.Function):
+    """``(W0 + ΔW) x + bias``, with the gradient of ΔW in the layout that is made fastest."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor) -> Tensor:
+        total = weight + delta
+        ctx.save_for_backward(x, total)
+        return functional.linear(x, total, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, total = ctx.saved_tensors
+        for_x = gradient @ total if ctx.needs_input_grad[0] else None
+        tokens, for_output = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        for_bias = for_output.sum(0) if ctx.needs_input_grad[2] else None
+        # A product of many tokens runs up to an eighth faster with the longer axis last.
+        long = total.shape[0] > total.shape[1]
+        for_sum = (tokens.T @ for_output).T if long else for_output.T @ tokens
+        return for_x, for_sum, for_bias, for_sum
 
 
 class _FusedPairs(torch.autograd.Function):
