@@ -6,7 +6,7 @@ from typing import Protocol, cast
 
 from benchmarks.case import Case
 
-FAMILIES = ("basis_rate", "training_step", "peak_memory", "inference", "expansion", "switching", "growth")
+FAMILIES = ("basis_rate", "training_step", "step_parts", "peak_memory", "inference", "expansion", "switching", "growth")
 GPU_FAMILIES = ("gpu_basis", "gpu_expansion", "gpu_step", "gpu_project")
 
 
