@@ -53,6 +53,7 @@ def _bars(runs: Sequence[Run]) -> Any:
         axes.axvline(1.0, color="black", linewidth=0.6)
         if max(ratios) > 4:
             axes.set_xscale("log")
+            _plain_ticks(axes.xaxis, [1, 2, 4, 8])
         axes.set_title(f"{run.case}: ratio to {sides[0]}", fontsize=9)
         axes.tick_params(labelsize=7)
     return figure
@@ -75,8 +76,19 @@ def _growth(runs: Sequence[Run]) -> Any:
                     lines.setdefault(method_of(side), []).append(point)
         for name, points in lines.items():
             panel.loglog(*zip(*sorted(points), strict=True), marker="o", markersize=3, linewidth=1, label=name)
+        _plain_ticks(panel.xaxis, sorted({int(x) for points in lines.values() for x, _ in points}))
+        _plain_ticks(panel.yaxis)
         panel.set_xlabel(axis, fontsize=8)
         panel.set_ylabel(quantity, fontsize=8)
         panel.tick_params(labelsize=7)
         panel.legend(fontsize=6)
     return figure
+
+
+def _plain_ticks(axis: Any, places: Sequence[int] | None = None) -> None:
+    """Plain numbers instead of powers of ten on a logarithmic axis, at some places or wherever there is room."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(FixedLocator(places) if places else LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
