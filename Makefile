@@ -66,7 +66,6 @@ crash: $(INSTALLED) ## kill a writer of a store at random moments and compare wh
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.crash --kills $(KILLS) --seed $(SEED)
 
 fuzz: $(INSTALLED) ## feed the reader of packed files what coverage suggests (FUZZ_SECONDS=60; corpus in .cache/fuzz)
-	$(BIN)/pip install --quiet -e ".[fuzz]"
 	$(BIN)/python tests/adapter_file/fuzz_reader.py .cache/fuzz -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
 
 docs: $(INSTALLED) ## write docs/cli.md from the command's help, and build the site into site/
