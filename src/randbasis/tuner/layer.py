@@ -29,7 +29,7 @@ from randbasis.tuner.adapted_layer import AdaptedLayer
 from randbasis.tuner.adapted_matrix import AdaptedMatrix, batch_groups
 from randbasis.tuner.base_weight import BaseWeight, full_weight
 from randbasis.tuner.coefficients import Streams
-from randbasis.tuner.prepared_pass import Holder, PreparedPass, Term
+from randbasis.tuner.prepared_pass import Holder, PreparedPass, Term, may_be_kept
 from randbasis.tuner.targets import Part
 
 
@@ -181,13 +181,15 @@ class RandbasisLinear(AdaptedLayer):
 
     def _prepare_pass(self, x: Tensor, by: Mapping[Order, Mapping[str, list[AdaptedMatrix]]]) -> None:
         holders: list[Holder] = [cast("Streams", one) for one in self.randbasis_streams.values()]
+        for name, matrices in (*by["weight"].items(), *by["token"].items()):
+            holders += [self._holder(name, attribute) for one in matrices for attribute in one.attributes.values()]
+        if not may_be_kept(holders):
+            return
         terms: list[Term] = []
         for name, matrices in by["weight"].items():
             terms.append(partial(weight_order, delta=self._delta(name, matrices).to(x.dtype)))
         for name, matrices in by["token"].items():
             terms += [self._token_term(name, one, x.dtype) for one in matrices]
-        for name, matrices in (*by["weight"].items(), *by["token"].items()):
-            holders += [self._holder(name, attribute) for one in matrices for attribute in one.attributes.values()]
         self._prepared_pass = PreparedPass.of(x, self.active_adapters, holders, terms)
 
     def _token_term(self, adapter: str, one: AdaptedMatrix, dtype: torch.dtype) -> Term:

@@ -39,13 +39,9 @@ class PreparedPass:
     terms: Sequence[Term]
 
     @classmethod
-    def of(
-        cls, x: Tensor, active: list[str], holders: Sequence[Holder], terms: Sequence[Term]
-    ) -> "PreparedPass | None":
-        """The pass for inputs like ``x``, as the holders are now; None where nothing may be kept."""
+    def of(cls, x: Tensor, active: list[str], holders: Sequence[Holder], terms: Sequence[Term]) -> "PreparedPass":
+        """The pass for inputs like ``x``, as the holders are now."""
         sources = [holder.weight for holder in holders]
-        if torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
-            return None
         return cls(list(active), x.dtype, x.numel(), holders, sources, stamps_of(sources), terms)
 
     def fits(self, x: Tensor, active: list[str]) -> bool:
@@ -72,3 +68,8 @@ class PreparedPass:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
+
+
+def may_be_kept(holders: Sequence[Holder]) -> bool:
+    """Whether a pass made of these can tell when they change: not while a compiler traces, nor in inference mode."""
+    return not torch.compiler.is_compiling() and not any(holder.weight.is_inference() for holder in holders)
