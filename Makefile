@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LOCK := requirements/lock.txt
+OLDEST := requirements/oldest.txt
+TORCH := $(shell grep -m 1 '^torch==' $(LOCK))
 PYTEST_ARGS ?=
 WORKERS ?= auto
 KILLS ?= 1000
@@ -13,19 +16,30 @@ FUZZ_SECONDS ?= 60
 CLI_PAGE := $(BIN)/python -m typer randbasis.cli utils docs --name randbasis --title "The command"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench bench-gpu conformance results results-sst2 results-vision results-e2e results-quantization fuzz crash docs clean
+.PHONY: help install lock demo test test-newest test-oldest check bench bench-gpu conformance results results-sst2 results-vision results-e2e results-quantization fuzz crash docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-install: $(INSTALLED) ## make .venv with everything that tests, docs and demo need
+install: $(INSTALLED) ## make .venv with everything that tests, docs and demo need, at the versions of requirements/lock.txt
 
-# torch first and alone: the rest must not pick another build of it.
-$(INSTALLED): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[dev]"
+# $(call environment,FOLDER,OPTIONS): torch first and alone, since the rest must not pick another build of it, with what
+# builds this package, so that pip does not fetch a builder that nobody tested.
+define environment
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet $(2) "$(TORCH)" hatchling editables
+	$(1)/bin/pip install --quiet $(2) --no-build-isolation "$(TORCH)" -e ".[dev]"
+endef
+
+$(INSTALLED): pyproject.toml $(LOCK)
+	$(call environment,$(VENV),--constraint $(LOCK))
 	touch $@
+
+# uv comes from the lock that it is about to replace; the tests review what it wrote.
+lock: ## resolve what `make install` and `make test-oldest` install anew (requirements/README.md), and show what changed
+	test -x .cache/lock/bin/python || $(PYTHON) -m venv .cache/lock
+	.cache/lock/bin/pip install --quiet --constraint $(LOCK) uv
+	.cache/lock/bin/python requirements/make_lock.py
 
 demo: $(INSTALLED) ## fine-tune a real encoder on real text, offline, and compare (writes demo-output/)
 	$(BIN)/python examples/demo.py --output demo-output $(ARGS)
@@ -39,8 +53,19 @@ check: $(INSTALLED) ## ruff, pyright (strict on src), and whether docs/cli.md is
 
 # One thread a worker: pytest-xdist already keeps every core busy.
 test: check ## check, then the test suite (PYTEST_ARGS="-k nola" picks tests)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	RANDBASIS_PINS=$(LOCK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 	@echo "make test: lint, format, types, docs/cli.md and the test suite passed"
+
+# torch stays: another release would pull gigabytes of CUDA packages. It says so, and what else it installed.
+test-newest: ## the test suite on the newest of everything that the ranges of pyproject.toml allow, torch excepted
+	$(call environment,.venv-newest,--upgrade --upgrade-strategy eager)
+	@echo "make test-newest: $(TORCH) as locked, since another torch pulls gigabytes of CUDA packages; the rest at its newest"
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-oldest: ## the test suite on the oldest of what the ranges allow (requirements/oldest.txt), torch excepted
+	$(call environment,.venv-oldest,--constraint $(OLDEST))
+	@echo "make test-oldest: $(TORCH) as locked, since another torch pulls gigabytes of CUDA packages; the rest at its oldest"
+	RANDBASIS_PINS=$(OLDEST) OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 # The page is made from what was measured, also when a case failed; the exit code is that of the run.
 bench: $(INSTALLED) ## check, then time every case (ARGS="--only step --tokens 2048 --rounds 7 --threads 4"); writes the tables in docs/
@@ -68,11 +93,12 @@ crash: $(INSTALLED) ## kill a writer of a store at random moments and compare wh
 fuzz: $(INSTALLED) ## feed the reader of packed files what coverage suggests (FUZZ_SECONDS=60; corpus in .cache/fuzz)
 	$(BIN)/python tests/adapter_file/fuzz_reader.py .cache/fuzz -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
 
-docs: $(INSTALLED) ## write docs/cli.md from the command's help, and build the site into site/
+docs: $(INSTALLED) ## write docs/cli.md and docs/host-names.md from the code, and build the site into site/
 	$(CLI_PAGE) --output docs/cli.md
+	$(BIN)/python docs/host_names.py > docs/host-names.md
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "make docs: wrote docs/cli.md and site/index.html"
 
 clean: ## remove .venv, caches and built pages
-	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest .cache/lock site build dist .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

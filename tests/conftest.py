@@ -2,8 +2,11 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 # Before anything imports a hub client: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,6 +30,26 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("repeatable")
+
+
+#: The packages whose versions decide what other people's machines do.
+TOLD = ("torch", "transformers", "peft", "accelerate", "trl", "numpy", "safetensors", "huggingface-hub")
+
+
+def pytest_report_header() -> str:
+    return "versions: " + ", ".join(f"{name} {version(name)}" for name in TOLD)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What was not run, and why: one line a reason."""
+    reasons = Counter[str]()
+    for report in terminalreporter.getreports("skipped"):
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[reason.removeprefix("Skipped: ")] += 1
+    if reasons:
+        terminalreporter.section("not run")
+        for reason, count in reasons.most_common():
+            terminalreporter.line(f"{count}: {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -130,7 +130,8 @@ def train(
         from randbasis.train.settings import settings_from_words
 
         outcome = run(settings_from_words(given), console=None if quiet else Console(stderr=True))
-        answer({"output": str(output), **outcome.summary}, as_json)
+        if outcome.first:
+            answer({"output": str(output), **outcome.summary}, as_json)
 
 
 @app.command(epilog="Example: randbasis evaluate --adapter runs/sst2 --data dev.tsv.gz")

@@ -39,6 +39,8 @@ def reported(as_json: bool) -> Generator[None]:
         if os.environ.get(TRACEBACK_VARIABLE):
             traceback.print_exc()
         usage = isinstance(error, RandbasisError) and isinstance(error, USAGE)
+        if isinstance(error, RandbasisError) and error.told_elsewhere:
+            raise typer.Exit(2 if usage else 1) from error
         if as_json:
             typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)

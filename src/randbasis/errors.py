@@ -9,7 +9,13 @@ from difflib import get_close_matches
 
 
 class RandbasisError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Attributes:
+        told_elsewhere: whether another process of the same run is the one to tell it.
+    """
+
+    told_elsewhere: bool = False
 
 
 class SeedError(RandbasisError, ValueError):
@@ -206,6 +212,10 @@ class MissingPackageError(RandbasisError, ImportError):
 
 class RegistrationError(RandbasisError, RuntimeError):
     """The method could not be registered with PEFT."""
+
+
+class VersionPairError(RegistrationError, ValueError):
+    """The installed versions of transformers and PEFT cannot do together what was asked for."""
 
 
 class StoreNameError(RandbasisError, ValueError):

@@ -18,6 +18,7 @@ from tuner_cases import (
     coefficients_of,
     fill,
     make_config,
+    needs_pair,
     outputs,
     seeded,
     snapshot,
@@ -203,6 +204,7 @@ def test_a_second_adapter_that_is_refused(method, targets, error):
     assert torch.equal(outputs(model, SAVED.batch()), expected)
 
 
+@needs_pair
 def test_transformers_own_method_refuses_too():
     model = seeded(tiny_llama)
     before = snapshot(model)

@@ -14,6 +14,7 @@ from tuner_cases import (
     coefficients_of,
     fill,
     make_config,
+    needs_pair,
     outputs,
     seeded,
     tiny_gpt2,
@@ -36,11 +37,13 @@ def native(case: Case, seed: int = 1):
     return model.eval()
 
 
+@needs_pair
 @pytest.mark.parametrize("case", LANGUAGE_CASES)
 def test_add_adapter_is_get_peft_model(case):
     assert torch.equal(outputs(native(case), case.batch()), outputs(case.adapted(), case.batch()))
 
 
+@needs_pair
 @pytest.mark.parametrize("case", LANGUAGE_CASES)
 def test_save_and_load(case, tmp_path):
     model = native(case)
@@ -67,6 +70,7 @@ def test_load_what_peft_saved(case, tmp_path):
     assert torch.equal(outputs(again.eval(), case.batch()), outputs(model, case.batch()))
 
 
+@needs_pair
 @pytest.mark.parametrize("method", OPTIONS)
 def test_several_adapters_on_off_and_gone(method):
     case = Case("linear", method)
@@ -91,6 +95,7 @@ def test_several_adapters_on_off_and_gone(method):
     assert not coefficients_of(model)
 
 
+@needs_pair
 @pytest.mark.parametrize("method", OPTIONS)
 def test_get_adapter_state_dict(method):
     case = Case("c_attn", method)
@@ -123,6 +128,7 @@ def test_auto_peft_model_finds_the_class_by_itself(method, tmp_path):
     assert torch.equal(outputs(again, token_batch()), outputs(model, token_batch()))
 
 
+@needs_pair
 @pytest.mark.parametrize("method", ["nola-own-basis", "nola"])
 def test_another_head_and_so_another_path(method, tmp_path):
     """AutoModel against ForCausalLM: the module paths differ by a prefix, what was stored does not."""
@@ -153,6 +159,7 @@ def test_low_level_injection(method):
     assert torch.equal(outputs(model.eval(), case.batch()), outputs(case.adapted(), case.batch()))
 
 
+@needs_pair
 @pytest.mark.parametrize("method", OPTIONS)
 def test_global_random_state_is_untouched(method):
     base = seeded(tiny_llama)

@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -18,6 +20,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import check_peft_version
 
 from randbasis import (
     METHODS,
@@ -295,3 +299,18 @@ def naive_deltas(model: PeftModel, case: Case, adapter: str = "default") -> dict
             total[start:stop] = naive_delta(config, path, mine, stop - start, layer.in_features)
         found[name] = total
     return found
+
+
+def pair_works() -> bool:
+    """Whether the installed transformers takes the installed PEFT for its own adapter methods."""
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError:
+        return False
+    return True
+
+
+def needs_pair(test):
+    """Skip a test of transformers' own adapter methods where the installed PEFT is too old for them."""
+    reason = f"transformers {transformers.__version__} wants PEFT >= {MIN_PEFT_VERSION}, here is {peft.__version__}"
+    return pytest.mark.skipif(not pair_works(), reason=reason)(test)

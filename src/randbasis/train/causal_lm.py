@@ -186,6 +186,10 @@ class CausalLanguage(Task):
         """See :meth:`Task.collate`."""
         return pad_batch(examples, ("input_ids", "attention_mask", "labels"), pad_id(self.tokenizer))
 
+    def items(self, batch: Batch) -> int:
+        """See :meth:`Task.items`; the first token of a row is not predicted."""
+        return int((batch["labels"][:, 1:] != -100).sum())
+
     def lengths(self, examples: Sequence[Example]) -> list[int]:
         """See :meth:`Task.lengths`."""
         return [len(example["input_ids"]) for example in examples]

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from randbasis.errors import EmptyDataError, RandbasisError, SettingError, TargetError
 from randbasis.train.progress import ProgressReport
 from randbasis.train.randomness import confined_randomness
+from randbasis.train.ranks import Ranks
 from randbasis.train.settings import LoopSettings
 from randbasis.train.task import Example, Task
 from randbasis.train.trainer import AdapterTrainer, checkpoint_to_resume, parameter_groups
@@ -69,6 +70,7 @@ def fit(
     resume: bool = False,
     console: Console | None = None,
     prepare: Callable[[nn.Module], object] | None = None,
+    ranks: Ranks | None = None,
 ) -> FitResult:
     """Train an adapter and a head.
 
@@ -83,6 +85,7 @@ def fit(
         resume: go on from the last checkpoint there; the run ends as it would have without the interruption.
         console: where to show progress, ``None`` for nowhere.
         prepare: called with the adapted model before an optimizer is made for it.
+        ranks: the processes of the run; ``None`` for this one alone.
 
     Returns:
         The trained model and its metrics before and after.
@@ -101,12 +104,13 @@ def fit(
             f"there are {len(train)} rows to train on and {len(eval)} to evaluate on; both must be there"
         )
     folder = Path(checkpoints)
-    start = checkpoint_to_resume(folder) if resume else None
+    ranks = ranks or Ranks()
+    start = ranks.agreed(lambda: checkpoint_to_resume(folder)) if resume else None
     with torch_threads(loop.threads), _quiet_logging(), confined_randomness(loop.train_seed):
-        adapted = adapt(model, config, task.head_modules(model))
+        adapted = ranks.agreed(lambda: adapt(model, config, task.head_modules(model)))
         if prepare is not None:
             prepare(adapted)
-        arguments = training_arguments(loop, len(train), folder, task)
+        arguments = training_arguments(loop, len(train), folder, task, processes=ranks.count)
         report = ProgressReport(task, console) if console else None
         trainer = AdapterTrainer(
             adapted,
@@ -116,10 +120,11 @@ def fit(
             eval=eval,
             lengths=task.lengths(train) if loop.group_by_length else None,
             head_learning_rate=loop.learning_rate if loop.head_learning_rate is None else loop.head_learning_rate,
+            ranks=ranks,
             callbacks=_callbacks(loop, report),
         )
         trainer.pop_callback(PrinterCallback)
-        before = task.score(adapted, eval, arguments.eval_batch_size)
+        before = ranks.of_first(task.score(adapted, eval, arguments.eval_batch_size))
         if console:
             console.print("before: " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
         began = time.perf_counter()
@@ -162,12 +167,19 @@ def count_trained(model: nn.Module) -> tuple[int, int]:
     return adapter, matrices + vectors
 
 
-def training_arguments(loop: LoopSettings, rows: int, folder: Path, task: Task) -> TrainingArguments:
-    """The arguments of transformers' Trainer."""
-    steps_an_epoch = math.ceil(math.ceil(rows / loop.batch_size) / loop.accumulate)
+def runs_on_cpu(loop: LoopSettings) -> bool:
+    """Whether a run is on the CPU: because it was asked for, or because there is nothing else."""
+    return loop.device == "cpu" or not torch.accelerator.is_available()
+
+
+def training_arguments(
+    loop: LoopSettings, rows: int, folder: Path, task: Task, *, processes: int = 1
+) -> TrainingArguments:
+    """The arguments of transformers' Trainer; ``batch_size`` is that of one process."""
+    steps_an_epoch = math.ceil(math.ceil(rows / (loop.batch_size * processes)) / loop.accumulate)
     every = loop.eval_every or (math.ceil(loop.max_steps / 5) if loop.max_steps else steps_an_epoch)
     total = loop.max_steps or math.ceil(loop.epochs * steps_an_epoch)
-    on_cpu = loop.device == "cpu" or not torch.accelerator.is_available()
+    on_cpu = runs_on_cpu(loop)
     if loop.dtype == "float16" and on_cpu:
         raise SettingError("dtype float16 can only be trained with on a GPU; take bfloat16 or float32")
     return TrainingArguments(

@@ -16,8 +16,9 @@ from randbasis.train.adapter_folder import ADAPTER_WEIGHTS, HEAD_WEIGHTS, save_p
 from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.classification import TextClassification
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
-from randbasis.train.loop import FitResult, fit
+from randbasis.train.loop import FitResult, fit, runs_on_cpu
 from randbasis.train.loss_plot import plot_losses
+from randbasis.train.ranks import Ranks, joined
 from randbasis.train.settings import TrainSettings
 from randbasis.train.splits import few_shot, hold_out, sample
 from randbasis.train.tabular import Table, read_table
@@ -65,19 +66,22 @@ class TrainOutcome:
         model: the trained model.
         task: the task, for :func:`randbasis.train.evaluate_rows` and the like.
         summary: what ``summary.json`` holds.
+        first: whether this process wrote it; of several processes, the one that prints.
     """
 
     output: Path
     model: nn.Module
     task: Task
     summary: dict[str, Any]
+    first: bool = True
 
 
 def train(settings: TrainSettings, *, console: Console | None = None) -> TrainOutcome:
     """Fine-tune a base model on a file of rows.
 
     Everything that can be refused is refused before the output folder is made; an adapter that is there already is
-    replaced only when the new one is complete.
+    replaced only when the new one is complete. Where torchrun started several processes, each takes ``batch_size``
+    rows of every step, the coefficients are those of one process with all of these rows, and the first process writes.
 
     Args:
         settings: the run.
@@ -89,18 +93,25 @@ def train(settings: TrainSettings, *, console: Console | None = None) -> TrainOu
     Raises:
         RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
     """
-    settings.check()
+    with joined(on_cpu=runs_on_cpu(settings.loop)) as ranks:
+        ranks.agreed(settings.check)
+        return _train(settings, ranks, console if ranks.first else None)
+
+
+def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> TrainOutcome:
     output = Path(settings.output)
     checkpoints = output / CHECKPOINTS
-    _check_output(settings)
-    prepared = prepare(settings)
-    model = prepared.load_model(settings)
-    config = peft_config(
-        settings.adapter, task_type=prepared.task.peft_task_type, head=prepared.task.head_modules(model)
+    ranks.by_first(lambda: _check_output(settings, ranks.count))
+    prepared = ranks.agreed(lambda: prepare(settings))
+    model = ranks.agreed(lambda: prepared.load_model(settings))
+    config = ranks.agreed(
+        lambda: peft_config(
+            settings.adapter, task_type=prepared.task.peft_task_type, head=prepared.task.head_modules(model)
+        )
     )
-    is_new = not output.exists()
+    is_new = ranks.of_first(not output.exists())
     if not settings.resume:
-        _begin(settings, checkpoints)
+        ranks.by_first(lambda: _begin(settings, checkpoints, ranks.count))
     try:
         result = fit(
             model,
@@ -112,15 +123,16 @@ def train(settings: TrainSettings, *, console: Console | None = None) -> TrainOu
             checkpoints=checkpoints,
             resume=settings.resume,
             console=console,
+            ranks=ranks,
         )
     except BaseException:
-        if last_checkpoint(checkpoints) is None:
+        if ranks.first and last_checkpoint(checkpoints) is None:
             shutil.rmtree(output if is_new else checkpoints)
         raise
-    summary = _save(settings, prepared, result)
+    summary = ranks.by_first(lambda: _save(settings, prepared, result, ranks.count))
     if not settings.keep_checkpoints:
-        shutil.rmtree(checkpoints)
-    return TrainOutcome(output, result.model, prepared.task, summary)
+        ranks.by_first(lambda: shutil.rmtree(checkpoints))
+    return TrainOutcome(output, result.model, prepared.task, summary, ranks.first)
 
 
 def prepare(settings: TrainSettings) -> Prepared:
@@ -169,12 +181,12 @@ def _chosen(settings: TrainSettings, train: Table, eval: Table | None) -> tuple[
     return train, eval
 
 
-def _check_output(settings: TrainSettings) -> None:
+def _check_output(settings: TrainSettings, processes: int) -> None:
     """Raises OutputExistsError or CheckpointError before anything is read."""
     output = Path(settings.output)
     if settings.resume:
         checkpoint_to_resume(output / CHECKPOINTS)
-        _check_same(settings, output / CHECKPOINTS / SETTINGS_FILE)
+        _check_same(_kept_settings(settings, processes), output / CHECKPOINTS / SETTINGS_FILE)
     elif output.exists() and not settings.overwrite and (not output.is_dir() or any(output.iterdir())):
         raise OutputExistsError(
             f"output {str(output)!r} exists; give overwrite to replace it, resume to go on with it, or another folder"
@@ -183,24 +195,35 @@ def _check_output(settings: TrainSettings) -> None:
         raise OutputExistsError(f"output {str(output)!r} is a file; give a folder")
 
 
-def _begin(settings: TrainSettings, checkpoints: Path) -> None:
+def _begin(settings: TrainSettings, checkpoints: Path, processes: int) -> None:
     """Make the folder of the checkpoints, which says what it is of."""
     with saving(checkpoints):
         if checkpoints.exists():
             shutil.rmtree(checkpoints)
         checkpoints.mkdir(parents=True)
-        (checkpoints / SETTINGS_FILE).write_text(json.dumps(settings.as_json()), encoding="utf-8")
+        content = json.dumps(_kept_settings(settings, processes))
+        (checkpoints / SETTINGS_FILE).write_text(content, encoding="utf-8")
 
 
-def _check_same(settings: TrainSettings, kept: Path) -> None:
+def _kept_settings(settings: TrainSettings, processes: int) -> dict[str, Any]:
+    """What a resumed run must have in common with its beginning; several processes make larger batches."""
+    return {**settings.as_json(), **({"processes": processes} if processes > 1 else {})}
+
+
+def _check_same(settings: dict[str, Any], kept: Path) -> None:
     """Raises SettingError when a run would go on with other settings than it began with."""
     try:
-        before, now = _flat(json.loads(kept.read_text(encoding="utf-8"))), _flat(settings.as_json())
+        before, now = _flat(json.loads(kept.read_text(encoding="utf-8"))), _flat(settings)
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{kept} does not tell the settings of the run ({error}); start it again") from error
-    changed = [name for name in now if name.split(".")[-1] not in FREE_TO_CHANGE and before.get(name) != now[name]]
+    names = now.keys() | ({"processes"} & before.keys())
+    changed = [
+        name
+        for name in sorted(names)
+        if name.split(".")[-1] not in FREE_TO_CHANGE and before.get(name) != now.get(name)
+    ]
     if changed:
-        told = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in changed)
+        told = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
         raise SettingError(
             f"a resumed run must have the settings that it began with: {told}; start another run for those"
         )
@@ -214,12 +237,14 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _save(settings: TrainSettings, prepared: Prepared, result: FitResult) -> dict[str, Any]:
+def _save(settings: TrainSettings, prepared: Prepared, result: FitResult, processes: int) -> dict[str, Any]:
     output = Path(settings.output)
     with staged(output) as stage:
         save_parameters(result.model, stage)
         weights = next(stage / name for name in (ADAPTER_WEIGHTS, HEAD_WEIGHTS) if (stage / name).exists())
         summary = _summary(settings, prepared, result) | {"adapter_bytes": weights.stat().st_size}
+        if processes > 1:
+            summary["processes"] = processes
         about = {"base_model": settings.model, "method": settings.adapter.method, "task": prepared.task.description()}
         (stage / TASK_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (stage / SUMMARY_FILE).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

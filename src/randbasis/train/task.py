@@ -75,6 +75,10 @@ class Task(ABC):
     def description(self) -> dict[str, Any]:
         """What :func:`task_from_description` needs, as plain values."""
 
+    def items(self, batch: Batch) -> int:
+        """How many items the loss of a batch is the mean over: rows here, learned tokens for a language model."""
+        return len(batch["labels"])
+
     def lengths(self, examples: Sequence[Example]) -> list[int] | None:
         """Lengths to group rows by, ``None`` where all are alike."""
         return None

@@ -7,20 +7,28 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.data_loader import prepare_data_loader  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from randbasis.errors import CheckpointError, NonFiniteLossError, SaveError
 from randbasis.train.adapter_folder import restore_parameters, save_parameters, saving
-from randbasis.train.task import Example, Task
+from randbasis.train.host_names import TRAINER_NAMES
+from randbasis.train.ranks import Ranks
+from randbasis.train.task import Batch, Example, Task
+from randbasis.tuner.host_names import check_names
+
+check_names(TRAINER_NAMES)
 
 STATE_FILE = "trainer_state.json"
+NO_ROW = "no_row"
+"""Key of an example, and of a batch, that a process computes with only to keep step with the others."""
 
 
 class Rows(Dataset[Example]):
-    """Examples as a dataset of torch."""
+    """Examples as a dataset of torch; row ``None`` stands in where a process has no row of its own left."""
 
     def __init__(self, examples: Sequence[Example]):
         self.examples = examples
@@ -28,8 +36,8 @@ class Rows(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
+    def __getitem__(self, index: int | None) -> Example:
+        return {**self.examples[0], NO_ROW: True} if index is None else self.examples[index]
 
 
 class EpochOrder(Sampler[int]):
@@ -69,6 +77,39 @@ class EpochOrder(Sampler[int]):
         return iter([row for i in shuffled for row in batches[i]] + tail)
 
 
+class RankOrder(Sampler[int | None]):
+    """One process's rows of each batch that all processes share: a batch is cut into as many pieces as there are.
+
+    A last batch that is too short for every process to have a row gives the rest of them ``None``.
+
+    Args:
+        order: of the rows, in batches of all processes together.
+        ranks: which process this is.
+    """
+
+    def __init__(self, order: EpochOrder, ranks: Ranks):
+        self.order = order
+        self.ranks = ranks
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.order), self.order.batch_size)
+        return whole * (self.order.batch_size // self.ranks.count) + (len(self._own(list(range(rest)))) if rest else 0)
+
+    def __iter__(self) -> Iterator[int | None]:
+        rows, size = list(self.order), self.order.batch_size
+        for start in range(0, len(rows), size):
+            yield from self._own(rows[start : start + size])
+
+    def _own(self, batch: list[int]) -> list[int | None]:
+        share = -(-len(batch) // self.ranks.count)
+        own: list[int | None] = [*batch[self.ranks.index * share : (self.ranks.index + 1) * share]]
+        return own or [None]
+
+
 def permutation(count: int, generator: torch.Generator) -> list[int]:
     """The numbers below ``count`` in an order that the generator decides."""
     return cast(list[int], cast(Any, torch.randperm(count, generator=generator)).tolist())
@@ -85,6 +126,7 @@ class AdapterTrainer(Trainer):
         eval: examples.
         lengths: of the training examples, to group them by.
         head_learning_rate: of the parameters in ``modules_to_save``, or of all of them where there is no adapter.
+        ranks: the processes of the run.
     """
 
     def __init__(
@@ -97,23 +139,68 @@ class AdapterTrainer(Trainer):
         eval: Sequence[Example],
         lengths: Sequence[int] | None,
         head_learning_rate: float,
+        ranks: Ranks,
         **rest: Any,
     ):
         self.task = task
+        self.ranks = ranks
         self.row_lengths = lengths
         self.head_learning_rate = head_learning_rate
         super().__init__(
             cast(Any, model),
             args,
-            data_collator=cast(Any, task.training_collate),
+            data_collator=cast(Any, self._collate),
             train_dataset=Rows(train),
             eval_dataset=Rows(eval),
             **rest,
         )
+        # compute_loss gives each item of a step the same weight, whatever the model's own forward would do with it.
+        self.model_accepts_loss_kwargs = True
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _collate(self, examples: Sequence[Example]) -> Batch:
+        batch = self.task.training_collate(examples)
+        return {**batch, NO_ROW: True} if NO_ROW in examples[0] else batch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         data: Any = cast(Any, self).train_dataset if train_dataset is None else train_dataset
-        return EpochOrder(len(cast(Rows, data)), self.args.train_batch_size, self.args.seed, self.row_lengths)
+        together = self.args.train_batch_size * self.ranks.count
+        order = EpochOrder(len(cast(Rows, data)), together, self.args.seed, self.row_lengths)
+        return order if self.ranks.count == 1 else RankOrder(order, self.ranks)
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of rows; with several processes those of this one, as :class:`RankOrder` cuts them."""
+        if self.ranks.count == 1:
+            return cast(Any, super()).get_train_dataloader()
+        loader: DataLoader[Any] = DataLoader(
+            cast(Any, self).train_dataset,
+            batch_size=self.args.train_batch_size,
+            sampler=self._get_train_sampler(),
+            collate_fn=self._collate,
+        )
+        # One process of one: accelerate would cut the batches once more, and fill a short one with rows of others.
+        device = self.accelerator.device
+        return cast(Any, prepare_data_loader)(loader, device, num_processes=1, process_index=0, put_on_device=True)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: Any) -> int:
+        return self.ranks.total(sum(self._items(batch) for batch in batch_samples))
+
+    def _items(self, batch: Batch) -> int:
+        return 0 if NO_ROW in batch else self.task.items(batch)
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss whose gradients, averaged over the processes and summed over a step's batches, are those of the
+        mean over all items of the step.
+        """
+        items = self._items(inputs)
+        inputs.pop(NO_ROW, None)
+        mean, outputs = cast(Any, super()).compute_loss(model, inputs, return_outputs=True)
+        if items == 0:  # nothing to learn here; the others wait for gradients all the same
+            loss = outputs.logits.float().sum() * 0.0
+        else:
+            loss = mean * (items * self.ranks.count / int(num_items_in_batch or items))
+        return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over three groups: adapter, head, and the head's biases and norms, which do not decay."""
@@ -139,9 +226,12 @@ class AdapterTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One step; the run ends here when the loss is not finite."""
         loss = super().training_step(*args, **kwargs)
+        self.ranks.agreed(lambda: self._check_loss(loss))
+        return loss
+
+    def _check_loss(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
             raise NonFiniteLossError(self._stopped(f"the loss at step {self.state.global_step + 1} is {float(loss)}"))
-        return loss
 
     def evaluation_loop(
         self,
@@ -154,7 +244,8 @@ class AdapterTrainer(Trainer):
         """The task's own scores: exact means over the rows, on the same path as the command ``evaluate``."""
         examples = cast(Rows, dataloader.dataset).examples
         with self.autocast_smart_context_manager():
-            scores = self.task.score(cast(nn.Module, self.model), examples, self.args.eval_batch_size)
+            own = self.task.score(cast(nn.Module, self.model), examples, self.args.eval_batch_size)
+        scores = self.ranks.of_first(own)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=len(examples))
 
@@ -169,13 +260,17 @@ class AdapterTrainer(Trainer):
                 )
         target = Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
-            with saving(target, undo=lambda: shutil.rmtree(target, ignore_errors=True)):
+            with saving(target, undo=lambda: self._remove(target)):
                 super()._save_checkpoint(model, trial)
         except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
-            shutil.rmtree(target, ignore_errors=True)
+            self._remove(target)
             raise SaveError(
                 f"{target} could not be written: {error}; is the disk full? Earlier checkpoints are kept"
             ) from error
+
+    def _remove(self, checkpoint: Path) -> None:
+        if self.ranks.first:
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore_parameters(cast(nn.Module, self.model), Path(resume_from_checkpoint))
