@@ -63,6 +63,12 @@ def combine_heads(model: nn.Module, adapters: Sequence[str], weights: Sequence[f
                 target.copy_(values[0])
 
 
+def put_back_heads(model: nn.Module) -> None:
+    """Put the base model's own modules in the place of those that were trained whole."""
+    for key, wrapper in list(_wrappers(model)):
+        model.set_submodule(key, cast("nn.Module", wrapper.original_module))
+
+
 def _wrappers(model: nn.Module) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
     for key, module in cast("Iterator[tuple[str, nn.Module]]", model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):

@@ -43,7 +43,7 @@ from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.coverage import names_any, warn_of_gaps
 from randbasis.tuner.fast_paths import Switched, call_every_layer
 from randbasis.tuner.gradient_watch import GradientWatch
-from randbasis.tuner.heads import check_heads, combine_heads
+from randbasis.tuner.heads import check_heads, combine_heads, put_back_heads
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.switching import activate
@@ -310,6 +310,8 @@ class RandbasisModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_merge(adapter_names, safe_merge)
+        else:
+            put_back_heads(self.model)
         base = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
