@@ -110,10 +110,10 @@ def test_targets_that_are_read_and_not_called_are_refused(name, method):
     ],
 )
 def test_classes_of_transformers_that_read_a_weight(kind, attribute):
-    import importlib
-
     module, _, name = f"transformers.models.{kind}".rpartition(".")
-    owner = nn.Module.__new__(getattr(importlib.import_module(module), name))
+    if attribute == "dt_proj" and transformers.__version__.startswith("5.0."):
+        pytest.skip("called there, with its bias taken off")
+    owner = nn.Module.__new__(getattr(pytest.importorskip(module), name))
     nn.Module.__init__(owner)
     setattr(owner, attribute, nn.Linear(8, 8))
     root = nn.Sequential(owner)

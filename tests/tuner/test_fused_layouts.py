@@ -1,7 +1,9 @@
 """Names of parts against the rows that each model really uses as query, key, value, gate and up."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,7 +59,7 @@ DECODERS = [
             "n_layers": 1,
             "max_seq_len": 32,
             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
-            "ffn_config": {"ffn_hidden_size": 48, "hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1},
+            "ffn_config": {"ffn_hidden_size": 32, "hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1},
         },
         "Wqkv",
     ),
@@ -295,12 +297,15 @@ def test_gate_and_up_of_phi3_are_what_its_code_multiplies():
 
 
 def test_model_types_of_the_table_exist():
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    apart = {"semantic", "coarse_acoustics", "fine_acoustics"}  # the three models of bark
-    newest = {"cohere_compass_vision"}
-    for model_type, _ in LAYOUTS:
-        assert model_type in CONFIG_MAPPING_NAMES or model_type in apart | newest or "vision" in model_type, model_type
+    """A row with a misspelt type is one that no model ever meets."""
+    declared = {
+        match
+        for file in (Path(transformers.__file__).parent / "models").glob("*/configuration_*.py")
+        for match in re.findall(r'model_type = "([^"]+)"', file.read_text(encoding="utf-8"))
+    }
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
+        pytest.skip("some types of the table are younger than this transformers")
+    assert {model_type for model_type, _ in LAYOUTS} <= declared
 
 
 def test_rows_of_a_saved_adapter_are_those_it_was_trained_on(tmp_path):

@@ -95,6 +95,8 @@ LAYOUTS: dict[tuple[str, str], Layout] = {
     ("modernbert", "Wqkv"): _thirds,
     ("falcon", "query_key_value"): _falcon,
     **{(model, "qkv"): _thirds for model in _VISION_QKV},
+    # The vision part has the type of the whole in early versions 5 of transformers; the language part has no qkv.
+    **{(model, "attn.qkv"): _thirds for model in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")},
     **{(model, "mlp.gate_up_proj"): _gate_up for model in _GATE_UP_MLP},
     **{(model, "query_key_value"): _by_head for model in ("bloom", "gpt_neox", "gpt_neox_japanese", "persimmon")},
     ("codegen", "qkv_proj"): _by_head,
