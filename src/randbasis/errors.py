@@ -62,6 +62,14 @@ class LayerTypeError(RandbasisError, TypeError, ValueError):
     """A target is a module that cannot be adapted (only linear layers can)."""
 
 
+class BypassedLayerError(TargetError):
+    """A target whose weight the model reads without calling it, or calls past the place where the adapter would be."""
+
+
+class ShardedBaseError(RandbasisError, ValueError):
+    """A target whose weight is spread over several devices, of which the adapter would see a part."""
+
+
 class SliceError(RandbasisError, ValueError):
     """A slice of a fused projection does not exist or does not divide the projection."""
 

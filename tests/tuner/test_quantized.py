@@ -13,7 +13,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not i
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
 ALL_METHODS = pytest.mark.parametrize("method", ONE_EACH)
-TARGETS = ["first", "fused[q,v]"]
+TARGETS = ["first", "fused[0/3,2/3]"]
 
 
 class QuantizedBlock(nn.Module):

@@ -156,8 +156,8 @@ BAD_TARGETS = [
     (Odd, ["first", "conv1"], LayerTypeError, "'conv1', a Conv1d.*modules_to_save"),
     (Odd, ["first", "norm1"], LayerTypeError, "'norm1', a LayerNorm"),
     (Odd, ["first", "attention1"], LayerTypeError, "'attention1', a MultiheadAttention"),
-    (Odd, ["first", "uneven[q]"], SliceError, "'q' of 'uneven' does not divide it: 25 rows are not 3 equal parts"),
-    (Odd, ["first", "uneven[up]"], SliceError, "'up' of 'uneven' does not divide it: 25 rows are not 2 equal parts"),
+    (Odd, ["first", "uneven[0/3]"], SliceError, "'0/3' of 'uneven' does not divide it: 25 rows are not 3 equal parts"),
+    (Odd, ["first", "uneven[0/2]"], SliceError, "'0/2' of 'uneven' does not divide it: 25 rows are not 2 equal parts"),
     (Odd, ["first", "uneven[1/4]"], SliceError, "25 rows are not 4 equal parts"),
     (FusedBlock, ["head", "qkv[3/3]"], SliceError, "i/n with i < n"),
     (FusedBlock, ["head", "qkv[quary]"], SliceError, "'quary' of 'qkv' is unknown: did you mean .*query"),
@@ -165,11 +165,11 @@ BAD_TARGETS = [
     (FusedBlock, ["head", "qkv[9:9]"], SliceError, "9:9 of 'qkv' must lie in 0:72 and not be empty"),
     (
         FusedBlock,
-        ["head", "qkv[q,0:10]"],
+        ["head", "qkv[0/3,0:10]"],
         SliceError,
         "parts of 'qkv' must not overlap, got .*=0:24.*=0:10|=0:10.*=0:24",
     ),
-    (FusedBlock, ["head", "qkv[q,query]"], SliceError, "parts of 'qkv' must not overlap"),
+    (FusedBlock, ["head", "qkv[0/3,0:24]"], SliceError, "parts of 'qkv' must not overlap"),
     (tiny_neox, ["dense_h_to_4h", "query_key_value[q]"], SliceError, "interleaves query, key and value by head"),
 ]
 

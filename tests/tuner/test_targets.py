@@ -126,5 +126,5 @@ def test_patterns_survive_the_file(method, tmp_path):
 
 def test_patterns_on_slices():
     options = {"num_basis_pattern": {"in_proj": 9}}
-    model = get_peft_model(seeded(FusedBlock), make_config("nola", ["qkv[q]", "in_proj[v]"], **options))
+    model = get_peft_model(seeded(FusedBlock), make_config("nola", ["qkv[0/3]", "in_proj[2/3]"], **options))
     assert [layer.matrices("default")[0].method.num_basis for layer in adapted_layers(model).values()] == [6, 9]

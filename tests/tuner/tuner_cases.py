@@ -121,7 +121,7 @@ PLACES = {
     "conv1d": Place(tiny_gpt2, ("c_attn", "c_proj", "c_fc")),
     "c_attn": Place(tiny_gpt2, ("c_attn[q]", "c_attn[v]")),
     "qkv_proj": Place(tiny_phi3, ("qkv_proj[q,v]", "gate_up_proj[up]")),
-    "in_proj": Place(FusedBlock, ("qkv[q,v]", "in_proj[k]"), vector_batch),
+    "in_proj": Place(FusedBlock, ("qkv[0/3,2/3]", "in_proj[1/3]"), vector_batch),
 }
 
 #: Small enough to be quick, and no number divides another by accident.
@@ -271,8 +271,8 @@ def parts_by_hand(targets: Iterable[str], key: str, out: int) -> list[tuple[str,
         "c_attn": {"q": (0, 32), "k": (32, 64), "v": (64, 96)},
         "qkv_proj": {"q": (0, 32), "k": (32, 48), "v": (48, 64)},
         "gate_up_proj": {"gate": (0, 48), "up": (48, 96)},
-        "qkv": {"q": (0, 24), "k": (24, 48), "v": (48, 72)},
-        "in_proj": {"q": (0, 24), "k": (24, 48), "v": (48, 72)},
+        "qkv": {"0/3": (0, 24), "1/3": (24, 48), "2/3": (48, 72)},
+        "in_proj": {"0/3": (0, 24), "1/3": (24, 48), "2/3": (48, 72)},
     }
     last = key.rpartition(".")[2]
     wanted = [
@@ -293,7 +293,7 @@ def naive_deltas(model: PeftModel, case: Case, adapter: str = "default") -> dict
         total = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
         for part, start, stop in parts_by_hand(case.targets, name, layer.out_features):
             path = f"{name}[{part}]" if part else name
-            tail = f"_{part}" if part else ""
+            tail = "_" + part.replace("/", "_") if part else ""
             names = METHODS[config.method].coefficient_shapes(config.method_for(name), stop - start, layer.in_features)
             mine = {n: layer.get_submodule(f"randbasis_{n}{tail}.{adapter}").weight for n in names}
             total[start:stop] = naive_delta(config, path, mine, stop - start, layer.in_features)

@@ -6,10 +6,16 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from peft.utils import quantization_utils
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+_PLAIN_FORWARDS: Mapping[type[nn.Module], object] = {
+    nn.Linear: nn.Linear.forward,
+    Conv1D: cast("Any", Conv1D).forward,
+}
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class BaseWeight:
 
     Attributes:
         base: the layer; some quantization backends put another in its place when they write.
-        weight: its data, or its whole parameter when it is quantized.
+        weight: its parameter.
         attributes: of a quantized parameter; writing a new one changes those of the old one.
         state: what 8-bit layers keep beside the parameter after their first forward pass.
     """
@@ -33,20 +39,57 @@ class BaseWeight:
         """What there is to remember of a layer before its weight is written."""
         weight = cast("Tensor", base.weight)
         state = dict(vars(base.state)) if quantized and hasattr(base, "state") else None
-        return cls(base, weight if quantized else weight.data, dict(vars(weight)) if quantized else {}, state)
+        return cls(base, weight, dict(vars(weight)) if quantized else {}, state)
 
     def restore(self) -> None:
         """Put the weight back, bit for bit."""
-        if isinstance(self.weight, nn.Parameter):
+        now = cast("Tensor", self.base.weight)
+        if self.attributes:
             vars(self.weight).update(self.attributes)
-            self.base.weight = self.weight
             if "quant_state" in self.attributes:
                 self.base.quant_state = self.attributes["quant_state"]
-        else:
-            weight = cast("Tensor", self.base.weight)
-            weight.data = self.weight.to(weight.device, weight.dtype)
+        elif self.weight.device != now.device or self.weight.dtype != now.dtype:
+            self.weight.data = self.weight.data.to(now.device, now.dtype)  # the model was moved in between
+        self.base.weight = self.weight
         if self.state is not None:
             vars(self.base.state).update(self.state)
+
+
+def write_weight(base: nn.Module, merged: Tensor) -> None:
+    """Give a plain layer a weight of its own: one that others have too (tied embeddings) stays theirs."""
+    weight = cast("Tensor", base.weight)
+    base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
+
+
+def offloaded(base: nn.Module) -> bool:
+    """Whether the layer's weight is elsewhere between its forward passes, and accelerate's hook brings it."""
+    hook = _device_hook(base)
+    return hook is not None and bool(hook.offload)
+
+
+def forward_of_its_own(base: nn.Module) -> str | None:
+    """What else than the formula of a linear layer happens when the layer is called; None where nothing does.
+
+    Hooks of accelerate that only move tensors are not counted.
+    """
+    if "forward" in vars(base) and _device_hook(base) is None:
+        return "a forward of its own, put on the instance"
+    if base._forward_hooks or base._forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
+        return "forward hooks"
+    plain = _PLAIN_FORWARDS.get(type(base))
+    if plain is not None and type(base).forward is not plain:
+        return "a forward that was replaced in its class"
+    if "weight" not in base._parameters and isinstance(getattr(base, "weight", None), Tensor):  # pyright: ignore[reportPrivateUsage]
+        return "a weight that is computed from others (a parametrization, weight_norm or pruning)"
+    return None
+
+
+def _device_hook(base: nn.Module) -> AlignDevicesHook | None:
+    """Accelerate's hook that moves weights and inputs, where it is all that was hooked on the layer."""
+    hook = getattr(base, "_hf_hook", None)
+    old = getattr(base, "_old_forward", None)
+    plain = old is None or getattr(old, "__func__", None) is type(base).forward
+    return hook if type(hook) is AlignDevicesHook and plain else None
 
 
 def full_weight(base: nn.Module, backend: QuantizationBackend) -> Tensor:
@@ -71,9 +114,14 @@ def quantization_of(base: nn.Module, options: Mapping[str, Any] | None = None) -
 
 
 def base_device(base: nn.Module) -> torch.device | None:
-    """Device of the layer's weight, quantized or not."""
+    """Device that the layer computes on: that of its weight, quantized or not, or where an offloaded one goes."""
     weight = getattr(base, "weight", getattr(base, "qweight", None))
-    return weight.device if isinstance(weight, Tensor) else None
+    if not isinstance(weight, Tensor):
+        return None
+    hook = _device_hook(base)
+    if hook is not None and hook.offload and hook.execution_device is not None:
+        return torch.device(hook.execution_device)
+    return weight.device
 
 
 def base_dtype(base: nn.Module) -> torch.dtype | None:

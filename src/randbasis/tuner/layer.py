@@ -2,11 +2,15 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    check_adapters_to_merge,
+    onload_layer,  # pyright: ignore[reportUnknownVariableType]
+)
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,7 +31,7 @@ from randbasis.contraction import (
 from randbasis.errors import AdapterNameError, ContractionError, MergeError
 from randbasis.tuner.adapted_layer import AdaptedLayer
 from randbasis.tuner.adapted_matrix import AdaptedMatrix, batch_groups
-from randbasis.tuner.base_weight import BaseWeight, full_weight
+from randbasis.tuner.base_weight import BaseWeight, forward_of_its_own, full_weight, offloaded, write_weight
 from randbasis.tuner.coefficients import Streams
 from randbasis.tuner.prepared_pass import Holder, PreparedPass, Term, may_be_kept
 from randbasis.tuner.targets import Part
@@ -63,12 +67,19 @@ class RandbasisLinear(AdaptedLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapted]
         if not names:
             return
-        merged = self._merged_weight(names, safe=safe_merge)
-        self._replace_base_weight(merged)
+        self._check_writable()
+        with self._weight_at_hand():
+            merged = self._merged_weight(names, safe=safe_merge)
+            self._replace_base_weight(merged)
         self.merged_adapters.extend(names)
 
-    def check_merge(self, adapter_names: Sequence[str] | None, *, safe_merge: bool) -> None:
+    def check_merge(self, adapter_names: Sequence[str] | None, *, safe_merge: bool, key: str = "") -> None:
         """Raise what :meth:`merge` would raise, and merge nothing.
+
+        Args:
+            adapter_names: as of :meth:`merge`.
+            safe_merge: as of :meth:`merge`.
+            key: module path, for the message.
 
         Raises:
             MergeError: as :meth:`merge`.
@@ -76,8 +87,27 @@ class RandbasisLinear(AdaptedLayer):
         wanted = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in wanted if name in self.adapted and name not in self.merged_adapters]
         backend = self.quantization_backend
+        if names:
+            self._check_writable(key)
         if names and (safe_merge or (backend is not None and not backend.supports_merge)):
-            self._merged_weight(names, safe=safe_merge)
+            with self._weight_at_hand():
+                self._merged_weight(names, safe=safe_merge)
+
+    def _check_writable(self, key: str = "") -> None:
+        """Raise unless the base layer with W0 + ΔW computes what the base layer and the adapter compute together."""
+        own = forward_of_its_own(self.get_base_layer())
+        if own is not None:
+            raise MergeError(
+                f"an adapter can only be merged into a layer that computes W x + b, the base layer {key!r} has {own}, "
+                "which ΔW is added after and would go through when merged; remove it first, or keep the adapter beside "
+                "the weights"
+            )
+
+    def _weight_at_hand(self) -> AbstractContextManager[None]:
+        """Within it an offloaded base weight is where it is computed with, and what is written to it is kept."""
+        base = self.get_base_layer()
+        absent = offloaded(base) and cast("Tensor", base.weight).is_meta
+        return cast("Any", onload_layer)(self) if absent else nullcontext()
 
     def _merged_weight(self, names: Sequence[str], *, safe: bool) -> Tensor:
         backend = self.quantization_backend
@@ -103,7 +133,10 @@ class RandbasisLinear(AdaptedLayer):
         base = self.get_base_layer()
         if self._unmerged is None:
             self._unmerged = BaseWeight.of(base, quantized=self.quantization_backend is not None)
-        self.set_base_weight(merged)
+        if self.quantization_backend is None:
+            write_weight(base, merged)
+        else:
+            self.set_base_weight(merged)
         self._forget()
 
     def unmerge(self) -> None:
@@ -113,7 +146,8 @@ class RandbasisLinear(AdaptedLayer):
             return
         if self._unmerged.base is not self.get_base_layer():
             self.base_layer = self._unmerged.base
-        self._unmerged.restore()
+        with self._weight_at_hand():
+            self._unmerged.restore()
         self._unmerged = None
         self.merged_adapters.clear()
         self._forget()
@@ -234,8 +268,12 @@ class RandbasisLinear(AdaptedLayer):
             return f"the base weight is quantized by {self.quantization_backend.backend_name}"
         if type(base) not in (nn.Linear, Conv1D) or extra_arguments:
             return f"the base layer is a {type(base).__name__} with a forward of its own"
-        if base._forward_hooks or base._forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
-            return "the base layer has forward hooks"
+        if "forward" in vars(base):  # a hook of accelerate, which brings the weight, included
+            return "the base layer has a forward of its own"
+        if (own := forward_of_its_own(base)) is not None:
+            return f"the base layer has {own}"
+        if base._backward_hooks or base._backward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
+            return "the base layer has backward hooks"
         if self.training and any(self.options[name].dropout > 0 for name in active):
             return "the adapter drops some of its inputs, the base layer none"
         if any(parameter.requires_grad for parameter in base.parameters()):

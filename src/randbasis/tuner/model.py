@@ -17,7 +17,7 @@ from peft.utils import (
     AuxiliaryTrainingWrapper,
     peft_types,
 )
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import _set_adapter  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
@@ -38,14 +38,16 @@ from randbasis.tuner.adapted_matrix import BASE, AdapterOptions
 from randbasis.tuner.adapter_dir import PICKLE_FILE, WEIGHTS_FILE, check_adapter_files, tensor_shapes
 from randbasis.tuner.base_shapes import compress_shapes, expected_shape
 from randbasis.tuner.base_weight import layer_shape
+from randbasis.tuner.bypasses import check_reached, check_whole, leave_out_bypassed
 from randbasis.tuner.config import RandbasisConfig
+from randbasis.tuner.coverage import names_any, warn_of_gaps
+from randbasis.tuner.fast_paths import Switched, call_every_layer
+from randbasis.tuner.gradient_watch import GradientWatch
+from randbasis.tuner.heads import check_heads, combine_heads, put_back_heads
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.switching import activate
-from randbasis.tuner.targets import parts_of, resolve_parts
-
-_MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba")
-_MAMBA_UNUSED_FORWARD = ("out_proj", "conv1d")
+from randbasis.tuner.targets import Part, parts_of, resolve_parts
 
 
 class RandbasisModel(BaseTuner):
@@ -62,11 +64,17 @@ class RandbasisModel(BaseTuner):
     """Names of the parameters that trained before the first adapter froze them."""
     _known_layers: list[RandbasisLinear] | None = None
     """The adapted layers, once they were looked for; a new adapter may add some."""
+    _usual_names: bool = False
+    """Whether the names of the adapter that is being put on are PEFT's usual ones."""
+    _watch: GradientWatch | None = None
+    _switched: tuple[Switched, ...] = ()
+    """Fast paths of the model that go past its layers and are off."""
 
     # --- injection ---
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         config = cast("RandbasisConfig", peft_config)
+        self._usual_names = config.target_modules is None
         if config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
             raise TargetError(
                 "Please specify `target_modules` in `peft_config`: there is no usual choice for model type "
@@ -85,21 +93,32 @@ class RandbasisModel(BaseTuner):
             # Saved with coefficients beside it, which PEFT looks for only after it has changed the model.
             check_adapter_files(config.folder)
             tensor_shapes(config.folder / WEIGHTS_FILE)
+        all_linear = str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         _maybe_include_all_linear_layers(config, model)
         modules = dict(_named_modules(model))
-        inside = tuple(f"{key}." for key, module in modules.items() if isinstance(module, BaseTunerLayer))
-        matched = [
-            key
-            for key in modules
-            if key and not key.startswith(inside) and self._check_target_module_exists(config, key)
-        ]
+        if all_linear:
+            config.target_modules = leave_out_bypassed(model, cast("set[str]", config.target_modules))
+        matched = self._matched(config, modules)
         if not matched:
             raise _nothing_matched(config, list(modules))
         for key in matched:
             self._check_target(config, key, modules[key])
+        check_reached(model, matched)
+        if self._usual_names:
+            config.target_modules = {name for name in config.target_modules or () if names_any(name, matched)}
+        warn_of_gaps(model, config, matched, all_linear=all_linear)
+
+    def _matched(self, config: RandbasisConfig, modules: Mapping[str, nn.Module]) -> list[str]:
+        inside = tuple(f"{key}." for key, module in modules.items() if isinstance(module, BaseTunerLayer))
+        return [
+            key
+            for key in modules
+            if key and not key.startswith(inside) and self._check_target_module_exists(config, key)
+        ]
 
     def _check_target(self, config: RandbasisConfig, key: str, module: nn.Module) -> None:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        check_whole(key, base)
         shape = layer_shape(base)
         if shape is None:
             raise LayerTypeError(
@@ -114,20 +133,22 @@ class RandbasisModel(BaseTuner):
                 f"load it on {config.base_model_name_or_path or 'the base model it was made for'}"
             )
         config.method_for(key)
-        resolve_parts(key, parts_of(key, config.target_slices), shape[0], self._model_config())
+        self._parts(config, key, shape[0])
+
+    def _parts(self, config: RandbasisConfig, key: str, rows: int) -> list[Part]:
+        """The rows of a layer that the configuration names: those that it was saved with, else by the model's code."""
+        wanted = parts_of(key, config.target_slices)
+        saved = [(name, expected_shape(config.base_rows, f"{key}[{name}]")) for name in wanted]
+        known = [Part(name, *bounds) for name, bounds in saved if bounds is not None]
+        if known and len(known) == len(wanted):
+            return sorted(known, key=lambda part: part.start)
+        return resolve_parts(key, wanted, rows, self._model_config())
 
     def _model_config(self) -> Mapping[str, Any]:
-        config = cast("dict[str, Any]", self.get_model_config(self.model))
-        text = cast("dict[str, Any]", config.get("text_config") or {})
-        return {**config, **text}
+        return cast("dict[str, Any]", self.get_model_config(self.model))
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        model_type = self._model_config().get("model_type")
-        if model_type in _MAMBA_TYPES and target_name in _MAMBA_UNUSED_FORWARD:
-            raise TargetError(
-                f"target {target_name!r} of model type {model_type!r} cannot be adapted: its weight is used without "
-                "calling the layer, so an adapter would have no effect; leave it out of target_modules"
-            )
+        """Nothing more: every target was checked before the first was replaced."""
 
     def _create_and_replace(
         self,
@@ -146,9 +167,7 @@ class RandbasisModel(BaseTuner):
         )
         adds_to_ours = isinstance(target, RandbasisLinear)
         layer = target if adds_to_ours else RandbasisLinear(target, get_quantization_kwargs(cast("Any", self)))
-        parts = resolve_parts(
-            current_key, parts_of(current_key, config.target_slices), layer.out_features, self._model_config()
-        )
+        parts = self._parts(config, current_key, layer.out_features)
         if not adds_to_ours:
             layer.set_adapter(adapter_name)
         layer.update_layer(adapter_name, config.method_for(current_key), parts, current_key, options)
@@ -168,10 +187,28 @@ class RandbasisModel(BaseTuner):
                 shapes[key] = layer.out_features, layer.in_features
                 parts = [one.part for one in layer.adapted[adapter_name] if one.part.name]
                 rows |= {f"{key}[{part.name}]": (part.start, part.stop) for part in parts}
+        self._see_to_calls(model)
         config = cast("RandbasisConfig", self.peft_config[adapter_name])
         config.made_for = compress_shapes(shapes)
         config.made_for_rows = compress_shapes(rows) or None
         config.made_for_type = cast("dict[str, Any]", self.get_model_config(self.model)).get("model_type")
+
+    def _see_to_calls(self, model: nn.Module) -> None:
+        """Turn off what would go past the adapted layers, and watch whether they train."""
+        self._switched += tuple(call_every_layer(model))
+        if self._watch is not None:
+            self._watch.stop()
+        self._watch = GradientWatch(model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's."""
+        if self._watch is not None:
+            self._watch.start()  # PEFT calls the model's forward itself, which no hook sees
+        return cast("Any", super()).forward(*args, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module in the place of another; PEFT's would also take the weight of a head, which may have none."""
+        setattr(parent, child_name, new_module)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's, several times quicker.
@@ -186,6 +223,8 @@ class RandbasisModel(BaseTuner):
         if any(config.modules_to_save for config in configs):
             _set_adapter(self.model, adapter_name, inference_mode=inference_mode)
         activate(self._known_layers, adapter_name, inference_mode=inference_mode)
+        if self._watch is not None:
+            self._watch.forget()
         self.active_adapter = adapter_name
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -271,13 +310,22 @@ class RandbasisModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(
+        else:
+            put_back_heads(self.model)
+        base = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        if self._watch is not None:
+            self._watch.stop()
+        for switched in self._switched:
+            switched.restore()
+        self._switched = ()
+        return base
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        for layer in self._layers():
-            layer.check_merge(adapter_names, safe_merge=safe_merge)
+        for key, layer in _named_modules(self.model):
+            if isinstance(layer, RandbasisLinear):
+                layer.check_merge(adapter_names, safe_merge=safe_merge, key=key)
 
     # --- combinations ---
 
@@ -293,7 +341,8 @@ class RandbasisModel(BaseTuner):
 
         Coefficients of one seed, law and shape are a vector space, so their means and differences are adapters. For
         PRANC, ΔW is linear in them and the result is exactly the weighted sum of the ΔW; for the other methods it is a
-        point between the adapters, as LoRA's ``"linear"`` is.
+        point between the adapters, as LoRA's ``"linear"`` is. What was trained whole beside them (``modules_to_save``)
+        is combined too.
 
         Args:
             adapters: names of the adapters.
@@ -303,7 +352,8 @@ class RandbasisModel(BaseTuner):
 
         Raises:
             AdapterNameError: an adapter does not exist.
-            CombinationError: the adapters differ in more than their coefficients, or the type has no meaning here.
+            CombinationError: the adapters differ in more than their coefficients, the type has no meaning here, or
+                their heads cannot be combined: one lacks it, shapes differ, or the weights do not sum to one.
         """
         if adapter_name in self.peft_config:
             return
@@ -320,6 +370,7 @@ class RandbasisModel(BaseTuner):
                         for source, weight in zip(adapters, weights, strict=True):
                             their = layer.matrices(source)[index]
                             target.add_(layer.trained_coefficients(source, their)[name], alpha=weight)
+            combine_heads(self.model, adapters, weights, adapter_name)
 
     def _check_combination(self, adapters: list[str], weights: list[float], combination_type: str) -> None:
         for name in adapters:
@@ -343,6 +394,13 @@ class RandbasisModel(BaseTuner):
                         f"{name!r} differs from {adapters[0]!r}: coefficients on different bases cannot be added; "
                         "convert both with peft.convert_to_lora and combine the LoRA adapters"
                     )
+        biased = [name for name in adapters if cast("RandbasisConfig", self.peft_config[name]).bias != "none"]
+        if biased:
+            raise CombinationError(
+                f"adapters must leave the biases of the base model alone to be combined, {biased[0]!r} trains them "
+                "(bias in its configuration): a model has one set of biases; train it with bias='none'"
+            )
+        check_heads(self.model, adapters, weights)
 
     # --- loading ---
 

@@ -1,7 +1,8 @@
 """Which matrices of a model a configuration names: modules, and slices of fused projections, math §4.
 
 A target is a module name as PEFT understands it, optionally with parts in brackets: ``c_attn[q]``, ``c_attn[q,v]``,
-``gate_up_proj[up]``, ``qkv[1/3]`` (the second of three equal parts), ``qkv[0:192]`` (output rows).
+``gate_up_proj[up]``, ``qkv[1/3]`` (the second of three equal parts), ``qkv[0:192]`` (output rows). What a name means
+stands in :mod:`randbasis.tuner.fused_layouts`.
 """
 
 import re
@@ -11,11 +12,10 @@ from itertools import pairwise
 from typing import Any
 
 from randbasis.errors import SliceError, TargetError, near
+from randbasis.tuner.fused_layouts import known_layout
 
 _TARGET = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<parts>[^\[\]]*)\])?")
-_INTERLEAVED = ("query_key_value", "c_attn_interleaved")
-_ATTENTION_PARTS = {"q": 0, "k": 1, "v": 2, "query": 0, "key": 1, "value": 2}
-_GATED_PARTS = {"gate": 0, "up": 1}
+_NAMES = {"q": "q", "k": "k", "v": "v", "query": "q", "key": "k", "value": "v", "gate": "gate", "up": "up"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +101,16 @@ def parts_of(key: str, slices: Mapping[str, list[str]]) -> list[str]:
 def resolve_parts(key: str, wanted: list[str], out_features: int, model_config: Mapping[str, Any]) -> list[Part]:
     """Output rows of each part, in the order of the rows.
 
-    ``q``, ``k``, ``v`` follow the number of query and key-value heads in the model's configuration when these add up to
-    the layer's width, else they are equal thirds; ``gate`` and ``up`` are halves.
+    Names (``q``, ``k``, ``v``, ``gate``, ``up``) are taken where :data:`LAYOUTS` knows how the model splits the layer.
 
     Args:
         key: module path, for messages.
         wanted: part names; empty for the whole layer.
         out_features: output rows of the layer.
-        model_config: the model's configuration as a mapping.
+        model_config: the model's configuration as a mapping, those of its parts inside.
 
     Raises:
-        SliceError: a part is unknown, does not divide the layer, lies outside of it or overlaps another.
+        SliceError: a part is unknown here, does not divide the layer, lies outside of it or overlaps another.
     """
     if not wanted:
         return [Part("", 0, out_features)]
@@ -133,13 +132,11 @@ def _resolve(key: str, name: str, rows: int, model_config: Mapping[str, Any]) ->
         return Part(name, start, stop)
     if match := re.fullmatch(r"(\d+)/(\d+)", name):
         return _equal(key, name, int(match[1]), int(match[2]), rows)
-    if name in _GATED_PARTS:
-        return _equal(key, name, _GATED_PARTS[name], 2, rows)
-    if name in _ATTENTION_PARTS:
-        return _attention(key, name, rows, model_config)
-    known = [*_ATTENTION_PARTS, *_GATED_PARTS]
+    if name in _NAMES:
+        return _named(key, name, rows, model_config)
     raise SliceError(
-        f"part {name!r} of {key!r} is unknown: {near(name, known)}; or write rows 'start:stop' or 'i/n' for equal parts"
+        f"part {name!r} of {key!r} is unknown: {near(name, _NAMES)}; or write rows 'start:stop' or 'i/n' for equal "
+        "parts"
     )
 
 
@@ -155,17 +152,28 @@ def _equal(key: str, name: str, index: int, count: int, rows: int) -> Part:
     return Part(name, index * size, (index + 1) * size)
 
 
-def _attention(key: str, name: str, rows: int, model_config: Mapping[str, Any]) -> Part:
-    if key.rpartition(".")[2] in _INTERLEAVED:
+def _named(key: str, name: str, rows: int, model_config: Mapping[str, Any]) -> Part:
+    found = known_layout(key, rows, model_config)
+    if found is None:
+        kind = model_config.get("model_type")
+        whose = "a model without a model type" if kind in (None, "custom") else f"model type {kind!r}"
         raise SliceError(
-            f"part {name!r} of {key!r} is not one range of rows: this projection interleaves query, key and value by "
-            "head; adapt the whole layer, or name rows 'start:stop'"
+            f"part {name!r} of {key!r} must be one of a layout that is known, and none is for this layer of {whose}: "
+            f"models split fused projections in different ways; name the rows, for example [0:{max(rows // 3, 1)}], or "
+            "equal parts, [0/3] for the first of three, as the model's own code splits them"
         )
-    index = _ATTENTION_PARTS[name]
-    heads = model_config.get("num_attention_heads") or model_config.get("n_head")
-    groups = model_config.get("num_key_value_heads") or heads
-    if isinstance(heads, int) and isinstance(groups, int) and heads > 0 and rows % (heads + 2 * groups) == 0:
-        size = rows // (heads + 2 * groups)
-        bounds = [0, heads * size, (heads + groups) * size, rows]
-        return Part(name, bounds[index], bounds[index + 1])
-    return _equal(key, name, index, 3, rows)
+    model_type, sizes = found
+    if sizes is None:
+        raise SliceError(
+            f"part {name!r} of {key!r} is not one range of rows: this projection of model type {model_type!r} "
+            "interleaves query, key and value by head; adapt the whole layer, or name rows 'start:stop'"
+        )
+    start = 0
+    for part, size in sizes.items():
+        if part == _NAMES[name]:
+            return Part(name, start, start + size)
+        start += size
+    raise SliceError(
+        f"part {name!r} of {key!r} must be one of {list(sizes)}, which is what this layer of model type {model_type!r} "
+        "holds; or write rows 'start:stop'"
+    )
