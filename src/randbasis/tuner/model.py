@@ -24,22 +24,23 @@ from torch import Tensor, nn
 
 from randbasis.contraction import check_order
 from randbasis.errors import (
-    AdapterFilesError,
     AdapterNameError,
     BaseMismatchError,
-    CoefficientCountError,
-    CoefficientValueError,
     CombinationError,
     LayerTypeError,
+    RandbasisError,
     TargetError,
     near,
 )
 from randbasis.tuner.adapted_matrix import BASE, AdapterOptions
 from randbasis.tuner.adapter_dir import PICKLE_FILE, WEIGHTS_FILE, check_adapter_files, tensor_shapes
+from randbasis.tuner.adapter_names import adapter_of, belongs_to, check_name, path_words, without_adapter
 from randbasis.tuner.base_shapes import compress_shapes, expected_shape
 from randbasis.tuner.base_weight import layer_shape
+from randbasis.tuner.checked_loading import check_loaded, check_native_loading, forget_hooks, place_meaning
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.layer import RandbasisLinear
+from randbasis.tuner.pickles import refuse_pickles
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.switching import activate
 from randbasis.tuner.targets import parts_of, resolve_parts
@@ -81,7 +82,7 @@ class RandbasisModel(BaseTuner):
         config = cast("RandbasisConfig", peft_config)
         if config.target_modules == DUMMY_TARGET_MODULES:
             return
-        if config.folder is not None and config.base_shapes is not None and not (config.folder / PICKLE_FILE).is_file():
+        if config.folder is not None and (config.base_shapes or (config.folder / PICKLE_FILE).is_file()):
             # Saved with coefficients beside it, which PEFT looks for only after it has changed the model.
             check_adapter_files(config.folder)
             tensor_shapes(config.folder / WEIGHTS_FILE)
@@ -158,7 +159,13 @@ class RandbasisModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, and note which layers of which shapes the adapter is made for."""
+        """As PEFT's, and note which layers of which shapes the adapter is made for, and what its coefficients mean.
+
+        Raises:
+            AdapterNameError: the adapter cannot have this name.
+        """
+        others = {name: one for name, one in self.peft_config.items() if name != adapter_name}
+        check_name(adapter_name, model, others, self.peft_config[adapter_name])
         self._known_layers = None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         shapes: dict[str, tuple[int, int]] = {}
@@ -172,6 +179,7 @@ class RandbasisModel(BaseTuner):
         config.made_for = compress_shapes(shapes)
         config.made_for_rows = compress_shapes(rows) or None
         config.made_for_type = cast("dict[str, Any]", self.get_model_config(self.model)).get("model_type")
+        place_meaning(model, adapter_name, config)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's, several times quicker.
@@ -271,9 +279,11 @@ class RandbasisModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(
+        bare = cast("Any", super())._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        forget_hooks(bare)
+        return bare
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         for layer in self._layers():
@@ -344,7 +354,32 @@ class RandbasisModel(BaseTuner):
                         "convert both with peft.convert_to_lora and combine the LoRA adapters"
                     )
 
-    # --- loading ---
+    # --- saving and loading ---
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """As PEFT's, and with what it lost: it drops a key when the name of another adapter is anywhere in it."""
+        usual = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if not path_words(model) & set(unwanted_adapter_names):
+            return usual
+        own = {key: tensor for key, tensor in usual.items() if adapter_of(key) in (None, adapter_name)}
+        everything = model.state_dict()
+        biases = cls._get_learnable_bias_state_dict(model, everything, config)
+        return {
+            key: tensor for key, tensor in everything.items() if belongs_to(key, adapter_name) or key in biases
+        } | own
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """By the end of a key of ours; a head has lost the name of its adapter before it comes here."""
+        return without_adapter(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -358,8 +393,8 @@ class RandbasisModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         ours = cast("RandbasisConfig", config)
         try:
-            _check_loaded(model, adapter_name, remapped)
-        except (AdapterFilesError, BaseMismatchError, CoefficientCountError, CoefficientValueError):
+            check_loaded(model, adapter_name, remapped)
+        except RandbasisError:
             if not ours.restored and (ours.inference_mode or ours.base_shapes is not None):
                 _take_off(model, adapter_name)
             raise
@@ -390,41 +425,6 @@ def _nothing_matched(config: RandbasisConfig, keys: list[str]) -> TargetError:
     return TargetError(f"Target modules {wanted} not found in the base model: {hint}")
 
 
-def _check_loaded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
-    """Raise unless a state dict has exactly this adapter's tensors, of the right shapes and finite."""
-    wanted = {
-        key: tensor
-        for key, tensor in model.state_dict().items()
-        if f".{PREFIX}" in f".{key}" and f".{adapter_name}." in key
-    }
-    missing = sorted(wanted.keys() - state_dict.keys())
-    if missing:
-        foreign = sorted(key for key in state_dict if f".{PREFIX}" not in key)
-        also = f"; it has tensors that no method of randbasis writes, such as {foreign[0]!r}" if foreign else ""
-        raise AdapterFilesError(
-            f"the adapter's tensors must be complete, {len(missing)} are missing, the first is {missing[0]!r}{also}; "
-            "load a directory written by save_pretrained for this base model and these targets"
-        )
-    extra = sorted(key for key in state_dict.keys() - wanted.keys() if f".{PREFIX}" in key)
-    if extra:
-        raise BaseMismatchError(
-            f"the adapter has {len(extra)} tensors for layers that this model does not have, or that are no targets of "
-            f"its adapter_config.json, the first is {extra[0]!r}; load it on the base model it was made for"
-        )
-    for key, tensor in wanted.items():
-        found = state_dict[key]
-        if tuple(found.shape) != tuple(tensor.shape):
-            raise CoefficientCountError(
-                f"{key} must have shape {list(tensor.shape)} by the adapter's rank and basis, got {list(found.shape)}; "
-                "the coefficients and adapter_config.json do not belong together"
-            )
-        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
-            raise CoefficientValueError(
-                f"{key} has values that are not finite; the training diverged or the file is damaged: "
-                "use an earlier checkpoint"
-            )
-
-
 def _take_off(model: nn.Module, adapter_name: str) -> None:
     """Remove an adapter that could not be loaded; the last one takes our layers with it."""
     tuner = next((module for module in model.modules() if isinstance(module, RandbasisModel)), None)
@@ -450,3 +450,5 @@ def register() -> None:
         cast("Any", peft_types).register_peft_method(
             name=TYPE_NAME.lower(), config_cls=RandbasisConfig, model_cls=RandbasisModel, prefix=PREFIX
         )
+    check_native_loading()
+    refuse_pickles()
