@@ -243,7 +243,7 @@ def edit_weights(folder, change) -> None:
 
 
 def first_key(tensors) -> str:
-    return sorted(tensors)[0]
+    return min(name for name in tensors if "randbasis_meaning" not in name)
 
 
 def cut_short(folder) -> None:

@@ -55,7 +55,7 @@ def check_name(name: Any, model: nn.Module, others: Mapping[str, Any], config: A
     heads = sorted({*_heads([config, *others.values()])})
     if name in (head.rpartition(".")[2] for head in heads):
         raise AdapterNameError(
-            f"an adapter cannot be called {name!r} where modules_to_save names a module so, got {heads}: PEFT would take "
+            f"an adapter cannot be called {name!r} where modules_to_save names a module so, got {heads}: PEFT takes "
             f"the adapter's tensors for that module; call it for example {f'adapter_{name}'!r}"
         )
     words = _words_of_kept_modules(model, heads)

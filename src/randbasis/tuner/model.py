@@ -1,5 +1,6 @@
 """Adapters in a model, through PEFT: injection, mixed batches, weighted combinations, checked loading."""
 
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -98,6 +99,7 @@ class RandbasisModel(BaseTuner):
             raise _nothing_matched(config, list(modules))
         for key in matched:
             self._check_target(config, key, modules[key])
+        _warn_of_unmatched_layers(config, matched)
 
     def _check_target(self, config: RandbasisConfig, key: str, module: nn.Module) -> None:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -413,13 +415,33 @@ def _pass_adapter_names(
     return args, kwargs
 
 
+def _warn_of_unmatched_layers(config: RandbasisConfig, matched: list[str]) -> None:
+    wanted = config.layers_to_transform
+    numbers = {word for key in matched for word in key.split(".")}
+    lost = [one for one in ([wanted] if isinstance(wanted, int) else wanted or []) if str(one) not in numbers]
+    if lost:
+        warnings.warn(
+            f"layers_to_transform names layers that the base model does not have, or that have no target: {lost}; "
+            "they are left out",
+            stacklevel=2,
+        )
+
+
 def _nothing_matched(config: RandbasisConfig, keys: list[str]) -> TargetError:
+    listed = [] if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
+    if config.layers_to_transform is not None and any(f".{key}".endswith(f".{one}") for one in listed for key in keys):
+        numbers = sorted({int(word) for key in keys for word in key.split(".") if word.isdigit()})
+        return TargetError(
+            f"layers_to_transform must name layers that have one of the modules {listed}, got "
+            f"{config.layers_to_transform} with layers_pattern={config.layers_pattern!r}: the numbers in the paths of "
+            f"this model are {numbers}, and a number counts where a name stands before its list, as in model.layers.0; "
+            "correct them, or give target_modules as a regular expression"
+        )
     names = {key.rpartition(".")[2] for key in keys if key and not key.rpartition(".")[2].isdigit()}
     if isinstance(config.target_modules, str):
         hint = "a string is one regular expression for whole module names; or pass a list of names"
         wanted = repr(config.target_modules)
     else:
-        listed = sorted(config.target_modules or [])
         hint = near(listed[0].rpartition(".")[2], names) if listed else "name at least one module"
         wanted = str(listed)
     return TargetError(f"Target modules {wanted} not found in the base model: {hint}")
