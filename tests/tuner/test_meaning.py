@@ -167,7 +167,10 @@ def test_a_configuration_and_tensors_that_do_not_belong_together(case, tmp_path)
     case.adapted(seed=7).peft_config["default"].save_pretrained(str(tmp_path))
     base = case.base()
     refused(base, lambda: PeftModel.from_pretrained(base, tmp_path))
-    for read in (lambda: pack_adapter(tmp_path, tmp_path / "packed"), lambda: inspect_adapter(tmp_path)):
+    ways = [lambda: pack_adapter(tmp_path, tmp_path / "packed")]
+    if case.place in ("linear", "conv1d"):  # slices need the configuration of the base to be looked at
+        ways.append(lambda: inspect_adapter(tmp_path))
+    for read in ways:
         with pytest.raises(MeaningError, match="seed 42 there and 7 here"):
             read()
     assert not (tmp_path / "packed").exists()
@@ -324,9 +327,13 @@ def test_files_without_it_go_on_loading_with_one_warning(method, tmp_path):
         "pack": lambda: pack_adapter(tmp_path, tmp_path / "packed"),
     }
     for way, load in ways.items():
-        with pytest.warns(UserWarning, match="do not say what they mean.*seed=11") as caught:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             result = load()
-        assert len(caught) == 1, way
+        told = [str(one.message) for one in caught if one.category is UserWarning]
+        assert len(told) == 1, way
+        assert "do not say what they mean" in told[0], way
+        assert "seed=11" in told[0], way
         loaded = {"from_pretrained": result, "transformers": native, "pack": target}.get(way, target)
         assert torch.equal(outputs(loaded.eval(), case.batch()), expected), way
     PeftModel.from_pretrained(case.base(), resaved(target, tmp_path / "again"))

@@ -49,7 +49,7 @@ def test_the_file_holds_the_coefficients_and_nothing_else(case, tmp_path):
     stored = load_file(tmp_path / "adapter_model.safetensors")
     expected = {name.replace(".default", ""): p.detach() for name, p in coefficients_of(model).items()}
     (meaning,) = (name for name in stored if name.endswith("randbasis_meaning.weight"))
-    assert stored.pop(meaning).shape == (144,)
+    assert stored.pop(meaning).shape == (160,)
     if case.method == "nola-own-basis":
         streams = {name for name in stored if name.endswith("randbasis_streams.weight")}
         assert len(streams) == len(adapted_layers(model))
@@ -63,7 +63,7 @@ def test_the_file_is_as_small_as_its_coefficients(case, tmp_path):
     model.save_pretrained(tmp_path)
     count = model.get_nb_trainable_parameters()[0]
     tensors = len(load_file(tmp_path / "adapter_model.safetensors"))
-    beside = 144 + (8 * 3 * 2 * len(adapted_layers(model)) if case.method == "nola-own-basis" else 0)
+    beside = 160 + (8 * 3 * 2 * len(adapted_layers(model)) if case.method == "nola-own-basis" else 0)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 4 * count + beside + 160 * tensors + 64
     assert (tmp_path / "adapter_config.json").stat().st_size < 4096
 

@@ -6,6 +6,7 @@ PEFT asks the tuner class, torch a hook on the model. transformers sets tensors 
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,11 +16,12 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from randbasis.adapter_file import SpecMatrix
 from randbasis.errors import AdapterFilesError, BaseMismatchError, CoefficientCountError, CoefficientValueError
+from randbasis.tuner.adapter_dir import CONFIG_FILE, check_adapter_files, read_config_file
 from randbasis.tuner.adapter_names import belongs_to
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.meaning import MEANING, HeldMeaning, holder_of, meaning_of, warn_of_no_meaning
-from randbasis.tuner.registration import PREFIX
+from randbasis.tuner.registration import PREFIX, TYPE_NAME
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, RandbasisLinear]]:
@@ -69,7 +71,8 @@ def _compare_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix
             there = [name] if name in state_dict else _meanings(state_dict, prefix, adapter)
             for one in there:
                 held.check(state_dict[one])
-            if not there and any(one.startswith(prefix) and belongs_to(one, adapter) for one in state_dict):
+            own = (one for one in state_dict if one.startswith(prefix) and belongs_to(one, adapter))
+            if not there and any(f".{PREFIX}streams." not in one for one in own):
                 warn_of_no_meaning(held.meaning, held.adapter)
 
 
@@ -155,6 +158,7 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
         adapter = kwargs.get("adapter_name", args[1] if len(args) > 1 else None) or "default"
         if adapter in getattr(self, "peft_config", {}):
             return load(self, *args, **kwargs)
+        _check_folder(args[0] if args else kwargs.get("peft_model_id"), kwargs)
         before = {key: parameter.requires_grad for key, parameter in _parameters(self)}, self.training
         done = False
         try:
@@ -168,6 +172,18 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
 
     cast("Any", load_adapter).checked_by_randbasis = True
     return load_adapter
+
+
+def _check_folder(source: Any, options: Mapping[str, Any]) -> None:
+    """A folder of ours without coefficients, or with a pickle alone, is refused before the model is changed."""
+    told: dict[str, Any] = getattr(options.get("load_config"), "download_kwargs", None) or {}
+    inner = {**told, **options, **(options.get("adapter_kwargs") or {})}.get("subfolder") or ""
+    if source is None or not Path(source, inner, CONFIG_FILE).is_file():
+        return
+    if options.get("adapter_state_dict") is None and options.get("peft_config") is None:
+        folder = Path(source, inner)
+        if read_config_file(folder).get("peft_type") == TYPE_NAME:
+            check_adapter_files(folder)
 
 
 def _compare_after_load(model: nn.Module, adapter: str, info: Any) -> None:

@@ -22,7 +22,7 @@ from randbasis.tuner.registration import PREFIX
 
 MEANING = f"{PREFIX}meaning"
 """Name of the attribute of a layer, and so of the tensor, that holds the meaning."""
-WIDTH = 144
+WIDTH = 160
 """Bytes of the tensor: one size for all, so that no loader finds two that do not fit."""
 _DIGEST = 12
 
@@ -42,7 +42,7 @@ class Meaning:
     patterns: str
 
     def tensor(self) -> Tensor:
-        """``[144]`` bytes, on the CPU."""
+        """``[160]`` bytes, on the CPU."""
         text = json.dumps([*self.options.values(), self.layers, self.patterns], separators=(",", ":"))
         return torch.tensor(list(text.encode("ascii").ljust(WIDTH)), dtype=torch.uint8, device="cpu")
 
