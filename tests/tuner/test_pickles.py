@@ -38,9 +38,9 @@ def case(request) -> Case:
 @pytest.fixture
 def folder(case, tmp_path, monkeypatch) -> Path:
     """An adapter whose coefficients are a pickle, and a loader of torch that says when it is asked."""
-    base = case.base()
-    base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(base, case.config(base_model_name_or_path=str(tmp_path / "base")))
+    case.base().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, case.config(task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "runs" / "adapter", safe_serialization=False)
     read: list[Any] = []
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail(f"a pickle was read: {a[0]}") or read.append(a))

@@ -177,7 +177,8 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
 def _check_folder(source: Any, options: Mapping[str, Any]) -> None:
     """A folder of ours without coefficients, or with a pickle alone, is refused before the model is changed."""
     told: dict[str, Any] = getattr(options.get("load_config"), "download_kwargs", None) or {}
-    inner = {**told, **options, **(options.get("adapter_kwargs") or {})}.get("subfolder") or ""
+    merged: dict[str, Any] = {**told, **options, **(options.get("adapter_kwargs") or {})}
+    inner: str = merged.get("subfolder") or ""
     if source is None or not Path(source, inner, CONFIG_FILE).is_file():
         return
     if options.get("adapter_state_dict") is None and options.get("peft_config") is None:
