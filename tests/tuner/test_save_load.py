@@ -309,6 +309,17 @@ def test_a_saved_configuration_is_plain_json(tmp_path):
     assert NolaConfig.from_pretrained(tmp_path) == again
 
 
+@pytest.mark.parametrize("method", OPTIONS)
+def test_a_saved_configuration_names_the_package_that_reads_it(method, tmp_path):
+    """Where nobody imports it, PEFT has but a key to complain of."""
+    Case("linear", method).adapted().save_pretrained(tmp_path)
+    assert "import randbasis" in json.loads((tmp_path / "adapter_config.json").read_text())["requires"]
+    code = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "KeyError: 'RANDBASIS'" in result.stderr
+
+
 def test_shapes_of_the_base_are_recorded_by_pattern(tmp_path):
     model = get_peft_model(seeded(tiny_gpt2), make_config("nola", ["c_attn[q]", "mlp.c_proj"]))
     model.save_pretrained(tmp_path)
