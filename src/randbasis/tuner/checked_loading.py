@@ -195,7 +195,8 @@ def _compare_after_load(model: nn.Module, adapter: str, info: Any) -> None:
     if coefficients := [key for key in missing if f".{MEANING}." not in key]:
         raise AdapterFilesError(
             f"the adapter's tensors must be complete, {len(coefficients)} are missing, the first is "
-            f"{coefficients[0]!r}; load a directory written by save_pretrained for this base model and these targets"
+            f"{coefficients[0]!r}; load a directory written by save_pretrained for this base model and these targets, "
+            "or with PeftModel.from_pretrained where a version of transformers loads no adapter on this model"
         )
     extra = sorted(key for key in getattr(info, "unexpected_keys", ()) if f".{PREFIX}" in key)
     if extra:
