@@ -70,8 +70,10 @@ class Size:
         model = self.adapted()
         generator = torch.Generator().manual_seed(self.basis)
         state = get_peft_model_state_dict(model, save_embedding_layers=cast("Any", False))
-        shapes = {name: tensor.shape for name, tensor in state.items()}
-        tensors = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        tensors = {
+            name: 0.1 * torch.randn(one.shape, generator=generator) if one.is_floating_point() else one
+            for name, one in state.items()
+        }
         path.mkdir(parents=True)
         save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
         config = model.peft_config["default"]

@@ -158,6 +158,10 @@ class BaseMismatchError(RandbasisError, ValueError):
     """An adapter was made for a base model of another shape."""
 
 
+class MeaningError(RandbasisError, ValueError):
+    """Coefficients were made for another seed, law or other option than those of the adapter that they are put on."""
+
+
 class CoefficientCountError(RandbasisError, ValueError):
     """A tensor of coefficients has another number of entries than its method, rank and basis imply."""
 

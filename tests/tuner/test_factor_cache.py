@@ -96,6 +96,7 @@ def new_parameter(model: PeftModel) -> None:
 
 def loaded_state(model: PeftModel, assign: bool) -> None:
     state = {name: 0.5 * p.detach() for name, p in coefficients_of(model).items()}
+    state |= {name: tensor for name, tensor in model.state_dict().items() if "randbasis_meaning" in name}
     model.load_state_dict(state, strict=False, assign=assign)
 
 

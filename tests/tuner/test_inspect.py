@@ -149,7 +149,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
 
 
 def first(tensors: dict[str, torch.Tensor]) -> str:
-    return min(tensors)
+    return min(name for name in tensors if "randbasis_meaning" not in name)
 
 
 def cut(folder: Path) -> None:
@@ -273,7 +273,7 @@ def test_command_shows_a_table(tmp_path: Path):
 
 def test_a_change_that_is_zero_can_be_drawn(tmp_path: Path):
     adapted(gpt2(), CONFIGS["pranc"], tmp_path / "adapter")
-    edit_tensors(tmp_path / "adapter", lambda t: [tensor.zero_() for tensor in t.values()] and None)
+    edit_tensors(tmp_path / "adapter", lambda t: [c.zero_() for c in t.values() if c.is_floating_point()] and None)
     found = inspect_adapter(tmp_path / "adapter")
     assert {one.effective_rank for one in found.matrices} == {0.0}
     plot_inspection(found, tmp_path / "plot.png")

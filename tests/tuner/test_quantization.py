@@ -51,7 +51,7 @@ def test_a_folder_computes_as_the_file_does(case, tmp_path):
     file = load_packed(case.base(), tmp_path / "file.safetensors").eval()
     assert torch.equal(outputs(folder, case.batch()), outputs(file, case.batch()))
     for tensor in load_file(tmp_path / "folder" / WEIGHTS).values():
-        assert tensor.dtype == torch.int64 or len(tensor.unique()) <= 7
+        assert not tensor.is_floating_point() or len(tensor.unique()) <= 7
 
 
 @pytest.mark.parametrize("method", ONE_EACH)
@@ -69,6 +69,7 @@ def test_errors_against_the_matrices_of_the_models(method, tmp_path):
     error = sum(float((q - e).square().sum()) for e, q in pairs) ** 0.5
     assert found.delta_error == pytest.approx(error / sum(float(e.square().sum()) for e, _ in pairs) ** 0.5, rel=1e-4)
     before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("source", "out"))
+    before = {name: tensor for name, tensor in before.items() if tensor.is_floating_point()}
     flat = torch.cat([(after[n].double() - before[n].double()).flatten() for n in before])
     whole = torch.cat([tensor.double().flatten() for tensor in before.values()])
     assert found.largest_error == pytest.approx(float(flat.abs().max()), rel=1e-6)

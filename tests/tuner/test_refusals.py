@@ -2,14 +2,16 @@
 
 import copy
 import json
+import re
 import shutil
+import warnings
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Model, GPTNeoXConfig, GPTNeoXForCausalLM
 from tuner_cases import (
     ONE_EACH,
     OPTIONS,
@@ -70,7 +72,20 @@ SAVED = Case("c_attn", "nola")
         ({"target_modules": ["c_attn[]"]}, SliceError, r"'c_attn\[\]' names no part; write for example c_attn\[q\]"),
         ({"target_modules": ["qkv", "qkv[q]"]}, SliceError, r"'qkv' both whole and in parts \['q'\]"),
         ({"target_modules": "q", "layers_to_transform": [0]}, TargetError, "layers_to_transform needs .* list"),
+        ({"target_modules": "all-linear", "layers_to_transform": [0]}, TargetError, "'all-linear'; name the modules"),
+        ({"target_modules": ["q"], "layers_to_transform": []}, TargetError, r"a number of a layer or .* got \[\]"),
+        ({"target_modules": ["q"], "layers_to_transform": [0, -1]}, TargetError, r"counted from 0, got \[0, -1\]"),
+        ({"target_modules": ["q"], "layers_to_transform": ["1"]}, TargetError, r"counted from 0, got \['1'\]"),
+        ({"target_modules": ["q"], "layers_to_transform": True}, TargetError, "counted from 0, got True"),
         ({"target_modules": ["q"], "layers_pattern": "h"}, TargetError, "layers_pattern needs layers_to_transform"),
+        ({"target_modules": "(q"}, TargetError, r"target_modules must hold regular .*'\(q'.*backslash"),
+        ({"target_modules": ["q"], "exclude_modules": "*"}, TargetError, r"exclude_modules must hold regular .*'\*'"),
+        ({"target_modules": ["q"], "modules_to_save": ["a["]}, TargetError, r"modules_to_save must hold .*'a\['"),
+        (
+            {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": ["h", "(l"]},
+            TargetError,
+            r"layers_pattern must hold regular .*'\(l'",
+        ),
     ],
 )
 def test_options_that_no_method_takes(config_class, options, error, message):
@@ -137,6 +152,10 @@ class Odd(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.first(x)
+
+
+def tiny_bare_gpt2() -> GPT2Model:
+    return tiny_gpt2().transformer
 
 
 def tiny_neox() -> GPTNeoXForCausalLM:
@@ -213,6 +232,44 @@ def test_transformers_own_method_refuses_too():
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("pattern", ["*", "q_proj(", "(?i)q", "[z-a]"])
+@pytest.mark.parametrize("method", ONE_EACH)
+def test_patterns_that_are_no_regular_expressions(method, pattern):
+    for name, _ in OPTIONS[method][0].patterns:
+        with pytest.raises(HyperparameterError, match=f"{name} must hold regular expressions .*backslash"):
+            make_config(method, ["q_proj"], **{name: {pattern: 4}})
+        with pytest.raises(HyperparameterError, match=f"{name} must map regular expressions"):
+            make_config(method, ["q_proj"], **{name: [pattern]})
+
+
+@pytest.mark.parametrize("method", ONE_EACH)
+@pytest.mark.parametrize(
+    ("build", "targets", "options", "message"),
+    [
+        (tiny_llama, ["q_proj"], {"layers_to_transform": 7}, r"layers_to_transform must .* got 7 .* are \[0, 1\]"),
+        (tiny_llama, ["q_proj"], {"layers_to_transform": [1], "layers_pattern": "h"}, "with layers_pattern='h'"),
+        (tiny_bare_gpt2, ["c_attn"], {"layers_to_transform": [0]}, "where a name stands before its list"),
+        (tiny_llama, ["q_porj"], {"layers_to_transform": [0]}, "did you mean q_proj"),
+    ],
+)
+def test_layers_that_are_not_there(build, targets, options, message, method):
+    model = seeded(build)
+    before = snapshot(model)
+    with pytest.raises(TargetError, match=message):
+        get_peft_model(model, make_config(method, targets, **options))
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("method", ONE_EACH)
+def test_some_layers_that_are_not_there_are_named(method):
+    config = make_config(method, ["q_proj"], layers_to_transform=[1, 5, 9])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        get_peft_model(seeded(tiny_llama), config)
+    (told,) = (str(one.message) for one in caught if one.category is UserWarning)
+    assert re.search(r"layers_to_transform names layers .*: \[5, 9\]", told)
+
+
 def test_a_pattern_with_a_rank_that_cannot_be():
     model = seeded(tiny_llama)
     before = snapshot(model)
@@ -245,7 +302,7 @@ def edit_weights(folder, change) -> None:
 
 
 def first_key(tensors) -> str:
-    return sorted(tensors)[0]
+    return min(name for name in tensors if "randbasis_meaning" not in name)
 
 
 def cut_short(folder) -> None:

@@ -48,6 +48,8 @@ def test_the_file_holds_the_coefficients_and_nothing_else(case, tmp_path):
     }
     stored = load_file(tmp_path / "adapter_model.safetensors")
     expected = {name.replace(".default", ""): p.detach() for name, p in coefficients_of(model).items()}
+    (meaning,) = (name for name in stored if name.endswith("randbasis_meaning.weight"))
+    assert stored.pop(meaning).shape == (160,)
     if case.method == "nola-own-basis":
         streams = {name for name in stored if name.endswith("randbasis_streams.weight")}
         assert len(streams) == len(adapted_layers(model))
@@ -61,8 +63,8 @@ def test_the_file_is_as_small_as_its_coefficients(case, tmp_path):
     model.save_pretrained(tmp_path)
     count = model.get_nb_trainable_parameters()[0]
     tensors = len(load_file(tmp_path / "adapter_model.safetensors"))
-    streams = 8 * 3 * 2 * len(adapted_layers(model)) if case.method == "nola-own-basis" else 0
-    assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 4 * count + streams + 160 * tensors + 64
+    beside = 160 + (8 * 3 * 2 * len(adapted_layers(model)) if case.method == "nola-own-basis" else 0)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 4 * count + beside + 160 * tensors + 64
     assert (tmp_path / "adapter_config.json").stat().st_size < 4096
 
 
@@ -305,6 +307,17 @@ def test_a_saved_configuration_is_plain_json(tmp_path):
     again = RandbasisConfig.from_pretrained(tmp_path)
     assert isinstance(again, NolaConfig)
     assert NolaConfig.from_pretrained(tmp_path) == again
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_a_saved_configuration_names_the_package_that_reads_it(method, tmp_path):
+    """Where nobody imports it, PEFT has but a key to complain of."""
+    Case("linear", method).adapted().save_pretrained(tmp_path)
+    assert "import randbasis" in json.loads((tmp_path / "adapter_config.json").read_text())["requires"]
+    code = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "KeyError: 'RANDBASIS'" in result.stderr
 
 
 def test_shapes_of_the_base_are_recorded_by_pattern(tmp_path):

@@ -180,7 +180,7 @@ def coefficients_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if ".randbasis_" in name and f".{adapter}." in name
+        if ".randbasis_" in name and name.endswith(f".{adapter}.weight")
     }
 
 

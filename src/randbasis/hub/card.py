@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from randbasis.tuner.adapter_dir import AdapterDir
 from randbasis.tuner.config import RandbasisConfig
+from randbasis.tuner.meaning import MEANING
 from randbasis.tuner.registration import PREFIX
 
 _AUTO = {
@@ -176,8 +177,11 @@ def _citation(config: RandbasisConfig) -> list[str]:
 
 
 def _coefficients(found: AdapterDir) -> int:
+    beside = (f".{PREFIX}streams.", f".{MEANING}.")
     return sum(
-        prod(shape) for name, shape in found.shapes.items() if f".{PREFIX}" in name and f".{PREFIX}streams" not in name
+        prod(shape)
+        for name, shape in found.shapes.items()
+        if f".{PREFIX}" in name and not any(one in name for one in beside)
     )
 
 

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import check_target_module_exists  # pyright: igno
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
+from randbasis.adapter_file import SpecMatrix
 from randbasis.errors import BaseMismatchError, CoefficientValueError, ResidualError, UnknownMethodError
 from randbasis.importing.least_squares import Bases, Fit, Stop, nearest, relative
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
@@ -21,6 +22,7 @@ from randbasis.tuner.base_model import linear_shapes, meta_model, read_config, s
 from randbasis.tuner.base_shapes import compress_shapes
 from randbasis.tuner.config import NolaConfig, RandbasisConfig
 from randbasis.tuner.inspection import Track
+from randbasis.tuner.meaning import meaning_tensor
 from randbasis.tuner.merging import check_output, replaced_folder
 from randbasis.tuner.registration import PREFIX
 
@@ -174,7 +176,7 @@ def import_as_nearest(
     result = _result(found, Path(output), methods, fits)
     check_limit(result.residual, limit, f"the nearest {config.method} of this configuration")
     made = _config(found, config, model, base_type)
-    tensors = found.load(found.head) | _tensors(fits, methods)
+    tensors = found.load(found.head) | _tensors(fits, methods) | _meaning(fits, methods, made)
     with replaced_folder(Path(output)) as stage:
         save_file(tensors, stage / WEIGHTS_FILE, metadata={"format": "pt"})
         made.save_pretrained(str(stage))
@@ -247,6 +249,14 @@ def _tensors(fits: _Fits, methods: Mapping[str, Method]) -> dict[str, Tensor]:
         if not methods[key].shares_basis:
             tensors[f"{SAVED_PREFIX}{key}.{PREFIX}streams.weight"] = torch.tensor([matrix.streams], dtype=torch.int64)
     return tensors
+
+
+def _meaning(fits: _Fits, methods: Mapping[str, Method], made: RandbasisConfig) -> dict[str, Tensor]:
+    matrices = [
+        SpecMatrix(key, "", 0, one.out_features, one.out_features, one.in_features, methods[key])
+        for key, (one, _) in fits.items()
+    ]
+    return meaning_tensor(made.method_for(""), made.quantize_coefficients, matrices)
 
 
 def _config(found: PeftAdapter, config: RandbasisConfig, model: str | None, base_type: str | None) -> RandbasisConfig:

@@ -11,7 +11,7 @@ method; ``out`` and ``in`` are those of ``ΔW`` in ``h = W0 x + ΔW x``.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -127,6 +127,15 @@ class Method(ABC):
     @abstractmethod
     def rank(self, out_features: int, in_features: int) -> int:
         """``q`` of math §2: the inner dimension of the factors."""
+
+    def identity(self) -> dict[str, bool | float | str | None]:
+        """What fixes ΔW once coefficients and streams are given: by name, equal for equal ΔW.
+
+        A start value, or a default against the same value written out, makes no difference.
+        """
+        told = {one.name: getattr(self, one.name) for one in fields(self)}
+        del told["basis_storage"]
+        return {"method": self.name, **told, "law": parse_law(self.law).name}
 
     # --- the basis of a matrix ---
 

@@ -62,6 +62,10 @@ class Nola(Method):
         """Whether all layers use the streams ``nola/A``, ``nola/B`` and ``nola/A0``."""
         return self.share_basis
 
+    def identity(self) -> dict[str, bool | float | str | None]:
+        """As for every method, the default of ``num_basis_b`` written out."""
+        return {**super().identity(), "num_basis_b": self.basis_b}
+
     def coefficient_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         """``a`` of k and ``b`` of l entries, whatever the shape of the matrix, math (9)."""
         return {"nola_a": (self.num_basis,), "nola_b": (self.basis_b,)}

@@ -46,6 +46,11 @@ class RandLora(Method):
                 "leave alpha out or use scaling='hf'"
             )
 
+    def identity(self) -> dict[str, bool | float | str | None]:
+        """As for every method, the default of ``alpha`` written out."""
+        default = 20.0 * self.r if self.scaling == "hf" else None
+        return {**super().identity(), "alpha": default if self.alpha is None else self.alpha}
+
     def terms(self, out_features: int, in_features: int) -> int:
         """``n_b = ceil(min / r)``; one term when ``r`` is above the smaller side, which adds no rank."""
         return -(-min(out_features, in_features) // self.r)

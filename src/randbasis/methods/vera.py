@@ -31,6 +31,12 @@ class Vera(Method):
         check_positive("r", self.r)
         check_finite("d_initial", self.d_initial)
 
+    def identity(self) -> dict[str, bool | float | str | None]:
+        """As for every method, without ``d_initial``, which is where training starts."""
+        told = super().identity()
+        del told["d_initial"]
+        return told
+
     def coefficient_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         """``d`` scales the rank axis, ``b`` the output rows: ``r + out`` coefficients, math (13)."""
         return {"vera_d": (self.r,), "vera_b": (out_features,)}

@@ -16,6 +16,7 @@ from randbasis.tuner.adapted_matrix import AdaptedMatrix, AdapterOptions
 from randbasis.tuner.base_weight import base_device, base_dtype, layer_shape, quantization_of
 from randbasis.tuner.coefficients import Coefficients, Streams, straight_through
 from randbasis.tuner.factor_cache import FactorCache
+from randbasis.tuner.meaning import MEANING, HeldMeaning, Meaning
 from randbasis.tuner.prepared_pass import PreparedPass
 from randbasis.tuner.targets import Part
 
@@ -34,7 +35,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         LayerTypeError: the layer is not linear.
     """
 
-    other_param_names: tuple[str, ...] = ("adapted", "options", "randbasis_streams")
+    other_param_names: tuple[str, ...] = ("adapted", "options", "randbasis_streams", MEANING)
 
     def __init__(self, base_layer: nn.Module, quantization: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -52,6 +53,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.adapted: dict[str, list[AdaptedMatrix]] = {}
         self.options: dict[str, AdapterOptions] = {}
         self.randbasis_streams = nn.ModuleDict({})
+        self.randbasis_meaning = nn.ModuleDict({})
         self.merged_adapters: list[str] = []
         self._cache = FactorCache()
         self._prepared_pass: PreparedPass | None = None
@@ -116,12 +118,20 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter, but keep its dtype: coefficients are float32 beside a base in half precision."""
         target = device or base_device(self.get_base_layer())
-        for name in (*self.adapter_layer_names, "randbasis_streams"):
+        for name in (*self.adapter_layer_names, "randbasis_streams", MEANING):
             container = cast("nn.ModuleDict", getattr(self, name))
             if target is None or adapter_name not in container:
                 continue
             if all(not tensor.is_meta for tensor in container[adapter_name].state_dict().values()):
                 container[adapter_name].to(target)
+
+    def hold_meaning(self, adapter: str, meaning: Meaning | None) -> None:
+        """Hold what the coefficients of an adapter mean, for all of its layers; None where another layer does."""
+        if adapter in self.randbasis_meaning:
+            del self.randbasis_meaning[adapter]
+        if meaning is not None:
+            self.randbasis_meaning[adapter] = HeldMeaning(adapter, meaning)
+            self._move_adapter_to_device_of_base_layer(adapter)
 
     def cast_to_base(self, adapter: str) -> None:
         """Give the coefficients of an adapter the dtype of the base layer, when that is a floating dtype."""

@@ -125,6 +125,15 @@ def check_adapter_files(path: str | Path) -> dict[str, Any]:
             f"adapter {str(path)!r} has no {' and no '.join(missing)}{_instead(names)}; "
             "give what save_pretrained or randbasis train wrote"
         )
+    return read_config_file(path)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The configuration of an adapter of any method.
+
+    Raises:
+        AdapterFilesError: it is not a JSON object.
+    """
     try:
         content: object = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

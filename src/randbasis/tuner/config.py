@@ -12,7 +12,10 @@ from randbasis.contraction import check_order
 from randbasis.errors import HyperparameterError, TargetError, UnknownMethodError, near
 from randbasis.methods import Method, Nola, Pranc, RandLora, Vera, method_class
 from randbasis.tuner.registration import PEFT_TYPE
-from randbasis.tuner.targets import split_slices
+from randbasis.tuner.targets import check_expression, split_slices
+
+REQUIRES = "randbasis: pip install randbasis, and import randbasis before the adapter is loaded"
+"""Without the import PEFT says ``KeyError: 'RANDBASIS'`` and no more: it has no place for a package to be asked."""
 
 
 @dataclass
@@ -45,6 +48,7 @@ class RandbasisConfig(PeftConfig):
         base_shapes: shapes of the layers that a saved adapter was made for; checked when it is put on a model.
         base_rows: first row and row after the last of each part of a fused projection that it was made for.
         base_model_type: ``model_type`` of the base that it was made for.
+        requires: the package to import before PEFT can read the file, for those who find the file alone.
 
     Raises:
         RandbasisError: a value that its method cannot take, each rule with its own class.
@@ -72,6 +76,7 @@ class RandbasisConfig(PeftConfig):
     base_shapes: dict[str, list[int]] | None = None
     base_rows: dict[str, list[int]] | None = None
     base_model_type: str | None = None
+    requires: str = REQUIRES
 
     def __new__(cls, *_: Any, **options: Any) -> "RandbasisConfig":
         """The class of the named method when the base class is called, as PEFT does with a saved configuration."""
@@ -135,14 +140,47 @@ class RandbasisConfig(PeftConfig):
             raise HyperparameterError(
                 f"bias must be 'none', 'all' or 'randbasis_only', got {self.bias!r}; 'none' is the usual choice"
             )
-        listed = not isinstance(self.target_modules, str)
-        if self.layers_to_transform is not None and not listed:
-            raise TargetError(
-                f"layers_to_transform needs target_modules as a list of names, got the string {self.target_modules!r}; "
-                "put the layer numbers into the regular expression instead"
-            )
+        if self.layers_to_transform is not None:
+            self._check_layers(self.layers_to_transform)
         if self.layers_pattern and self.layers_to_transform is None:
             raise TargetError("layers_pattern needs layers_to_transform, got None; name the layers to adapt")
+        self._check_patterns()
+
+    def _check_layers(self, layers: Any) -> None:
+        if isinstance(self.target_modules, str):
+            instead = (
+                "name the modules" if self.target_modules == "all-linear" else "put the numbers into that expression"
+            )
+            raise TargetError(
+                f"layers_to_transform needs target_modules as a list of names, got the string {self.target_modules!r}; "
+                f"{instead} instead"
+            )
+        numbers = cast("list[Any]", layers if isinstance(layers, list | tuple | set) else [layers])
+        if not numbers or not all(type(one) is int and one >= 0 for one in numbers):
+            raise TargetError(
+                f"layers_to_transform must be a number of a layer or a list of them, counted from 0, got {layers!r}; "
+                "use for example [0, 1], or leave it out for all layers"
+            )
+
+    def _check_patterns(self) -> None:
+        """Every regular expression, in the form that it is matched in."""
+        for name, _ in self.patterns:
+            patterns = getattr(self, name)
+            if not isinstance(patterns, dict):
+                raise HyperparameterError(
+                    f"{name} must map regular expressions of module names to values, got {patterns!r}; "
+                    f"use for example {name}={{'q_proj': 4}}"
+                )
+            for pattern in cast("dict[Any, Any]", patterns):
+                check_expression(name, pattern, rf"(.*\.)?({pattern})$", HyperparameterError)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(expression := getattr(self, name), str):
+                check_expression(name, expression, expression, TargetError)
+        layers = self.layers_pattern or []
+        for pattern in [layers] if isinstance(layers, str) else layers:
+            check_expression("layers_pattern", pattern, rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", TargetError)
+        for pattern in self.modules_to_save or []:
+            check_expression("modules_to_save", pattern, rf"(^|.*\.){pattern}($|\..*)", TargetError)
 
     def _split_targets(self) -> None:
         if self.target_modules is None or isinstance(self.target_modules, str):

@@ -24,27 +24,28 @@ from torch import Tensor, nn
 
 from randbasis.contraction import check_order
 from randbasis.errors import (
-    AdapterFilesError,
     AdapterNameError,
     BaseMismatchError,
-    CoefficientCountError,
-    CoefficientValueError,
     CombinationError,
     LayerTypeError,
+    RandbasisError,
     TargetError,
     near,
 )
 from randbasis.tuner.adapted_matrix import BASE, AdapterOptions
 from randbasis.tuner.adapter_dir import PICKLE_FILE, WEIGHTS_FILE, check_adapter_files, tensor_shapes
+from randbasis.tuner.adapter_names import adapter_of, belongs_to, check_name, path_words, without_adapter
 from randbasis.tuner.base_shapes import compress_shapes, expected_shape
 from randbasis.tuner.base_weight import layer_shape
 from randbasis.tuner.bypasses import check_reached, check_whole, leave_out_bypassed
+from randbasis.tuner.checked_loading import check_loaded, check_native_loading, forget_hooks, place_meaning
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.coverage import names_any, warn_of_gaps
 from randbasis.tuner.fast_paths import Switched, call_every_layer
 from randbasis.tuner.gradient_watch import GradientWatch
 from randbasis.tuner.heads import check_heads, combine_heads, put_back_heads
 from randbasis.tuner.layer import RandbasisLinear
+from randbasis.tuner.pickles import refuse_pickles
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.switching import activate
 from randbasis.tuner.targets import Part, parts_of, resolve_parts
@@ -89,7 +90,7 @@ class RandbasisModel(BaseTuner):
         config = cast("RandbasisConfig", peft_config)
         if config.target_modules == DUMMY_TARGET_MODULES:
             return
-        if config.folder is not None and config.base_shapes is not None and not (config.folder / PICKLE_FILE).is_file():
+        if config.folder is not None and (config.base_shapes or (config.folder / PICKLE_FILE).is_file()):
             # Saved with coefficients beside it, which PEFT looks for only after it has changed the model.
             check_adapter_files(config.folder)
             tensor_shapes(config.folder / WEIGHTS_FILE)
@@ -177,7 +178,13 @@ class RandbasisModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, and note which layers of which shapes the adapter is made for."""
+        """As PEFT's, and note which layers of which shapes the adapter is made for, and what its coefficients mean.
+
+        Raises:
+            AdapterNameError: the adapter cannot have this name.
+        """
+        others = {name: one for name, one in self.peft_config.items() if name != adapter_name}
+        check_name(adapter_name, model, others, self.peft_config[adapter_name])
         self._known_layers = None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         shapes: dict[str, tuple[int, int]] = {}
@@ -192,6 +199,7 @@ class RandbasisModel(BaseTuner):
         config.made_for = compress_shapes(shapes)
         config.made_for_rows = compress_shapes(rows) or None
         config.made_for_type = cast("dict[str, Any]", self.get_model_config(self.model)).get("model_type")
+        place_meaning(model, adapter_name, config)
 
     def _see_to_calls(self, model: nn.Module) -> None:
         """Turn off what would go past the adapted layers, and watch whether they train."""
@@ -317,6 +325,7 @@ class RandbasisModel(BaseTuner):
         )
         if self._watch is not None:
             self._watch.stop()
+        forget_hooks(base)
         for switched in self._switched:
             switched.restore()
         self._switched = ()
@@ -402,7 +411,32 @@ class RandbasisModel(BaseTuner):
             )
         check_heads(self.model, adapters, weights)
 
-    # --- loading ---
+    # --- saving and loading ---
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """As PEFT's, and with what it lost: it drops a key when the name of another adapter is anywhere in it."""
+        usual = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if not path_words(model) & set(unwanted_adapter_names):
+            return usual
+        own = {key: tensor for key, tensor in usual.items() if adapter_of(key) in (None, adapter_name)}
+        everything = model.state_dict()
+        biases = cls._get_learnable_bias_state_dict(model, everything, config)
+        return {
+            key: tensor for key, tensor in everything.items() if belongs_to(key, adapter_name) or key in biases
+        } | own
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """By the end of a key of ours; a head has lost the name of its adapter before it comes here."""
+        return without_adapter(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -416,8 +450,8 @@ class RandbasisModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         ours = cast("RandbasisConfig", config)
         try:
-            _check_loaded(model, adapter_name, remapped)
-        except (AdapterFilesError, BaseMismatchError, CoefficientCountError, CoefficientValueError):
+            check_loaded(model, adapter_name, remapped)
+        except RandbasisError:
             if not ours.restored and (ours.inference_mode or ours.base_shapes is not None):
                 _take_off(model, adapter_name)
             raise
@@ -437,50 +471,23 @@ def _pass_adapter_names(
 
 
 def _nothing_matched(config: RandbasisConfig, keys: list[str]) -> TargetError:
+    listed = [] if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
+    if config.layers_to_transform is not None and any(f".{key}".endswith(f".{one}") for one in listed for key in keys):
+        numbers = sorted({int(word) for key in keys for word in key.split(".") if word.isdigit()})
+        return TargetError(
+            f"layers_to_transform must name layers that have one of the modules {listed}, got "
+            f"{config.layers_to_transform} with layers_pattern={config.layers_pattern!r}: the numbers in the paths of "
+            f"this model are {numbers}, and a number counts where a name stands before its list, as in model.layers.0; "
+            "correct them, or give target_modules as a regular expression"
+        )
     names = {key.rpartition(".")[2] for key in keys if key and not key.rpartition(".")[2].isdigit()}
     if isinstance(config.target_modules, str):
         hint = "a string is one regular expression for whole module names; or pass a list of names"
         wanted = repr(config.target_modules)
     else:
-        listed = sorted(config.target_modules or [])
         hint = near(listed[0].rpartition(".")[2], names) if listed else "name at least one module"
         wanted = str(listed)
     return TargetError(f"Target modules {wanted} not found in the base model: {hint}")
-
-
-def _check_loaded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
-    """Raise unless a state dict has exactly this adapter's tensors, of the right shapes and finite."""
-    wanted = {
-        key: tensor
-        for key, tensor in model.state_dict().items()
-        if f".{PREFIX}" in f".{key}" and f".{adapter_name}." in key
-    }
-    missing = sorted(wanted.keys() - state_dict.keys())
-    if missing:
-        foreign = sorted(key for key in state_dict if f".{PREFIX}" not in key)
-        also = f"; it has tensors that no method of randbasis writes, such as {foreign[0]!r}" if foreign else ""
-        raise AdapterFilesError(
-            f"the adapter's tensors must be complete, {len(missing)} are missing, the first is {missing[0]!r}{also}; "
-            "load a directory written by save_pretrained for this base model and these targets"
-        )
-    extra = sorted(key for key in state_dict.keys() - wanted.keys() if f".{PREFIX}" in key)
-    if extra:
-        raise BaseMismatchError(
-            f"the adapter has {len(extra)} tensors for layers that this model does not have, or that are no targets of "
-            f"its adapter_config.json, the first is {extra[0]!r}; load it on the base model it was made for"
-        )
-    for key, tensor in wanted.items():
-        found = state_dict[key]
-        if tuple(found.shape) != tuple(tensor.shape):
-            raise CoefficientCountError(
-                f"{key} must have shape {list(tensor.shape)} by the adapter's rank and basis, got {list(found.shape)}; "
-                "the coefficients and adapter_config.json do not belong together"
-            )
-        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
-            raise CoefficientValueError(
-                f"{key} has values that are not finite; the training diverged or the file is damaged: "
-                "use an earlier checkpoint"
-            )
 
 
 def _take_off(model: nn.Module, adapter_name: str) -> None:
@@ -508,3 +515,5 @@ def register() -> None:
         cast("Any", peft_types).register_peft_method(
             name=TYPE_NAME.lower(), config_cls=RandbasisConfig, model_cls=RandbasisModel, prefix=PREFIX
         )
+    check_native_loading()
+    refuse_pickles()

@@ -38,6 +38,7 @@ from randbasis.tuner.adapter_dir import CONFIG_FILE, SAVED_PREFIX, WEIGHTS_FILE,
 from randbasis.tuner.base_model import linear_shapes, meta_model, read_config, shape_of
 from randbasis.tuner.base_shapes import compress_shapes, expected_shape
 from randbasis.tuner.config import RandbasisConfig, config_class
+from randbasis.tuner.meaning import MEANING, meaning_of, meaning_tensor, warn_of_no_meaning
 from randbasis.tuner.registration import PREFIX
 from randbasis.tuner.targets import Part, parts_of, resolve_parts
 
@@ -125,6 +126,7 @@ def packed_of(
     stored = {(one.matrix.name, one.matrix.part): one for one in _stored(found, model)}
     config, tensors = found.config, found.load()
     extra = {name: tensor for name, tensor in tensors.items() if f".{PREFIX}" not in name}
+    _check_meaning(found, [one.matrix for one in stored.values()], tensors)
     _check_complete(found, stored.values(), tensors.keys() - extra.keys())
     base = Base(base_name or _plain_name(config.base_model_name_or_path), config.base_model_type)
     groups = group_matrices(one.matrix for one in stored.values())
@@ -201,6 +203,16 @@ def _check_complete(found: AdapterDir, stored: Iterable[_Stored], ours: set[str]
             f"{found.weights} must have the tensors that {CONFIG_FILE} implies, got {what}; the two files do not "
             "belong together: take the directory from where the adapter was saved"
         )
+
+
+def _check_meaning(found: AdapterDir, matrices: list[SpecMatrix], tensors: dict[str, Tensor]) -> None:
+    """Take what the coefficients mean out of the tensors, and raise unless it is what the configuration says."""
+    meaning = meaning_of(found.config.method_for(""), found.config.quantize_coefficients, matrices)
+    names = [name for name in tensors if name.endswith(f".{MEANING}.weight")]
+    for name in names:
+        meaning.check(tensors.pop(name), str(found.path))
+    if not names:
+        warn_of_no_meaning(meaning, str(found.path))
 
 
 def _joined(found: AdapterDir, coefficients: list[Tensor]) -> Tensor:
@@ -316,7 +328,7 @@ def _named_tensors(adapter: PackedAdapter) -> dict[str, Tensor]:
         for name, rows in streams.items():
             stored = torch.tensor([values for _, values in sorted(rows)], dtype=torch.int64)
             tensors[f"{SAVED_PREFIX}{name}.{_STREAMS}.weight"] = stored
-    return tensors
+    return tensors | meaning_tensor(adapter.spec.method, None, adapter.spec.matrices)
 
 
 def _config_of(spec: Spec, where: str, base_name: str | None) -> RandbasisConfig:

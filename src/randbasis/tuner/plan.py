@@ -24,7 +24,13 @@ from randbasis.tuner.config import RandbasisConfig, VeraConfig
 from randbasis.tuner.layer import RandbasisLinear
 
 _COMMON = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern")
-_DTYPES = {torch.float32: ("F32", 4), torch.float16: ("F16", 2), torch.bfloat16: ("BF16", 2), torch.int64: ("I64", 8)}
+_DTYPES = {
+    torch.float32: ("F32", 4),
+    torch.float16: ("F16", 2),
+    torch.bfloat16: ("BF16", 2),
+    torch.int64: ("I64", 8),
+    torch.uint8: ("U8", 1),
+}
 
 TensorSpecs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Tensor name → dtype and shape."""

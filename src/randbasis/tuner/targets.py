@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from randbasis.errors import SliceError, TargetError, near
+from randbasis.errors import RandbasisError, SliceError, TargetError, near
 from randbasis.tuner.fused_layouts import known_layout
 
 _TARGET = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<parts>[^\[\]]*)\])?")
@@ -90,6 +90,24 @@ def split_slices(targets: Iterable[str]) -> tuple[set[str], dict[str, list[str]]
             f"target_modules names {both[0]!r} both whole and in parts {slices[both[0]]}; keep one of the two"
         )
     return whole | slices.keys(), slices
+
+
+def check_expression(argument: str, pattern: Any, matched: str, error: type[RandbasisError]) -> None:
+    """Raise unless a pattern of module names is a regular expression.
+
+    Args:
+        argument: what it was given as.
+        pattern: as written.
+        matched: as it is matched, with what stands around it.
+        error: class to raise.
+    """
+    try:
+        re.compile(matched)
+    except re.error as reason:
+        raise error(
+            f"{argument} must hold regular expressions of module names, got {pattern!r}: {reason}; "
+            rf"put a backslash before a sign that stands for itself, as in 'layers\.0\.'"
+        ) from reason
 
 
 def parts_of(key: str, slices: Mapping[str, list[str]]) -> list[str]:
