@@ -36,7 +36,7 @@ def cases(*, tiny: bool = False, everything: bool = False) -> Iterator[Case]:
         pairs = same_rank(width)
         sides = ("base", MERGED, *pairs.values(), *pairs)
         prompt = 32 if tiny else PROMPT
-        for what, calls in (("prefill", _prefill), ("decode", _decode)):
+        for what, calls in (("prefill", _prefill), ("decode", decode_step)):
             tokens = prompt if what == "prefill" else 1
             yield Case(
                 family=what,
@@ -65,7 +65,7 @@ def _build(
 
     def check() -> str:
         found = check_inference(base, adapters, prompt)
-        if calls is _decode:
+        if calls is decode_step:
             for name, call in made.items():
                 _check_cache(name, call, _model(name, frozen, base), words)
         return found
@@ -88,7 +88,8 @@ def _prefill(model: nn.Module, words: Tensor) -> Callable[[], Tensor]:
     return call
 
 
-def _decode(model: nn.Module, words: Tensor) -> Callable[[], Tensor]:
+def decode_step(model: nn.Module, words: Tensor) -> Callable[[], Tensor]:
+    """One token after all but the last of some words are in the cache, again and again."""
     with torch.no_grad():
         cache = cast("Any", model)(input_ids=words[:, :-1], use_cache=True).past_key_values
     length = words.shape[1] - 1

@@ -6,7 +6,10 @@ from typing import Protocol, cast
 
 from benchmarks.case import Case
 
-FAMILIES = ("basis_rate", "training_step", "step_parts", "peak_memory", "inference", "expansion", "switching", "growth")
+FAMILIES = (
+    "basis_rate", "training_step", "step_parts", "peak_memory", "inference", "kept_factors", "expansion", "switching",
+    "growth",
+)  # fmt: skip
 GPU_FAMILIES = ("gpu_basis", "gpu_expansion", "gpu_step", "gpu_project")
 
 

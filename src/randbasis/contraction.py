@@ -12,11 +12,11 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from randbasis.errors import ContractionError, near
 from randbasis.methods import Matrix, Method
+from randbasis.ops import check_differentiated_once, traced, transformed
 
 Order = Literal["token", "weight", "pair"]
 OrderChoice = Literal["auto", "token", "weight"]
@@ -51,6 +51,7 @@ def choose_order(
     training: bool,
     fused: bool,
     pairs: bool = True,
+    kept: bool = True,
 ) -> Order:
     """The order that costs least above the base layer, among those that ``wanted`` allows.
 
@@ -68,16 +69,19 @@ def choose_order(
         training: whether the coefficients get gradients.
         fused: whether ``W0 + ΔW`` may be one matrix.
         pairs: whether the gradient of a fused sum may go to the factors.
+        kept: whether, without training, ΔW is there for the passes to come; otherwise forming it counts.
     """
     costs: dict[Order, float] = {}
     out, in_, rank = matrix.out_features, matrix.in_features, method.rank(matrix.out_features, matrix.in_features)
     fused = fused and training
     if wanted != "weight":
-        kept = tokens * (rank + out + in_) if training else 0
-        costs["token"] = method.token_cost(tokens, matrix, training=training) + WORK_OF_A_NUMBER * kept
+        saved = tokens * (rank + out + in_) if training else 0
+        costs["token"] = method.token_cost(tokens, matrix, training=training) + WORK_OF_A_NUMBER * saved
     if wanted != "token":
-        kept = (out * in_ + (0 if fused else tokens * (out + in_))) if training else 0
-        costs["weight"] = method.weight_cost(tokens, matrix, training=training, fused=fused) + WORK_OF_A_NUMBER * kept
+        saved = (out * in_ + (0 if fused else tokens * (out + in_))) if training else 0
+        costs["weight"] = method.weight_cost(tokens, matrix, training=training, fused=fused) + WORK_OF_A_NUMBER * saved
+        if not training and not kept:
+            costs["weight"] += rank * out * in_
     if wanted != "token" and fused and pairs:
         costs["pair"] = method.pair_cost(tokens, matrix) + min(rank, WORK_OF_A_NUMBER) * out * in_
     return min(costs, key=lambda order: costs[order])
@@ -117,7 +121,12 @@ def fused_weight_order(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Te
         weight: ``W0``, ``[out, in]``.
         bias: ``[out]`` or None.
         delta: ``ΔW``, ``[out, in]``.
+
+    Raises:
+        DifferentiationError: in the backward pass, when a graph of it is wanted.
     """
+    if transformed() or traced():
+        return functional.linear(x, weight + delta, bias)
     return cast("Tensor", _FusedSum.apply(x, weight, bias, delta))  # pyright: ignore[reportUnknownMemberType]
 
 
@@ -131,8 +140,8 @@ class _FusedSum(torch.autograd.Function):
         return functional.linear(x, total, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        check_differentiated_once()
         x, total = ctx.saved_tensors
         for_x = gradient @ total if ctx.needs_input_grad[0] else None
         tokens, for_output = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
@@ -168,8 +177,8 @@ class _FusedPairs(torch.autograd.Function):
         return functional.linear(x, total, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        check_differentiated_once()
         x, weight, *factors = ctx.saved_tensors
         for_x = None
         if ctx.needs_input_grad[0]:
@@ -200,6 +209,13 @@ def _summed(weight: Tensor, starts: Sequence[int], factors: Sequence[Tensor]) ->
     return total
 
 
+def _plain_sum(weight: Tensor, pairs: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
+    """:func:`_summed` in operations that write to nothing."""
+    for start, up, down in pairs:
+        weight = weight + functional.pad(up @ down, (0, 0, start, weight.shape[0] - start - up.shape[0]))
+    return weight
+
+
 def fused_pair_order(
     x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[tuple[int, Tensor, Tensor]]
 ) -> Tensor:
@@ -210,7 +226,12 @@ def fused_pair_order(
         weight: ``W0``, ``[out, in]``, frozen.
         bias: ``[out]``, frozen, or None.
         pairs: first output row, ``B`` of ``[rows, q]`` and ``A`` of ``[q, in]`` of each.
+
+    Raises:
+        DifferentiationError: in the backward pass, when a graph of it is wanted.
     """
+    if transformed() or traced():
+        return functional.linear(x, _plain_sum(weight, pairs), bias)
     starts = tuple(start for start, _, _ in pairs)
     factors = (factor for _, up, down in pairs for factor in (up, down))
     return cast("Tensor", _FusedPairs.apply(x, weight, bias, starts, *factors))  # pyright: ignore[reportUnknownMemberType]

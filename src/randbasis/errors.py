@@ -54,6 +54,10 @@ class ContractionError(RandbasisError, ValueError):
     """An order of contraction is unknown, or was forced where it cannot be used."""
 
 
+class DifferentiationError(RandbasisError, RuntimeError):
+    """A derivative of a backward pass that keeps no graph was asked for."""
+
+
 class TargetError(RandbasisError, ValueError):
     """``target_modules`` matches nothing, or is written in a form that is not understood."""
 

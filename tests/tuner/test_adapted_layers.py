@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from tuner_cases import (
     CASES,
     ONE_EACH,
+    OPTIONS,
     Case,
     FusedBlock,
     adapted_layers,
@@ -271,3 +272,21 @@ def test_inputs_learn_too():
         again = embedded.detach().requires_grad_()
         merged(inputs_embeds=again).logits.square().mean().backward()
         torch.testing.assert_close(embedded.grad, again.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("place", ["linear", "conv1d", "qkv_proj"])
+@pytest.mark.parametrize("method", OPTIONS)
+def test_hooks_on_the_base_layer_run_where_the_sum_of_weights_would_be_fused(method, place, kind):
+    """In training, in weight order, the base layer's forward could be left out; not while somebody listens to it."""
+    model = Case(place, method).adapted(contraction="weight").train()
+    layers = adapted_layers(model)
+    generator = torch.Generator().manual_seed(0)
+    x = {name: torch.randn(3, layer.in_features, generator=generator) for name, layer in layers.items()}
+    expected = {name: layer(x[name]) for name, layer in layers.items()}
+    seen: list[str] = []
+    for name, layer in layers.items():
+        getattr(layer.get_base_layer(), kind)(lambda *_, name=name: seen.append(name))
+    found = {name: layer(x[name]) for name, layer in layers.items()}
+    assert seen == list(layers)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

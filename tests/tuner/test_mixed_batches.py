@@ -1,10 +1,12 @@
 """Mixed batches: each row of a batch with its own adapter, as if it were alone."""
 
+import threading
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, GenerationConfig, XLNetConfig, XLNetModel
 from tuner_cases import (
     CASES,
     ONE_EACH,
@@ -120,7 +122,7 @@ def test_the_active_adapter_and_disabled_adapters_do_not_matter():
     assert not torch.allclose(outputs(model, batch), first, atol=1e-3)
 
 
-def test_hooks_are_gone_after_a_call_that_failed():
+def test_nothing_is_left_behind_by_a_call_that_failed():
     model = three_adapters(Case("linear", "nola"))
     expected = outputs(model, token_batch(2))
     with pytest.raises(RuntimeError):
@@ -181,6 +183,173 @@ def test_generation_of_each_row_as_if_alone(build, beams, method):
     assert torch.equal(mixed, expected)
     with model.disable_adapter():
         assert not torch.equal(generated(model, batch, num_beams=beams), expected)
+
+
+GENERATION = {
+    "beams": {"num_beams": 3},
+    "sequences": {"num_beams": 3, "num_return_sequences": 2},
+    "more sequences than beams": {"do_sample": True, "num_return_sequences": 3, "top_k": 1},
+}
+
+
+@pytest.mark.parametrize("where", ["arguments", "given config", "model's config"])
+@pytest.mark.parametrize("how", GENERATION)
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_t5])
+def test_rows_that_generation_makes_of_a_prompt(build, how, where):
+    """Beams and returned sequences, wherever they are set: each row still has its adapter."""
+    targets = {"tiny_llama": ["q_proj", "v_proj"], "tiny_gpt2": ["c_attn"], "tiny_t5": ["q", "v", "wo"]}
+    model = get_peft_model(seeded(build), make_config("nola", targets[build.__name__]))
+    fill(model, seed=1, size=1.0)
+    add_adapter(model, "other", make_config("vera", targets[build.__name__], seed=4), 2)
+    options = {"do_sample": False, "max_new_tokens": 5, **GENERATION[how]}
+    names, batch = ["default", BASE, "other"], token_batch(3, 5)
+    if where == "model's config":
+        model.get_base_model().generation_config.update(**options)
+        options = {}
+    elif where == "given config":
+        options = {"generation_config": GenerationConfig(**options)}
+
+    def made(batch, **more):
+        tokens = model.generate(**batch, **options, **more)
+        return torch.nn.functional.pad(tokens, (0, 16 - tokens.shape[1]))
+
+    rows = []
+    for row, name in enumerate(names):
+        alone = {key: value[row : row + 1] for key, value in batch.items()}
+        if name == BASE:
+            with model.disable_adapter():
+                rows.append(made(alone))
+        else:
+            model.set_adapter(name)
+            rows.append(made(alone))
+    assert torch.equal(made(batch, adapter_names=names), torch.cat(rows))
+
+
+def test_names_of_another_number_than_the_prompts_are_refused_however_many_rows_they_make():
+    model = three_adapters(Case("linear", "nola"))
+    with pytest.raises(AdapterNameError, match="got 3 and 6"):
+        model.generate(**token_batch(6), adapter_names=["default"] * 3, num_beams=2, max_new_tokens=2)
+    model.get_base_model().generation_config.num_beams = 2
+    with pytest.raises(AdapterNameError, match="got 3 and 6"):
+        outputs(model, token_batch(6), adapter_names=["default"] * 3)
+
+
+# --- which dimension has the rows ---
+
+
+def tiny_xlnet() -> XLNetModel:
+    return XLNetModel(XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48, dropout=0.0))
+
+
+def hidden(model: PeftModel, ids: torch.Tensor, **kwargs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, **kwargs).last_hidden_state
+
+
+@pytest.mark.parametrize("method", ONE_EACH)
+def test_layers_that_see_tokens_first(method):
+    model = get_peft_model(seeded(tiny_xlnet), make_config(method, ["layer_1", "layer_2"]), adapter_name="one")
+    fill(model, "one")
+    add_adapter(model, "two", make_config("nola", ["layer_1", "layer_2"], seed=5), 2)
+    names = ["one", "two", BASE, "two"]
+    for tokens in (6, 3, 1):
+        ids = token_batch(4, tokens)["input_ids"]
+        mixed = hidden(model.eval(), ids, adapter_names=names)
+        for row, name in enumerate(names):
+            if name == BASE:
+                with model.disable_adapter():
+                    alone = hidden(model, ids[row : row + 1])
+            else:
+                model.set_adapter(name)
+                alone = hidden(model, ids[row : row + 1])
+            torch.testing.assert_close(mixed[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+    with pytest.raises(AdapterNameError, match="whether rows or tokens come first; make their numbers differ"):
+        hidden(model, token_batch(4, 4)["input_ids"], adapter_names=names)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_phi3, tiny_t5])
+def test_as_many_rows_as_tokens_where_rows_are_known_to_come_first(build):
+    targets = {"tiny_llama": ["q_proj"], "tiny_gpt2": ["c_attn"], "tiny_phi3": ["qkv_proj[v]"], "tiny_t5": ["q", "wo"]}
+    model = get_peft_model(seeded(build), make_config("nola", targets[build.__name__]))
+    fill(model)
+    add_adapter(model, "other", make_config("vera", targets[build.__name__]), 2)
+    batch, names = token_batch(4, 4), ["default", BASE, "other", "default"]
+    if build is tiny_t5:
+        batch["decoder_input_ids"] = batch["input_ids"]
+    mixed = outputs(model, batch, adapter_names=names)
+    torch.testing.assert_close(mixed, each_alone(model, batch, names), rtol=1e-4, atol=1e-4)
+
+
+def test_as_many_rows_as_tokens_are_refused_in_a_model_that_nobody_knows():
+    model = three_adapters(Case("in_proj", "nola"))
+    x = torch.randn(6, 6, 24, generator=torch.Generator().manual_seed(0))
+    names = ["default", BASE] * 3
+    with pytest.raises(AdapterNameError, match="add a row with the name '__base__'"):
+        outputs(model, {"x": x}, adapter_names=names)
+    with pytest.raises(AdapterNameError, match="got 6 and 4"):
+        outputs(model, {"x": x[:4]}, adapter_names=names)  # tokens first, perhaps
+    mixed = outputs(model, {"x": torch.cat([x, x[:1]])}, adapter_names=[*names, BASE])
+    torch.testing.assert_close(mixed[:6], each_alone(model, {"x": x}, names), rtol=1e-4, atol=1e-4)
+
+
+# --- threads ---
+
+
+@pytest.mark.parametrize("method", ONE_EACH)
+def test_threads_do_not_see_each_others_names(method):
+    """Mixed and plain calls at the same time on one model, in step at every layer."""
+    model = three_adapters(Case("linear", method))
+    batch = token_batch(3)
+    orders = [["default", "same_basis", BASE], ["own_basis", BASE, "default"], None]
+    expected = [outputs(model, batch, **({"adapter_names": names} if names else {})) for names in orders]
+    entered = threading.Barrier(len(orders), timeout=30)
+    layers = model.get_base_model().model.layers
+
+    def together(*_: object) -> None:
+        entered.wait()
+
+    hooks = [layer.register_forward_pre_hook(together) for layer in layers]
+    found: list[list[torch.Tensor]] = [[] for _ in orders]
+
+    def work(place: int) -> None:
+        names = orders[place]
+        for _ in range(5):
+            found[place].append(outputs(model, batch, **({"adapter_names": names} if names else {})))
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(len(orders))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for hook in hooks:
+        hook.remove()
+    for mine, wanted in zip(found, expected, strict=True):
+        assert len(mine) == 5
+        for one in mine:
+            torch.testing.assert_close(one, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_names_that_reach_no_layer_are_refused():
+    """As when the layers run in threads that the call did not come from: the answer would be the active adapter's."""
+    model = three_adapters(Case("in_proj", "nola"))
+
+    class Elsewhere(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found = []
+            with torch.no_grad():
+                thread = threading.Thread(target=lambda: found.append(self.inner(x).detach()))
+                thread.start()
+                thread.join()
+            return found[0]
+
+    for name in ("qkv", "in_proj"):
+        setattr(model.base_model.model, name, Elsewhere(getattr(model.base_model.model, name)))
+    with pytest.raises(AdapterNameError, match="none ran there"):
+        outputs(model, Case("in_proj", "nola").batch(3), adapter_names=["default", BASE, "default"])
 
 
 # --- batched, not looped ---
@@ -246,6 +415,27 @@ def test_factors_of_a_mixed_batch_are_kept(method, monkeypatch):
     assert torch.equal(changed[[0, 2, 3]], first[[0, 2, 3]])
     assert not torch.allclose(changed[1], first[1], atol=1e-3)
     torch.testing.assert_close(changed, each_alone(model, token_batch(4), names), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ONE_EACH)
+def test_shuffled_batches_find_the_factors_of_every_adapter(method, monkeypatch):
+    """One entry an adapter, whoever shares its batch: nothing is prepared twice, and memory grows with adapters."""
+    model = many_adapters(Case("linear", method), 4)
+    prepared = []
+    kind = METHODS[method]
+    original = kind.prepare
+    monkeypatch.setattr(kind, "prepare", lambda self, *args: prepared.append(1) or original(self, *args))
+    adapters = ["default", "number_1", "number_2", "number_3", BASE]
+    outputs(model, token_batch(5), adapter_names=adapters)
+    prepared.clear()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        rows = torch.randint(len(adapters), (6,), generator=generator).tolist()
+        outputs(model, token_batch(6), adapter_names=[adapters[row] for row in rows])
+    assert not prepared
+    for layer in adapted_layers(model).values():
+        assert len(layer._cache._kept) == 4
+        assert layer._cache.nbytes <= layer._cache.limit
 
 
 def test_a_deleted_adapter_leaves_no_factors_behind():

@@ -24,11 +24,13 @@ from randbasis.errors import BasisShapeError
 from randbasis.ops import backends
 from randbasis.ops.reference import Slab, Tile, tiles
 from randbasis.ops.storage import BasisStorage, Stored, check_storage, choose_storage, held, hold
+from randbasis.ops.transforms import check_differentiated_once, outside, traced, transformed
 
 __all__ = [
     "BasisStorage",
     "Slab",
     "Stored",
+    "check_differentiated_once",
     "check_storage",
     "choose_storage",
     "combine",
@@ -37,6 +39,8 @@ __all__ = [
     "hold",
     "project",
     "sandwich",
+    "traced",
+    "transformed",
 ]
 
 
@@ -57,14 +61,20 @@ def _tile_entries(slab: Slab, tile: Tile, storage: BasisStorage, like: Tensor) -
     if dense is not None:
         return dense[tile.index : tile.index + tile.count, tile.row : tile.row + tile.rows]
     packed = stored.packed(like.device) if stored is not None else None
+    if transformed() or traced():
+        with outside():
+            return backends.expand(slab, tile, like.dtype, like.device, packed)
     return backends.expand(slab, tile, like.dtype, like.device, packed)
 
 
 def _plain(slab: Slab, storage: BasisStorage, like: Tensor) -> Tensor | None:
     """The stored entries ``[count, rows, cols]`` where a product with them may go without an op of its own.
 
-    The call of an op costs as much as a small product. Tracing wants the op, and so does autocast, which it keeps away.
+    The call of an op costs as much as a small product. A compiler wants the op, and so does autocast, which it keeps
+    away. A transform wants torch's own operations, so there the entries are made for the product when none are stored.
     """
+    if transformed():
+        return entries(slab, storage, like.dtype, like.device)
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(like.device.type):
         return None
     stored = held(slab, storage) if storage == "dense" else None
@@ -74,6 +84,14 @@ def _plain(slab: Slab, storage: BasisStorage, like: Tensor) -> Tensor | None:
 def _no_autocast(x: Tensor) -> torch.autocast:
     # An op computes in the dtype of its arguments: what autocast wants was decided before the call.
     return torch.autocast(x.device.type, enabled=False)
+
+
+def _linear(x: Tensor, matrix: Tensor) -> Tensor:
+    """``x Mᵀ`` in the dtype of both: autocast is kept away, as from the ops."""
+    if torch.is_autocast_enabled(x.device.type):
+        with _no_autocast(x):
+            return torch.nn.functional.linear(x, matrix)
+    return torch.nn.functional.linear(x, matrix)
 
 
 # --- product -----------------------------------------------------------------------------------------------------
@@ -150,7 +168,8 @@ def combine(coefficients: Tensor, slab: Slab, storage: BasisStorage) -> Tensor:
     flat = coefficients.reshape(-1, coefficients.shape[-1])
     plain = _plain(slab, storage, flat)
     if plain is not None and flat.shape[1] == slab.count:
-        return (flat @ plain.flatten(1)).view(*coefficients.shape[:-1], slab.rows, slab.cols)
+        out = _linear(flat, plain.flatten(1).T)
+        return out.view(*coefficients.shape[:-1], slab.rows, slab.cols)
     out = _product(flat, _name(slab), slab.basis.law.name, False, True, storage)
     return out.view(*coefficients.shape[:-1], slab.rows, slab.cols)
 
@@ -173,7 +192,7 @@ def project(x: Tensor, slab: Slab, storage: BasisStorage, *, transpose: bool = F
     plain = _plain(slab, storage, x)
     if plain is not None and x.shape[-1] == (slab.count * slab.rows if transpose else slab.cols):
         matrix = plain.flatten(0, 1)
-        return torch.nn.functional.linear(x, matrix.T if transpose else matrix)
+        return _linear(x, matrix.T if transpose else matrix)
     flat = x.reshape(-1, x.shape[-1])
     out = _product(flat, _name(slab), slab.basis.law.name, True, transpose, storage)
     return out.view(*x.shape[:-1], out.shape[-1])
@@ -350,6 +369,7 @@ def _sandwich_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _sandwich_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    check_differentiated_once()
     diagonal, columns = ctx.saved_tensors
     for_diagonal, for_columns = _sandwich_gradients(gradient.contiguous(), diagonal, columns, *ctx.arguments)
     return for_diagonal, None if columns is None else for_columns, None, None, None, None
@@ -371,4 +391,15 @@ def sandwich(diagonal: Tensor, columns: Tensor | None, a: Slab, b: Slab, storage
     Returns:
         ``[b.cols, a.cols]`` of integer entries combined, without the real factors.
     """
+    if transformed():
+        return _plain_sandwich(diagonal, columns, a, b, storage)
     return _sandwich(diagonal, columns, _name(a), _name(b), a.basis.law.name, storage)
+
+
+def _plain_sandwich(diagonal: Tensor, columns: Tensor | None, a: Slab, b: Slab, storage: BasisStorage) -> Tensor:
+    """:func:`sandwich` in torch's own operations, with a graph over its terms."""
+    scaled = diagonal.unsqueeze(-1) * entries(a, storage, diagonal.dtype, diagonal.device)
+    if columns is not None:
+        scaled = scaled * columns.unsqueeze(1)
+    lines = entries(b, storage, diagonal.dtype, diagonal.device).flatten(0, 1)
+    return _linear(lines.T, scaled.flatten(0, 1).T)

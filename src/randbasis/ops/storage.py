@@ -14,6 +14,7 @@ from torch import Tensor
 from randbasis.errors import StorageError, near
 from randbasis.ops import backends
 from randbasis.ops.reference import Slab, Tile
+from randbasis.ops.transforms import outside
 
 BasisStorage = Literal["auto", "packed", "dense", "recompute"]
 """``packed``: raw words (1 bit an entry for the sign law); ``dense``: floating point; ``recompute``: nothing."""
@@ -71,7 +72,7 @@ class Stored:
             key = (device, dtype)
             if key not in self._tensors:
                 whole = Tile(0, self.slab.count, 0, self.slab.rows)
-                with torch.inference_mode(False):  # what is stored now, training may use later
+                with outside():  # what is stored now, training may use later
                     self._tensors[key] = backends.expand(self.slab, whole, dtype, device)
             return self._tensors[key]
 
@@ -82,7 +83,8 @@ class Stored:
         with self._lock:
             key = (device, torch.int32)
             if key not in self._tensors:
-                self._tensors[key] = backends.words(self.slab, device)
+                with outside():
+                    self._tensors[key] = backends.words(self.slab, device)
             return self._tensors[key]
 
     @property

@@ -15,7 +15,7 @@ from randbasis.methods import Matrix, Method
 from randbasis.tuner.adapted_matrix import AdaptedMatrix, AdapterOptions
 from randbasis.tuner.base_weight import base_device, base_dtype, layer_shape, quantization_of
 from randbasis.tuner.coefficients import Coefficients, Streams, straight_through
-from randbasis.tuner.factor_cache import FactorCache
+from randbasis.tuner.factor_cache import FactorCache, limit_of
 from randbasis.tuner.meaning import MEANING, HeldMeaning, Meaning
 from randbasis.tuner.prepared_pass import PreparedPass
 from randbasis.tuner.targets import Part
@@ -55,7 +55,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.randbasis_streams = nn.ModuleDict({})
         self.randbasis_meaning = nn.ModuleDict({})
         self.merged_adapters: list[str] = []
-        self._cache = FactorCache()
+        self.rows_first = False
+        """Whether ``[rows, tokens, in]`` is known to be the shape of its inputs; the model's tuner says so."""
+        self._cache = FactorCache(limit_of(self.out_features, self.in_features))
         self._prepared_pass: PreparedPass | None = None
         self._disable_adapters = False
         self.quantization_backend: QuantizationBackend | None = quantization_of(inner, quantization)

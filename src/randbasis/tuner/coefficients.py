@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from randbasis.adapter_file.codec import nearest_codes, scale_of
+from randbasis.tuner.snapshot import Snapshot
 
 
 class Coefficients(nn.Module):
@@ -52,7 +53,8 @@ def straight_through(values: Tensor, bits: int) -> Tensor:
 class Streams(nn.Module):
     """The streams of the matrices of one layer, ``[parts, roles]``, math (4): what is stored wins over any path.
 
-    The integers are read from the tensor once after it changes, not in every forward pass.
+    The integers are read from the tensor after it changes, not in every forward pass: see
+    :mod:`randbasis.tuner.snapshot` for how a change is seen.
 
     Args:
         streams: one tuple of streams for each part.
@@ -63,21 +65,23 @@ class Streams(nn.Module):
     def __init__(self, streams: list[tuple[int, ...]]) -> None:
         super().__init__()
         self.register_buffer("weight", torch.tensor(streams, dtype=torch.int64))
-        self._read_from: Tensor | None = self.weight
         self._values = streams
+        self._read_from = Snapshot.of([self.weight])
 
     @property
     def values(self) -> list[tuple[int, ...]]:
         """The streams as integers."""
-        if self._read_from is not self.weight and not self.weight.is_meta:
+        if torch.compiler.is_compiling() and self._read_from is not None:
+            return self._values
+        if not self.weight.is_meta and (self._read_from is None or not self._read_from.is_of([self.weight])):
+            self._read_from = Snapshot.of([self.weight])
             rows = cast("list[list[int]]", self.weight.tolist())
             self._values = [tuple(row) for row in rows]
-            self._read_from = self.weight
         return self._values
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._read_from = None
+        self._read_from = None  # for a compiler, under which no values are compared
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Streams":
         return Streams(self.values)

@@ -1,7 +1,7 @@
 """One adapted layer for all methods: ``nn.Linear``, ``Conv1D``, slices of fused projections, quantized bases."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -29,11 +29,13 @@ from randbasis.contraction import (
     weight_order,
 )
 from randbasis.errors import AdapterNameError, ContractionError, MergeError
+from randbasis.ops import traced
 from randbasis.tuner.adapted_layer import AdaptedLayer
-from randbasis.tuner.adapted_matrix import AdaptedMatrix, batch_groups
+from randbasis.tuner.adapted_matrix import AdaptedMatrix, BatchGroup, batch_groups
 from randbasis.tuner.base_weight import BaseWeight, forward_of_its_own, full_weight, offloaded, write_weight
-from randbasis.tuner.coefficients import Streams
-from randbasis.tuner.prepared_pass import Holder, PreparedPass, Term, may_be_kept
+from randbasis.tuner.mixed_batch import MixedBatch, batch_of
+from randbasis.tuner.prepared_pass import Place, PreparedPass, Term, decodes
+from randbasis.tuner.snapshot import Snapshot
 from randbasis.tuner.targets import Part
 
 
@@ -162,17 +164,23 @@ class RandbasisLinear(AdaptedLayer):
             args: passed on to the base layer.
             kwargs: passed on to the base layer; ``adapter_names`` gives each row its own adapter.
         """
+        mixed = batch_of(self)
         prepared = self._prepared_pass
-        usual = not (args or kwargs or self._disable_adapters or self.merged_adapters)
-        if prepared is not None and usual and prepared.fits(x, self.active_adapters):
-            return prepared.add_to(self._base_result(x), x)
+        if prepared is not None:
+            usual = not (mixed or args or kwargs or self._disable_adapters or self.merged_adapters or self.training)
+            if usual and prepared.fits(x, self.active_adapters, rows_first=self.rows_first):
+                return prepared.add_to(self._base_result(x), x)
+            if not prepared.snapshot.by_value and not self._decodes(x):
+                self._forget()
         adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            return self._forward_mixed(x, adapter_names, *args, **kwargs)
+            mixed = MixedBatch(adapter_names, 1, "rows first", frozenset())
+        if mixed is not None:
+            return self._forward_mixed(x, mixed, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.adapted]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
@@ -184,12 +192,13 @@ class RandbasisLinear(AdaptedLayer):
         by: dict[Order, dict[str, list[AdaptedMatrix]]] = {"token": {}, "weight": {}, "pair": {}}
         for name in active:
             for one in self.matrices(name):
-                order = self._order(name, one, x.numel() // self.in_features, fused=refusal is None)
+                order = self._order(name, one, x, fused=refusal is None)
                 by[order].setdefault(name, []).append(one)
         if by["weight"]:  # one sum of weights takes them all
             for name, matrices in by["pair"].items():
                 together = [*by["weight"].get(name, []), *matrices]
                 by["weight"][name] = sorted(together, key=lambda one: one.part.start)
+        decoding = self._decodes(x)
         if by["weight"] and refusal is None and not self._thin(x):
             result = self._fused(x, by["weight"])
         elif by["pair"]:
@@ -197,12 +206,12 @@ class RandbasisLinear(AdaptedLayer):
         else:
             result = self._base_result(x, *args, **kwargs)
             for name, matrices in by["weight"].items():
-                delta = self._delta(name, matrices)
+                delta = self._delta(name, matrices, decoding=decoding)
                 result = result + weight_order(self._dropped(x, name, dtype), delta.to(dtype)).to(result.dtype)
         for name, matrices in by["token"].items():
             dropped = self._dropped(x, name, dtype)
             for one in matrices:
-                prepared = {key: value.to(dtype) for key, value in self._prepared(name, one).items()}
+                prepared = {key: value.to(dtype) for key, value in self._prepared(name, one, decoding).items()}
                 h = token_order(dropped, prepared, one.method, one.matrix)
                 result = result + self._embed(h.to(result.dtype), one.part)
         if not args and not kwargs and self._thin(x) and result.dtype == x.dtype == dtype:
@@ -211,23 +220,32 @@ class RandbasisLinear(AdaptedLayer):
 
     def _thin(self, x: Tensor) -> bool:
         """Whether this is a step of decoding: the sum W0 + ΔW would cost more than a second product."""
-        return not (self.training or torch.is_grad_enabled()) and x.numel() < WORK_OF_A_NUMBER * self.in_features
+        if self.training or torch.is_grad_enabled() or traced():
+            return False
+        return x.numel() < WORK_OF_A_NUMBER * self.in_features
 
     def _prepare_pass(self, x: Tensor, by: Mapping[Order, Mapping[str, list[AdaptedMatrix]]]) -> None:
-        holders: list[Holder] = [cast("Streams", one) for one in self.randbasis_streams.values()]
+        places = [Place.of(self.randbasis_streams, name) for name in self.randbasis_streams]
         for name, matrices in (*by["weight"].items(), *by["token"].items()):
-            holders += [self._holder(name, attribute) for one in matrices for attribute in one.attributes.values()]
-        if not may_be_kept(holders):
+            attributes = [attribute for one in matrices for attribute in one.attributes.values()]
+            places += [Place.of(getattr(self, attribute), name) for attribute in attributes]
+        snapshot = Snapshot.of([place.tensor for place in places])  # before the values are used
+        decoding = self._decodes(x)
+        if snapshot is None or not (snapshot.by_value or decoding):
             return
         terms: list[Term] = []
         for name, matrices in by["weight"].items():
-            terms.append(partial(weight_order, delta=self._delta(name, matrices).to(x.dtype)))
+            terms.append(partial(weight_order, delta=self._delta(name, matrices, decoding=decoding).to(x.dtype)))
         for name, matrices in by["token"].items():
-            terms += [self._token_term(name, one, x.dtype) for one in matrices]
-        self._prepared_pass = PreparedPass.of(x, self.active_adapters, holders, terms)
+            terms += [self._token_term(name, one, x.dtype, decoding) for one in matrices]
+        active = list(self.active_adapters)
+        self._prepared_pass = PreparedPass(active, x.dtype, x.device, x.numel(), places, snapshot, terms)
 
-    def _token_term(self, adapter: str, one: AdaptedMatrix, dtype: torch.dtype) -> Term:
-        prepared = {key: value.to(dtype).unsqueeze(0) for key, value in self._prepared(adapter, one).items()}
+    def _decodes(self, x: Tensor) -> bool:
+        return decodes(x, rows_first=self.rows_first)
+
+    def _token_term(self, adapter: str, one: AdaptedMatrix, dtype: torch.dtype, decoding: bool) -> Term:
+        prepared = {key: value.to(dtype).unsqueeze(0) for key, value in self._prepared(adapter, one, decoding).items()}
         term = partial(token_order_of_rows, prepared=prepared, method=one.method, matrix=one.matrix)
         return term if one.part.rows == self.out_features else lambda x: self._embed(term(x), one.part)
 
@@ -243,12 +261,12 @@ class RandbasisLinear(AdaptedLayer):
         weight = cast("Tensor", base.weight)
         return weight.T if self.transposed else weight, cast("Tensor | None", base.bias)
 
-    def _delta(self, adapter: str, matrices: list[AdaptedMatrix]) -> Tensor:
-        return self._cached(adapter, matrices, "delta", partial(self._full_delta, adapter, matrices))
+    def _delta(self, adapter: str, matrices: list[AdaptedMatrix], *, decoding: bool) -> Tensor:
+        return self._cached(adapter, matrices, "delta", partial(self._full_delta, adapter, matrices), decoding)
 
     def _fused(self, x: Tensor, by_weight: dict[str, list[AdaptedMatrix]]) -> Tensor:
         weight, bias = self._linear_parts()
-        deltas = [self._delta(name, matrices) for name, matrices in by_weight.items()]
+        deltas = [self._delta(name, matrices, decoding=self._decodes(x)) for name, matrices in by_weight.items()]
         total = deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(0)
         return fused_weight_order(x, weight, bias, total.to(weight.dtype))
 
@@ -280,7 +298,7 @@ class RandbasisLinear(AdaptedLayer):
             return "the base layer is trained too"
         return fusing_refusal(cast("Tensor", base.weight), dtype)
 
-    def _order(self, adapter: str, one: AdaptedMatrix, tokens: int, *, fused: bool) -> Order:
+    def _order(self, adapter: str, one: AdaptedMatrix, x: Tensor, *, fused: bool) -> Order:
         wanted = self.options[adapter].contraction
         if self.quantization_backend is not None:
             if wanted == "weight":
@@ -291,14 +309,16 @@ class RandbasisLinear(AdaptedLayer):
             wanted = "token"
         # Checkpointed layers run first without gradients: the same order as when they run again with them.
         training = (torch.is_grad_enabled() or self.training) and self._needs_gradient(adapter, one)
+        training = training and not traced()  # one graph, whether or not gradients are wanted of this recording
         return choose_order(
             check_order(wanted),
             one.method,
             one.matrix,
-            tokens,
+            x.numel() // self.in_features,
             training=training,
             fused=fused,
             pairs=not torch.compiler.is_compiling(),  # a compiler cannot follow a factor into what is stored
+            kept=(x.device.type == "cpu" or self._decodes(x)) and not traced(),
         )
 
     def _needs_gradient(self, adapter: str, one: AdaptedMatrix) -> bool:
@@ -315,55 +335,67 @@ class RandbasisLinear(AdaptedLayer):
             return h
         return functional.pad(h, (part.start, self.out_features - part.stop))
 
-    def _prepared(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
+    def _prepared(self, adapter: str, one: AdaptedMatrix, decoding: bool) -> dict[str, Tensor]:
         def compute() -> dict[str, Tensor]:
             return one.method.prepare(self.coefficients(adapter, one), one.matrix)
 
-        return self._cached(adapter, [one], "prepared", compute)
+        return self._cached(adapter, [one], "prepared", compute, decoding)
 
-    def _cached(self, adapter: str, matrices: Sequence[AdaptedMatrix], what: str, compute: Any) -> Any:
+    def _cached(
+        self, adapter: str, matrices: Sequence[AdaptedMatrix], what: str, compute: Callable[[], Any], decoding: bool
+    ) -> Any:
+        key, sources = self._key(what, adapter, matrices)
+        return self._cache.get(key, sources, compute, usable=not self.training, decoding=decoding)
+
+    def _key(
+        self, what: str, adapter: str, matrices: Sequence[AdaptedMatrix]
+    ) -> tuple[tuple[Hashable, ...], list[Tensor]]:
+        """What is made of the coefficients of an adapter, by all that it depends on but their values, and these."""
         sources = [c for one in matrices for c in self.trained_coefficients(adapter, one).values()]
-        key = (what, adapter, tuple((one.part.name, one.matrix) for one in matrices))
-        return self._cache.get(key, sources, compute, usable=not self.training)
+        made_of = tuple((one.part.name, one.method, one.matrix) for one in matrices)
+        return (what, adapter, self.options[adapter].quantize_coefficients, made_of), sources
 
     # --- mixed batches ---
 
-    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_mixed(self, x: Tensor, batch: MixedBatch, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:
             raise AdapterNameError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
                 f"Merged are {self.merged_adapters}."
             )
-        if x.shape[0] != len(adapter_names):
-            raise AdapterNameError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {x.shape[0]} respectively; give one name for each row of the batch"
-            )
+        dimension, names = batch.rows_of(x, x.dim() - 1)
         result = self._base_result(x, *args, **kwargs)
+        if dimension:
+            result, x = result.transpose(0, dimension), x.transpose(0, dimension)
         dtype = _compute_dtype(x)
         rows = self._cast_input_dtype(x, dtype).reshape(x.shape[0], -1, self.in_features)
-        for group in batch_groups(adapter_names, self.matrices):
+        for group in batch_groups(names, self.matrices):
             one = group.matrix
-            slots = torch.tensor(group.slots, device=x.device)
             index = torch.tensor(group.rows, device=x.device)
-            everyone = len(group.rows) == len(adapter_names)
-            gathered = {key: value.to(dtype)[slots] for key, value in self._stacked(group.names, one).items()}
+            everyone = len(group.rows) == len(names)
+            gathered = self._gathered(group, dtype, decoding=self._decodes(x))
             h = one.method.apply(rows if everyone else rows[index], gathered, one.matrix)
             h = self._embed(h, one.part).to(result.dtype).view(len(group.rows), *result.shape[1:])
             result = result + h if everyone else result.index_add(0, index, h)
-        return result
+        return result.transpose(0, dimension) if dimension else result
 
-    def _stacked(self, names: list[str], one: AdaptedMatrix) -> dict[str, Tensor]:
-        """What the method prepares of the coefficients of several adapters, ``[len(names), ...]`` each."""
+    def _gathered(self, group: BatchGroup, dtype: torch.dtype, *, decoding: bool) -> dict[str, Tensor]:
+        """What the method prepares of the coefficients of the adapter of each row, ``[rows, ...]``; 1 where all agree.
 
-        def compute() -> dict[str, Tensor]:
-            own = [self.coefficients(name, one) for name in names]
+        Each adapter has an entry of its own in the cache, whatever the other rows use; only rows are cast.
+        """
+        one = group.matrix
+
+        def compute(places: list[int]) -> list[dict[str, Tensor]]:
+            own = [self.coefficients(group.names[place], one) for place in places]
             stacked = {key: torch.stack([c[key] for c in own]) for key in own[0]}
-            return one.method.prepare(stacked, one.matrix)
+            together = one.method.prepare(stacked, one.matrix)
+            return [{key: value[at].clone() for key, value in together.items()} for at in range(len(places))]
 
-        sources = [c for name in names for c in self.trained_coefficients(name, one).values()]
-        key = ("stacked", tuple(names), one.part.name, one.matrix)
-        return self._cache.get(key, sources, compute, usable=not self.training)
+        wanted = [self._key("prepared", name, [one]) for name in group.names]
+        made = self._cache.get_all(wanted, compute, usable=not self.training, decoding=decoding)
+        slots = group.slots if len(made) > 1 else [0]
+        return {key: torch.stack([made[slot][key] for slot in slots]).to(dtype) for key in made[0]}
 
     def extra_repr(self) -> str:
         """The quantization of the base layer, for ``print(model)``."""

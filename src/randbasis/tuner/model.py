@@ -1,8 +1,8 @@
 """Adapters in a model, through PEFT: injection, mixed batches, weighted combinations, checked loading."""
 
+import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -45,10 +45,13 @@ from randbasis.tuner.fast_paths import Switched, call_every_layer
 from randbasis.tuner.gradient_watch import GradientWatch
 from randbasis.tuner.heads import check_heads, combine_heads, put_back_heads
 from randbasis.tuner.layer import RandbasisLinear
+from randbasis.tuner.mixed_batch import MixedBatch, given_rows, layout_of, pass_names, rows_of_a_prompt, sending
 from randbasis.tuner.pickles import refuse_pickles
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.switching import activate
 from randbasis.tuner.targets import Part, parts_of, resolve_parts
+
+_WRAPPERS = threading.Lock()
 
 
 class RandbasisModel(BaseTuner):
@@ -171,6 +174,7 @@ class RandbasisModel(BaseTuner):
         parts = self._parts(config, current_key, layer.out_features)
         if not adds_to_ours:
             layer.set_adapter(adapter_name)
+            layer.rows_first = layout_of(self.model) == "rows first"
         layer.update_layer(adapter_name, config.method_for(current_key), parts, current_key, options)
         if not adds_to_ours:
             if adapter_name not in self.active_adapters:
@@ -246,36 +250,28 @@ class RandbasisModel(BaseTuner):
     # --- mixed batches ---
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Generator[None]:
-        """Give every adapted layer the ``adapter_names`` of a batch for the length of one call."""
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
+        """Let every adapted layer see the ``adapter_names`` of a batch for the length of one call, in its thread."""
         adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
             return
         self._check_adapter_names(adapter_names)
-        beams = kwargs.get("num_beams")
-        repeats = beams if isinstance(beams, int) else 1
-        repeated = [name for name in adapter_names for _ in range(repeats)]
-        in_encoder = self._encoder_modules() if repeats > 1 else set[nn.Module]()
-        handles: list[Any] = []
-        try:
-            for module in self.modules():
-                if isinstance(module, (RandbasisLinear, AuxiliaryTrainingWrapper)):
-                    # Beam search repeats the rows of the decoder, never those of an encoder.
-                    names = list(adapter_names) if module in in_encoder else repeated
-                    hook = partial(_pass_adapter_names, adapter_names=names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        modules = [m for m in self.modules() if isinstance(m, (RandbasisLinear, AuxiliaryTrainingWrapper))]
+        for module in modules:
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                _let_names_pass(module)
+        rows = given_rows(args, kwargs)
+        layout = layout_of(self.model)
+        if layout != "unknown" and rows is not None and rows != len(adapter_names):
+            raise AdapterNameError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {rows} respectively; give one name for each row of the batch"
+            )
+        # PEFT hands the inputs over to generation, but not to every forward pass, which repeats no rows.
+        repeats = rows_of_a_prompt(self.model, kwargs) if rows is not None or "pixel_values" in kwargs else 1
+        with sending(MixedBatch(tuple(adapter_names), repeats, layout, frozenset(map(id, modules)))):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _encoder_modules(self) -> set[nn.Module]:
-        """Modules of the encoder of an encoder-decoder model."""
-        if not hasattr(self.model, "get_encoder"):
-            return set()
-        encoder = cast("Any", self.model).get_encoder()
-        return set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else set()
 
     def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
         if self.training:
@@ -463,11 +459,11 @@ def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(cast("Iterator[tuple[str, nn.Module]]", model.named_modules()))
 
 
-def _pass_adapter_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    kwargs["adapter_names"] = adapter_names
-    return args, kwargs
+def _let_names_pass(wrapper: nn.Module) -> None:
+    """Once and for all: hooks that come and go would be seen, or missed, by the calls of other threads."""
+    with _WRAPPERS:
+        if pass_names not in vars(wrapper)["_forward_pre_hooks"].values():
+            wrapper.register_forward_pre_hook(pass_names, with_kwargs=True)
 
 
 def _nothing_matched(config: RandbasisConfig, keys: list[str]) -> TargetError:

@@ -1,19 +1,60 @@
 """What one layer does in evaluation, decided once: decoding a token must not pay for decisions that do not change."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from randbasis.tuner.coefficients import Coefficients, Streams
-from randbasis.tuner.factor_cache import Stamps, stamps_of
-
-Holder = Coefficients | Streams
+from randbasis.ops import traced
+from randbasis.tuner.snapshot import Snapshot
 
 Term = Callable[[Tensor], Tensor]
 """From the input of the layer to a summand of its output."""
+
+
+def decodes(x: Tensor, *, rows_first: bool) -> bool:
+    """Whether an input looks like a step of decoding one token further: one token a row, and it is known which is that.
+
+    Args:
+        x: the input of a layer.
+        rows_first: whether the layer is known to see ``[rows, tokens, in]``.
+    """
+    return rows_first and x.dim() == 3 and x.shape[1] == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the tensor of a coefficient (or of stored streams) lies: ``modules[adapter]`` has it as its ``weight``.
+
+    Attributes:
+        modules: the children of the container that holds one such module for each adapter.
+        adapter: its name.
+        module: the module that was there.
+        tensors: the parameters, or buffers, of that module.
+    """
+
+    modules: Mapping[str, nn.Module | None]
+    adapter: str
+    module: nn.Module
+    tensors: Mapping[str, Tensor | None]
+
+    @classmethod
+    def of(cls, container: nn.ModuleDict, adapter: str) -> "Place":
+        """The place in a container, by torch's own dictionaries: its accessors cost many times a look into them."""
+        module = container[adapter]
+        kind = "_parameters" if "weight" in vars(module)["_parameters"] else "_buffers"
+        return cls(vars(container)["_modules"], adapter, module, vars(module)[kind])
+
+    @property
+    def tensor(self) -> Tensor:
+        """What lies there."""
+        return cast("Tensor", self.module.weight)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether this very tensor lies there still."""
+        return self.modules.get(self.adapter) is self.module and self.tensors.get("weight") is tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,38 +64,41 @@ class PreparedPass:
     Attributes:
         active: the active adapters.
         dtype: of the input.
+        device: of the input.
         numbers: in the input.
-        holders: the modules of the coefficients (and stored streams) behind the terms.
-        sources: their tensors then.
-        stamps: the state of these then.
+        places: where the coefficients (and stored streams) behind the terms lie.
+        snapshot: what they held.
         terms: what is added to the result of the base layer.
     """
 
     active: list[str]
     dtype: torch.dtype
+    device: torch.device
     numbers: int
-    holders: Sequence[Holder]
-    sources: Sequence[Tensor]
-    stamps: Stamps
+    places: Sequence[Place]
+    snapshot: Snapshot
     terms: Sequence[Term]
 
-    @classmethod
-    def of(cls, x: Tensor, active: list[str], holders: Sequence[Holder], terms: Sequence[Term]) -> "PreparedPass":
-        """The pass for inputs like ``x``, as the holders are now."""
-        sources = [holder.weight for holder in holders]
-        return cls(list(active), x.dtype, x.numel(), holders, sources, stamps_of(sources), terms)
+    def fits(self, x: Tensor, active: list[str], *, rows_first: bool) -> bool:
+        """Whether deciding anew would lead to the same terms.
 
-    def fits(self, x: Tensor, active: list[str]) -> bool:
-        """Whether deciding anew would lead to the same terms."""
+        Args:
+            x: the input of the layer.
+            active: the active adapters.
+            rows_first: whether the layer is known to see ``[rows, tokens, in]``; see :func:`decodes`.
+        """
         return (
             x.numel() == self.numbers
+            and (self.snapshot.by_value or decodes(x, rows_first=rows_first))
             and x.dtype == self.dtype
+            and x.device == self.device
             and active == self.active
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x.device.type)
             and not torch.compiler.is_compiling()
-            and stamps_of(self.sources) == self.stamps
-            and all(holder.weight is source for holder, source in zip(self.holders, self.sources, strict=True))
+            and not traced()
+            and all(place.holds(seen.tensor) for place, seen in zip(self.places, self.snapshot.seen, strict=True))
+            and self.snapshot.stands()
         )
 
     def add_to(self, result: Tensor, x: Tensor) -> Tensor:
@@ -68,8 +112,3 @@ class PreparedPass:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
-
-
-def may_be_kept(holders: Sequence[Holder]) -> bool:
-    """Whether a pass made of these can tell when they change: not while a compiler traces, nor in inference mode."""
-    return not torch.compiler.is_compiling() and not any(holder.weight.is_inference() for holder in holders)

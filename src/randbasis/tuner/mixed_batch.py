@@ -1,0 +1,176 @@
+"""Mixed batches: which adapter each row uses travels with the call, in the thread that makes it.
+
+Nothing is set on the modules, so two threads may send batches through one model. A layer finds the rows in its input by
+their number; where two dimensions have that number and the model is not known to keep rows first, it refuses.
+"""
+
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from randbasis.errors import AdapterNameError
+
+Layout = Literal["rows first", "either", "unknown"]
+"""Where the layers of a model have the rows of a batch: in dimension 0, some in 0 and some in 1, or nobody knows."""
+
+TOKENS_FIRST = frozenset(
+    {
+        "clipseg", "conditional_detr", "convbert", "dab_detr", "deformable_detr", "edgetam_video", "fsmt", "led",
+        "longformer", "mask2former", "maskformer", "omdet-turbo", "oneformer", "pegasus_x", "sam2_video",
+        "sam3_tracker_video", "xlnet",
+    }
+)  # fmt: skip
+"""Model types of transformers of which some layers see ``[tokens, rows, width]``, or say so."""
+
+INPUTS = (
+    "input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "encoder_outputs",
+)  # fmt: skip
+"""Arguments of a forward pass or of generation that have one entry for each row; the first that is given counts."""
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """Where the layers of a model have the rows: known for the architectures of transformers, and for no others."""
+    if not isinstance(model, PreTrainedModel):
+        return "unknown"
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if any(not type(part).__module__.startswith("transformers.models.") for part in parts):
+        return "unknown"
+    return "either" if any(part.config.model_type in TOKENS_FIRST for part in parts) else "rows first"
+
+
+@dataclass(slots=True)
+class MixedBatch:
+    """One call with a name for each row.
+
+    Attributes:
+        names: the adapter of each row.
+        repeats: rows that generation makes of each (beams, returned sequences), one after the other.
+        layout: where the layers have the rows.
+        modules: ids of the modules that it is for.
+        reached: whether one of them was called in the thread of the call.
+    """
+
+    names: Sequence[str]
+    repeats: int
+    layout: Layout
+    modules: frozenset[int]
+    reached: bool = field(default=False)
+
+    def rows_of(self, x: Tensor, dimensions: int) -> tuple[int, list[str]]:
+        """The dimension of ``x`` that has the rows, and the adapter of each.
+
+        Args:
+            x: the input of a module.
+            dimensions: how many of its leading dimensions may have them: all but that of the features.
+
+        Raises:
+            AdapterNameError: no dimension has as many entries as there are rows, or it cannot be known which.
+        """
+        self.reached = True
+        sizes = {len(self.names), len(self.names) * self.repeats}
+        fits = [dimension for dimension in range(min(2, dimensions)) if x.shape[dimension] in sizes]
+        if self.layout == "rows first":
+            fits = fits[:1] if 0 in fits else []
+        elif self.layout == "unknown" and fits == [1]:
+            fits = []
+        if not fits:
+            raise AdapterNameError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(self.names)} and {x.shape[0]} respectively; give one name for each row of the batch, and leave "
+                "layers that see no rows out of target_modules"
+            )
+        if len(fits) == 2:
+            raise AdapterNameError(
+                f"adapter_names needs one dimension of {len(self.names)} rows, got an input {list(x.shape)} in a model "
+                "of which it is not known whether rows or tokens come first; make their numbers differ: pad the "
+                "tokens by one, or add a row with the name '__base__'"
+            )
+        (dimension,) = fits
+        times = x.shape[dimension] // len(self.names)
+        return dimension, [name for name in self.names for _ in range(times)]
+
+
+_THREAD = threading.local()  # not a context variable, which torch's compiler cannot read
+
+
+def batch_of(module: nn.Module) -> MixedBatch | None:
+    """The mixed batch that this thread is sending through a module; None for any other pass."""
+    calls = cast("tuple[MixedBatch, ...]", getattr(_THREAD, "calls", ()))
+    for call in reversed(calls):
+        if id(module) in call.modules:
+            return call
+    return None
+
+
+@contextmanager
+def sending(batch: MixedBatch) -> Generator[None]:
+    """A block in which the modules of a batch see its names, in this thread alone.
+
+    Raises:
+        AdapterNameError: after the block, when no module of the batch was called in it: names had no effect.
+    """
+    before = cast("tuple[MixedBatch, ...]", getattr(_THREAD, "calls", ()))
+    _THREAD.calls = (*before, batch)
+    try:
+        yield
+    finally:
+        _THREAD.calls = before
+    if not batch.reached:
+        raise AdapterNameError(
+            "adapter_names must reach an adapted layer in the thread of the call, got a call in which none ran there, "
+            "so the result does not depend on the names; call the model in every thread of its own, with the names of "
+            "its rows (torch.nn.DataParallel around the adapted model and not inside of it)"
+        )
+
+
+def pass_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook that gives PEFT's wrappers of whole modules the names of the rows of this thread's batch."""
+    batch = batch_of(module)
+    if batch is None or not args:
+        return None
+    x = cast("Tensor", args[0])
+    floating = x.is_floating_point()
+    dimension, names = batch.rows_of(x, x.dim() - 1 if floating else x.dim())
+    if dimension != 0:
+        raise AdapterNameError(
+            f"modules_to_save take rows in dimension 0 in a mixed batch, got an input {list(x.shape)} with its rows in "
+            f"dimension {dimension}; send one batch for each adapter"
+        )
+    return args, {**kwargs, "adapter_names": names}
+
+
+def rows_of_a_prompt(model: nn.Module, given: Mapping[str, Any]) -> int:
+    """How many rows generation makes of one prompt: beams or returned sequences, whichever are more.
+
+    Args:
+        model: what generates; its ``generation_config`` has what is not given.
+        given: the arguments of the call.
+    """
+    configs = (given.get("generation_config"), getattr(model, "generation_config", None))
+
+    def setting(name: str) -> int:
+        values = (given.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if isinstance(value, int)), 1)
+
+    return max(setting("num_beams"), setting("num_return_sequences"))
+
+
+def given_rows(args: Sequence[Any], given: Mapping[str, Any]) -> int | None:
+    """The rows of the inputs of a call, where they can be seen: PEFT passes some of them on by another way."""
+    inputs = [*(given.get(name) for name in INPUTS), *args[:1]]
+    for value in inputs:
+        first = value if isinstance(value, Tensor) else _first_tensor(value)
+        if first is not None and first.dim():
+            return first.shape[0]
+    return None
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Mapping):
+        return next((one for one in cast("Mapping[str, Any]", value).values() if isinstance(one, Tensor)), None)
+    return None
