@@ -34,7 +34,8 @@ from randbasis.errors import (
     OutputExistsError,
     SaveError,
 )
-from randbasis.tuner.merging import HEAD_FILE, merge_adapter, replaced_folder
+from randbasis.output_set import replaced_set
+from randbasis.tuner.merging import HEAD_FILE, merge_adapter
 
 TOKENS = torch.arange(24).view(2, 12)
 CONFIGS: list[RandbasisConfig] = [
@@ -263,14 +264,14 @@ def test_an_interrupted_write_keeps_what_was_there(tmp_path: Path):
     (tmp_path / "there" / "old").write_text("old")
 
     def interrupted() -> None:
-        with replaced_folder(tmp_path / "there") as stage:
+        with replaced_set(tmp_path / "there") as stage:
             (stage / "new").write_text("half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert contents(tmp_path) == {"there/old": b"old"}
-    with replaced_folder(tmp_path / "there") as stage:
+    with replaced_set(tmp_path / "there") as stage:
         (stage / "new").write_text("whole")
     assert contents(tmp_path) == {"there/new": b"whole"}
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,9 +11,11 @@ from typing import Any, cast
 from rich.console import Console
 from torch import nn
 
-from randbasis.errors import CheckpointError, EmptyDataError, OutputExistsError, SettingError
+from randbasis.errors import CheckpointError, EmptyDataError, SettingError
+from randbasis.locations import local_output
+from randbasis.output_set import check_output, replaced_set, saving
 from randbasis.train.adapter import peft_config
-from randbasis.train.adapter_folder import ADAPTER_WEIGHTS, HEAD_WEIGHTS, save_parameters, saving, staged
+from randbasis.train.adapter_folder import ADAPTER_WEIGHTS, HEAD_WEIGHTS, save_parameters
 from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.classification import TextClassification
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
@@ -25,6 +28,8 @@ from randbasis.train.task import TASK_FILE, Example, Task
 from randbasis.train.trainer import checkpoint_to_resume, last_checkpoint
 
 CHECKPOINTS = "checkpoints"
+EARLIER = ".checkpoints-before"
+"""Where those of a run lie that is about to be replaced."""
 SUMMARY_FILE = "summary.json"
 HISTORY_FILE = "history.jsonl"
 PLOT_FILE = "loss.png"
@@ -90,15 +95,13 @@ def train(settings: TrainSettings, *, console: Console | None = None) -> TrainOu
         RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
     """
     settings.check()
-    output = Path(settings.output)
+    output = _check_output(settings)
     checkpoints = output / CHECKPOINTS
-    _check_output(settings)
     prepared = prepare(settings)
     model = prepared.load_model(settings)
     config = peft_config(
         settings.adapter, task_type=prepared.task.peft_task_type, head=prepared.task.head_modules(model)
     )
-    is_new = not output.exists()
     if not settings.resume:
         _begin(settings, checkpoints)
     try:
@@ -115,7 +118,7 @@ def train(settings: TrainSettings, *, console: Console | None = None) -> TrainOu
         )
     except BaseException:
         if last_checkpoint(checkpoints) is None:
-            shutil.rmtree(output if is_new else checkpoints)
+            _take_back(checkpoints)
         raise
     summary = _save(settings, prepared, result)
     if not settings.keep_checkpoints:
@@ -169,27 +172,36 @@ def _chosen(settings: TrainSettings, train: Table, eval: Table | None) -> tuple[
     return train, eval
 
 
-def _check_output(settings: TrainSettings) -> None:
-    """Raises OutputExistsError or CheckpointError before anything is read."""
-    output = Path(settings.output)
+def _check_output(settings: TrainSettings) -> Path:
+    """The folder to write; raises before anything is read what of it can be refused."""
+    sources = (settings.model, settings.data.train, settings.data.eval)
+    output = check_output(settings.output, sources, overwrite=settings.overwrite or settings.resume)
     if settings.resume:
         checkpoint_to_resume(output / CHECKPOINTS)
         _check_same(settings, output / CHECKPOINTS / SETTINGS_FILE)
-    elif output.exists() and not settings.overwrite and (not output.is_dir() or any(output.iterdir())):
-        raise OutputExistsError(
-            f"output {str(output)!r} exists; give overwrite to replace it, resume to go on with it, or another folder"
-        )
-    elif output.exists() and not output.is_dir():
-        raise OutputExistsError(f"output {str(output)!r} is a file; give a folder")
+    return output
 
 
 def _begin(settings: TrainSettings, checkpoints: Path) -> None:
-    """Make the folder of the checkpoints, which says what it is of."""
+    """Make the folder of the checkpoints, which says what it is of; those of an earlier run lie aside until its end."""
+    earlier = checkpoints.with_name(EARLIER)
     with saving(checkpoints):
-        if checkpoints.exists():
+        if checkpoints.exists() and not earlier.exists():
+            checkpoints.replace(earlier)
+        elif checkpoints.exists():  # of a run that was overwriting too, and failed
             shutil.rmtree(checkpoints)
         checkpoints.mkdir(parents=True)
         (checkpoints / SETTINGS_FILE).write_text(json.dumps(settings.as_json()), encoding="utf-8")
+
+
+def _take_back(checkpoints: Path) -> None:
+    """Leave an output as it was before :func:`_begin`."""
+    earlier = checkpoints.with_name(EARLIER)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    if earlier.exists():
+        earlier.replace(checkpoints)
+    with suppress(OSError):
+        checkpoints.parent.rmdir()  # only where nothing is left in it
 
 
 def _check_same(settings: TrainSettings, kept: Path) -> None:
@@ -215,8 +227,7 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save(settings: TrainSettings, prepared: Prepared, result: FitResult) -> dict[str, Any]:
-    output = Path(settings.output)
-    with staged(output) as stage:
+    with replaced_set(local_output(settings.output), kept=(CHECKPOINTS,)) as stage:
         save_parameters(result.model, stage)
         weights = next(stage / name for name in (ADAPTER_WEIGHTS, HEAD_WEIGHTS) if (stage / name).exists())
         summary = _summary(settings, prepared, result) | {"adapter_bytes": weights.stat().st_size}

@@ -40,6 +40,7 @@ from randbasis.tuner.base_shapes import compress_shapes, expected_shape
 from randbasis.tuner.base_weight import layer_shape
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.layer import RandbasisLinear
+from randbasis.tuner.places import check_places
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.switching import activate
 from randbasis.tuner.targets import parts_of, resolve_parts
@@ -84,7 +85,7 @@ class RandbasisModel(BaseTuner):
         if config.folder is not None and config.base_shapes is not None and not (config.folder / PICKLE_FILE).is_file():
             # Saved with coefficients beside it, which PEFT looks for only after it has changed the model.
             check_adapter_files(config.folder)
-            tensor_shapes(config.folder / WEIGHTS_FILE)
+            check_places(model, tensor_shapes(config.folder / WEIGHTS_FILE), str(config.folder))
         _maybe_include_all_linear_layers(config, model)
         modules = dict(_named_modules(model))
         inside = tuple(f"{key}." for key, module in modules.items() if isinstance(module, BaseTunerLayer))
