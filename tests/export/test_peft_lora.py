@@ -309,7 +309,7 @@ def test_an_existing_output_needs_overwrite_and_a_source_is_never_replaced(made:
         export_peft_lora(made / "adapter", made / "adapter", overwrite=True)
     assert contents(made) == before
     export_peft_lora(made / "adapter", made / "there", overwrite=True)
-    assert sorted(contents(made / "there")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(contents(made / "there")) == ["adapter_config.json", "adapter_model.safetensors", "mine.txt"]
 
 
 def test_what_is_no_adapter_is_refused(made: Path):

@@ -89,7 +89,7 @@ def _fit(found: PeftAdapter, config: PreTrainedConfig) -> BaseFit:
             f"{found.path} was made for another base model: no class of transformers for {config.model_type!r} has "
             f"{missing}; name the base model that it was made for, or merge it with PEFT where it was trained"
         )
-    return choose(fitting, head, str(found.path))
+    return choose(fitting, found.layers, head, str(found.path))
 
 
 def _head(named: Mapping[str, _T]) -> dict[str, _T]:

@@ -5,7 +5,7 @@ A folder holds what ``save_pretrained`` of PEFT writes, or ``head.safetensors`` 
 """
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,8 +137,9 @@ def _own_targets(model: PeftModel) -> Generator[None]:
         return
     config = cast(Any, model.peft_config[model.active_adapters[0]])
     words = {name: getattr(config, name) for name in ("target_modules", "exclude_modules")}
-    modules = [name for name, _ in model.get_base_model().named_modules()]
-    config.target_modules = anchored(model.base_model.targeted_module_names, modules)
+    modules = cast("Iterator[tuple[str, nn.Module]]", model.get_base_model().named_modules())
+    adapted = cast("list[str]", model.base_model.targeted_module_names)
+    config.target_modules = anchored(adapted, [name for name, _ in modules])
     config.exclude_modules = None
     try:
         yield

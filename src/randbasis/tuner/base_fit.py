@@ -83,7 +83,7 @@ def find_fit(found: AdapterDir, config: PreTrainedConfig) -> BaseFit:
             fitting.append((fit, model))
     if not fitting:
         raise refusal or BaseMismatchError(f"no class of transformers for {config.model_type!r} can be built")
-    return choose(fitting, found.head, str(found.path))
+    return choose(fitting, found.modules, found.head, str(found.path))
 
 
 def placements(
@@ -113,7 +113,10 @@ def placements(
 
 
 def choose(
-    fitting: Sequence[tuple[BaseFit, PreTrainedModel]], head: Mapping[str, tuple[int, ...]], where: str
+    fitting: Sequence[tuple[BaseFit, PreTrainedModel]],
+    layers: Sequence[str],
+    head: Mapping[str, tuple[int, ...]],
+    where: str,
 ) -> BaseFit:
     """Of the classes that have the layers of an adapter, the one to use.
 
@@ -121,6 +124,7 @@ def choose(
 
     Args:
         fitting: of :func:`placements`, in that order; at least one.
+        layers: paths of the adapted layers.
         head: name → shape of what was trained whole.
         where: the adapter, for the message.
 
@@ -129,7 +133,7 @@ def choose(
     """
     for fit, model in fitting:
         if has_head(model, {fit.head_path(name): shape for name, shape in head.items()}) and _wraps(fit.prefix):
-            return replace(_with_whole(fit), head=bool(head))
+            return replace(_with_whole(fit, layers), head=bool(head))
     for fit, model in fitting:
         shapes = _shapes(model)
         for name, shape in head.items():
@@ -144,7 +148,7 @@ def choose(
     by_class = {type(model).__name__: fit for fit, model in fitting}
     usual = transformers.AutoModel if saved_from else auto_class(fitting[0][0].config)
     other = next((fit for fit, _ in fitting if fit.auto is usual), fitting[0][0])
-    return _with_whole(by_class.get(saved_from, other))
+    return _with_whole(by_class.get(saved_from, other), layers)
 
 
 def under_prefix(model: PreTrainedModel, prefix: str) -> nn.Module:
@@ -256,7 +260,7 @@ def _embeddings(model: PreTrainedModel) -> set[str]:
     }
 
 
-def _with_whole(fit: BaseFit) -> BaseFit:
+def _with_whole(fit: BaseFit, layers: Sequence[str]) -> BaseFit:
     """The same, with the class that the base was saved from where the class found is only the backbone of that."""
     saved_from = _saved_from(fit.config)
     for auto in auto_classes(fit.config, None):
@@ -265,7 +269,7 @@ def _with_whole(fit: BaseFit) -> BaseFit:
         with suppress(DataMissingError):
             own, bare = meta_model(fit.config, auto), meta_model(fit.config, fit.auto)
             backbone = cast("PreTrainedModel", own.base_model)
-            same = linear_shapes(backbone).keys() == linear_shapes(bare).keys()
-            if type(own).__name__ == saved_from and type(backbone) is type(bare) and same:
+            has_all = {_inside(key, fit.prefix) for key in layers} <= linear_shapes(backbone).keys()
+            if type(own).__name__ == saved_from and type(backbone) is type(bare) and has_all:
                 return replace(fit, whole=auto)
     return fit

@@ -85,7 +85,8 @@ class RandbasisModel(BaseTuner):
         if config.folder is not None and config.base_shapes is not None and not (config.folder / PICKLE_FILE).is_file():
             # Saved with coefficients beside it, which PEFT looks for only after it has changed the model.
             check_adapter_files(config.folder)
-            check_places(model, tensor_shapes(config.folder / WEIGHTS_FILE), str(config.folder))
+            shapes = tensor_shapes(config.folder / WEIGHTS_FILE)
+            check_places(model, shapes, str(config.folder), config.modules_to_save or ())
         _maybe_include_all_linear_layers(config, model)
         modules = dict(_named_modules(model))
         inside = tuple(f"{key}." for key, module in modules.items() if isinstance(module, BaseTunerLayer))

@@ -1,9 +1,9 @@
-"""Whether a model has a place for what an adapter holds, before the first layer is touched.
+"""Whether a model has a place for what was trained whole beside an adapter, before the first layer is touched.
 
 PEFT and transformers leave out what has none, and a head that is not loaded answers as it was drawn.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import cast
 
 from torch import nn
@@ -13,28 +13,30 @@ from randbasis.tuner.adapter_dir import plain_path
 from randbasis.tuner.registration import PREFIX
 
 
-def check_places(model: nn.Module, stored: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raise unless a model has the layers of an adapter, and parameters of the shapes that were trained whole.
+def check_places(
+    model: nn.Module, stored: Mapping[str, tuple[int, ...]], where: str, saved: Collection[str] | None = None
+) -> None:
+    """Raise unless a model has parameters of the shapes that were trained whole.
 
     Args:
         model: the base, which may have other adapters.
         stored: tensor name → shape, as adapters are saved.
         where: the adapter, for the message.
+        saved: names of modules that the model must have; paths may differ, since PEFT can rename them when it loads.
+            None wants each parameter under its path.
 
     Raises:
         BaseMismatchError: it has not.
     """
-    modules = {plain_path(name) for name, _ in cast("nn.Module", model).named_modules()}
-    layers = {_layer(name) for name in stored if f".{PREFIX}" in name}
-    if layers and not layers & modules:
-        raise BaseMismatchError(
-            f"{where}: the model must have the layers of the adapter, such as {min(layers)!r}, {type(model).__name__} "
-            f"has none of them; {_way_out(min(layers))}"
-        )
     known = {plain_path(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
+    names = {part for name, _ in modules for part in name.split(".")}
     for name, shape in stored.items():
         path = plain_path(name)
         if f".{PREFIX}" in name or known.get(path) == shape:
+            continue
+        absent = saved is None or bool({*path.split(".")} & ({*saved} - names))
+        if path not in known and not absent:
             continue
         if path in known and _has_tokens(model, path):
             raise BaseMismatchError(
@@ -44,24 +46,13 @@ def check_places(model: nn.Module, stored: Mapping[str, tuple[int, ...]], where:
         found = f"shape {list(known[path])}" if path in known else "nothing"
         raise BaseMismatchError(
             f"{where}: the model must have a parameter {path!r} of shape {list(shape)}, which was trained "
-            f"beside the adapter, got {found}; load it on a model with the same head; {_way_out(path)}"
+            f"beside the adapter, got {found}; load it on a model with the same head"
         )
-
-
-def _layer(name: str) -> str:
-    return plain_path(name.partition(f".{PREFIX}")[0])
 
 
 def _has_tokens(model: nn.Module, path: str) -> bool:
     """Whether a parameter has a row for each token."""
-    module = model.get_submodule(path.rpartition(".")[0]) if path.count(".") else model
-    return isinstance(module, nn.Embedding) or path.rpartition(".")[0].rpartition(".")[2] == "lm_head"
-
-
-def _way_out(path: str) -> str:
-    if path.startswith("encoder."):
-        return (
-            "it may be of `randbasis train`, whose head on pooled hidden states no class of transformers has: "
-            "`randbasis predict` and `randbasis evaluate` load it"
-        )
-    return "name the base model, and the class of it, that the adapter was trained on"
+    above = path.rpartition(".")[0]
+    modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
+    tables = {plain_path(name) for name, module in modules if isinstance(module, nn.Embedding)}
+    return above in tables or above.rpartition(".")[2] == "lm_head"
