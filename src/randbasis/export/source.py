@@ -106,8 +106,6 @@ def opened(source: Location, base: str | None = None) -> Generator[Source]:
         found = read_adapter_dir(path)
         name = base or found.config.base_model_name_or_path or None
         fit = _fit(found, name, given=base is not None)
-        if fit is None:
-            check_paths(found)
         yield Source(found, packed_of(found, bits=32, model=base, base_name=name), name, fit)
 
 
@@ -115,10 +113,12 @@ def _fit(found: AdapterDir, name: str | None, *, given: bool) -> BaseFit | None:
     if given and name:
         return find_fit(found, read_config(name))
     if not name:
+        check_paths(found)
         return None
     try:
         config = read_config(name, local=True)
     except DataMissingError as error:
+        check_paths(found)
         warnings.warn(
             f"the layers keep the paths that they were trained under, because they could not be looked up in the base "
             f"that the adapter names ({error}); name the base to have them checked",

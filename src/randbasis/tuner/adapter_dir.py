@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -173,9 +174,10 @@ def anchored(paths: Collection[str], known: Collection[str]) -> str:
         paths: of the layers.
         known: paths of all modules of the model.
     """
-    roots = sorted({path.partition(".")[0] for path in paths})
+    columns = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    above = [column[0] for column in takewhile(lambda column: len({*column}) == 1, columns)]
     names = sorted({path.rpartition(".")[2] for path in paths})
-    short = rf"(?:{'|'.join(map(re.escape, roots))})\.(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+    short = rf"{re.escape('.'.join(above))}\.(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
     if {path for path in known if re.fullmatch(short, path)} == {*paths}:
         return short
     return "|".join(map(re.escape, paths))
