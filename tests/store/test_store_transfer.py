@@ -76,7 +76,7 @@ def test_a_folder_holds_packed_files_named_by_their_hash(store: AdapterStore, tm
 
 def test_the_manifest_counts_what_was_written(store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A version that is removed while the export runs is in none of it, and the export can be read."""
-    whole, gone = transfer.StoreOrigin.contents, digest(packed(50))
+    whole, gone = transfer.StoreOrigin.contents, digest(packed(51))
 
     def without_one(self: transfer.StoreOrigin, records: Sequence[Record]) -> Iterator[bytes | None]:
         for record, data in zip(records, whole(self, records), strict=True):
@@ -88,6 +88,7 @@ def test_the_manifest_counts_what_was_written(store: AdapterStore, tmp_path: Pat
     lines = [json.loads(line) for line in (tmp_path / "out" / MANIFEST).read_text().splitlines()]
     told = [line["digest"] for line in lines if "digest" in line]
     assert (done.versions, lines[-1]) == (len(told), {"adapters": len(told)})
+    assert len(told) == 12
     assert gone not in told
     with AdapterStore(tmp_path / "again.db") as again:
         assert again.import_from(tmp_path / "out").written == len(told)
