@@ -24,6 +24,7 @@ ROWS: dict[str, set[str]] = {
     "low_rank": {"torch"},
     "locations": {"fsspec"},
     "adapter_file": {"torch", "numpy", "safetensors"},
+    "output_set": {"safetensors"},
     "store": set(),
     "tuner": {"torch", "peft", "transformers", "safetensors", "accelerate"},
     "__init__": set(),

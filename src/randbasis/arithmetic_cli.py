@@ -52,13 +52,12 @@ def average(
     """
     with reported(as_json):
         from randbasis.arithmetic import average_adapters
-        from randbasis.train.adapter_folder import carry_task
+        from randbasis.train.adapter_folder import task_of
 
         shares = None if weights is None else _numbers(weights)
         options: dict[str, Any] = {"weights": shares, "heads": heads, "base_name": base_name, "model": base}
+        options["beside"] = task_of(adapters, "")
         done = average_adapters(adapters, output, **options, overwrite=overwrite, track=_progress())
-        if output.is_dir():
-            carry_task(adapters, output, done.method)
         answer(done.as_json(), as_json)
 
 

@@ -186,6 +186,10 @@ class DataMissingError(RandbasisError, FileNotFoundError):
     """A data file or folder does not exist."""
 
 
+class PartialModelError(DataMissingError):
+    """A checkpoint lacks weights of its model, has them in another shape, or has others that the model has not."""
+
+
 class EmptyDataError(RandbasisError, ValueError):
     """A data file, a split or a column holds nothing to work on."""
 

@@ -24,6 +24,7 @@ LOOKS = 16
 """Questions to a remote file system at a time."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
+_ONE_SLASH = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+(?:::[A-Za-z][A-Za-z0-9+.-]+)*):/(?=[^/]|$)")
 _FOREIGN = {
     "aiohttp": "ClientError",
     "botocore.exceptions": "BotoCoreError",
@@ -62,6 +63,23 @@ def local_path(location: Location) -> Path | None:
             f"{parts.netloc!r}; put a third slash before the path"
         )
     return Path(url2pathname(parts.path))
+
+
+def local_output(location: Location) -> Path:
+    """The path on this machine of something that can be written only there, such as a folder.
+
+    A ``Path`` of a URL has lost a slash, and is known all the same.
+
+    Raises:
+        LocationError: it is elsewhere.
+    """
+    path = local_path(_ONE_SLASH.sub(r"\1:///", str(location)))
+    if path is None:
+        raise LocationError(
+            f"output must be a path of this machine, got {str(location)!r}; write it here and copy it there, or make "
+            "a packed file, which can be written to a URL"
+        )
+    return path
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 """``randbasis quantize``: a few lines over :mod:`randbasis.tuner.quantization`."""
 
-import shutil
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
@@ -33,6 +31,7 @@ def quantize(
     Without an output nothing is written.
     """
     with reported(as_json):
+        from randbasis.train.adapter_folder import task_of
         from randbasis.tuner.quantization import quantize_adapter
 
         progress = partial(track, description="matrices", console=Console(stderr=True), transient=True)
@@ -44,21 +43,10 @@ def quantize(
             model=model,
             base_name=base_name,
             overwrite=overwrite,
+            beside=task_of([adapter], ""),
             track=progress,
         )
-        if output is not None:
-            _keep_task(Path(adapter), Path(output))
         answer_table(done.as_json(), _table(done), as_json)
-
-
-def _keep_task(source: Path, output: Path) -> None:
-    """What training wrote of its task goes with a folder, so that `evaluate` and `predict` take it, too."""
-    from randbasis.train.adapter_folder import staged
-    from randbasis.train.task import TASK_FILE
-
-    if output.is_dir() and (source / TASK_FILE).is_file():
-        with staged(output) as stage:
-            shutil.copyfile(source / TASK_FILE, stage / TASK_FILE)
 
 
 def _table(done: "Quantization") -> Table:

@@ -183,8 +183,12 @@ def test_other_arguments_that_do_not_fit_are_refused(tmp_path: Path):
         average_adapters([tmp_path / "1"], tmp_path / "out", weights=[1e300])
     assert bits(tensors(tmp_path / "1")) == before
     assert not (tmp_path / "out").exists()
-    average_adapters([tmp_path / "1"], tmp_path / "1", weights=[2.0], overwrite=True)
-    assert bits(tensors(tmp_path / "1")) != before
+    with pytest.raises(OutputExistsError, match="for both"):
+        average_adapters([tmp_path / "1"], tmp_path / "1", weights=[2.0], overwrite=True)
+    assert bits(tensors(tmp_path / "1")) == before
+    average_adapters([tmp_path / "1"], tmp_path / "2", weights=[2.0])
+    average_adapters([tmp_path / "1"], tmp_path / "2", weights=[3.0], overwrite=True)
+    assert bits(tensors(tmp_path / "2")) != before
 
 
 HEAD = "base_model.model.classifier.weight"

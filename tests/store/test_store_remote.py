@@ -107,6 +107,15 @@ def test_a_content_that_was_changed_is_refused(store: AdapterStore, memory_folde
         again.import_from(memory_folder)
 
 
+def test_a_content_that_goes_on_after_its_end_is_refused(store: AdapterStore, memory_folder: str, tmp_path: Path):
+    """Its first bytes are those that the manifest tells of, so that only its length gives it away."""
+    store.export(f"{memory_folder}/backup")
+    file = Remote(f"{memory_folder}/backup/{content_name(digest(packed(50)))}")
+    file.write(packed(50) + b"\0")
+    with AdapterStore(tmp_path / "again.db") as again, pytest.raises(errors.ManifestError, match="bytes by the"):
+        again.import_from(f"{memory_folder}/backup")
+
+
 def test_a_manifest_or_a_content_that_is_missing(store: AdapterStore, remote_folder: str, tmp_path: Path):
     with AdapterStore(tmp_path / "again.db") as again:
         with pytest.raises(errors.StoreMissingError, match=remote_folder):

@@ -1,7 +1,7 @@
 """Export and import: what comes back is what was there; cut off anywhere, they go on; what is changed is refused."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from randbasis import errors
 from randbasis.adapter_file import read
 from randbasis.store import AdapterStore, NewAdapter, transfer
 from randbasis.store.manifest import MANIFEST, content_name
+from randbasis.store.records import Record
 
 
 @pytest.fixture
@@ -71,6 +72,26 @@ def test_a_folder_holds_packed_files_named_by_their_hash(store: AdapterStore, tm
     assert lines[0] == {"format": "randbasis-store", "version": 1}
     assert lines[1]["name"] == "team/00"
     assert lines[-1] == {"adapters": 13}
+
+
+def test_the_manifest_counts_what_was_written(store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A version that is removed while the export runs is in none of it, and the export can be read."""
+    whole, gone = transfer.StoreOrigin.contents, digest(packed(51))
+
+    def without_one(self: transfer.StoreOrigin, records: Sequence[Record]) -> Iterator[bytes | None]:
+        for record, data in zip(records, whole(self, records), strict=True):
+            yield None if record.digest == gone else data
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer.StoreOrigin, "contents", without_one)
+        done = store.export(tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / MANIFEST).read_text().splitlines()]
+    told = [line["digest"] for line in lines if "digest" in line]
+    assert (done.versions, lines[-1]) == (len(told), {"adapters": len(told)})
+    assert len(told) == 12
+    assert gone not in told
+    with AdapterStore(tmp_path / "again.db") as again:
+        assert again.import_from(tmp_path / "out").written == len(told)
 
 
 @pytest.mark.parametrize("one_file", [False, True])

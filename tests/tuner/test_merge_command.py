@@ -34,7 +34,8 @@ from randbasis.errors import (
     OutputExistsError,
     SaveError,
 )
-from randbasis.tuner.merging import HEAD_FILE, merge_adapter, replaced_folder
+from randbasis.output_set import replaced_set
+from randbasis.tuner.merging import HEAD_FILE, merge_adapter
 
 TOKENS = torch.arange(24).view(2, 12)
 CONFIGS: list[RandbasisConfig] = [
@@ -180,14 +181,14 @@ def test_an_existing_output_needs_overwrite(made: Path):
     result = CliRunner().invoke(app, [*merge_words(made, "there"), "--overwrite", "--json"])
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["matrices"] == 2
-    assert not (made / "there" / "mine.txt").exists()
+    assert (made / "there" / "mine.txt").read_text() == "kept"
     assert sorted(path.name for path in made.iterdir()) == ["adapter", "base", "there"]
 
 
 @pytest.mark.parametrize("output", ["base", "adapter", "base/config.json"])
 def test_what_is_read_is_never_replaced(output: str, made: Path):
     before = contents(made)
-    with pytest.raises(OutputExistsError, match=r"for both|is a file"):
+    with pytest.raises(OutputExistsError, match=r"for both|must not lie inside of"):
         merge_adapter(str(made / "base"), made / "adapter", made / output, overwrite=True)
     assert contents(made) == before
 
@@ -263,16 +264,16 @@ def test_an_interrupted_write_keeps_what_was_there(tmp_path: Path):
     (tmp_path / "there" / "old").write_text("old")
 
     def interrupted() -> None:
-        with replaced_folder(tmp_path / "there") as stage:
+        with replaced_set(tmp_path / "there") as stage:
             (stage / "new").write_text("half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert contents(tmp_path) == {"there/old": b"old"}
-    with replaced_folder(tmp_path / "there") as stage:
+    with replaced_set(tmp_path / "there") as stage:
         (stage / "new").write_text("whole")
-    assert contents(tmp_path) == {"there/new": b"whole"}
+    assert contents(tmp_path) == {"there/new": b"whole", "there/old": b"old"}
 
 
 def test_bare_encoder(tmp_path: Path):

@@ -10,20 +10,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from randbasis.adapter_file import PackedAdapter
+from randbasis.adapter_file.container import refuse_existing
 from randbasis.arithmetic.changes import OurChanges, read_packed
 from randbasis.arithmetic.same_basis import check_same_basis
-from randbasis.errors import HeadMismatchError, OutputExistsError, WeightsError, near
+from randbasis.errors import HeadMismatchError, WeightsError, near
+from randbasis.locations import local_output
 from randbasis.low_rank import distance, norm, weighted_sum
+from randbasis.output_set import check_file_output, check_output
 from randbasis.tuner.adapter_dir import check_adapter_files
 from randbasis.tuner.inspection import Track
-from randbasis.tuner.packed import unpack_adapter
+from randbasis.tuner.packed import write_adapter_dir
 
 HEADS = ("average", "first")
 SUFFIX = ".safetensors"
@@ -81,6 +83,7 @@ def average_adapters(
     base_name: str | None = None,
     model: str | None = None,
     overwrite: bool = False,
+    beside: Mapping[str, str] | None = None,
     track: Track = iter,
 ) -> Average:
     """Write the adapter whose coefficients are the weighted sum of those of others.
@@ -95,6 +98,7 @@ def average_adapters(
         model: folder or hub name of the base, of which only the configuration is read; needed where a directory does
             not tell the shapes of its layers.
         overwrite: replace the output.
+        beside: name → text of further files of a directory that is written.
         track: shows the progress over the layers, whose ΔW are compared with the weighted sum.
 
     Raises:
@@ -109,9 +113,12 @@ def average_adapters(
         RandbasisError: there is no such adapter, or a file of it is damaged; each rule has its class.
     """
     shares = _checked_weights(adapters, weights, heads)
-    output = Path(output)
-    if output.exists() and not overwrite and (output.is_file() or output.suffix == SUFFIX or any(output.iterdir())):
-        raise OutputExistsError(f"output {str(output)!r} exists; name another one, or say overwrite")
+    output = local_output(output)
+    if output.suffix == SUFFIX:
+        refuse_existing(output, overwrite=overwrite)
+        check_file_output(output, adapters, overwrite=overwrite)
+    else:
+        check_output(output, adapters, overwrite=overwrite)
     packed = [read_packed(path, model) for path in adapters]
     for path, one in zip(adapters[1:], packed[1:], strict=True):
         check_same_basis(packed[0], one, (str(adapters[0]), str(path)), base_name=base_name)
@@ -122,7 +129,11 @@ def average_adapters(
     spec = replace(first, base=base, bits=32, group=0)
     made = PackedAdapter.of(spec, values.float(), streams=packed[0].streams, extra=extra)
     size, apart = _distances(made, packed, shares, track)
-    _write(made, output, base_name or _full_name(adapters[0]), overwrite=overwrite)
+    if output.suffix == SUFFIX:
+        made.write(output, overwrite=overwrite)
+    else:
+        name = base_name or _full_name(adapters[0])
+        write_adapter_dir(made, output, where=str(output), base_name=name, overwrite=overwrite, beside=beside)
     return Average(output, first.method.name, tuple(shares), first.count, len(extra), size, apart)
 
 
@@ -193,13 +204,3 @@ def _full_name(path: str | Path) -> str | None:
         return None
     options: Mapping[str, Any] = check_adapter_files(path)
     return options.get("base_model_name_or_path")
-
-
-def _write(made: PackedAdapter, output: Path, base_name: str | None, *, overwrite: bool) -> None:
-    if output.suffix == SUFFIX:
-        made.write(output, overwrite=overwrite)
-        return
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / f"average{SUFFIX}"
-        made.write(file)
-        unpack_adapter(file, output, base_name=base_name, overwrite=overwrite)

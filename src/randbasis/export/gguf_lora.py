@@ -29,7 +29,8 @@ from randbasis.errors import (
 from randbasis.export.pairs import LoraPair, lora_pairs
 from randbasis.export.peft_lora import LoraExport, stored_dtype
 from randbasis.export.source import Source, opened
-from randbasis.locations import Location
+from randbasis.locations import Location, local_output
+from randbasis.output_set import check_file_output
 from randbasis.tuner.inspection import Track
 
 
@@ -97,9 +98,10 @@ def export_gguf_lora(
         MissingPackageError: the package ``gguf`` is not installed.
         RandbasisError: as :func:`randbasis.export.export_peft_lora`.
     """
-    output, stored = Path(output), stored_dtype(dtype)
+    output, stored = local_output(output), stored_dtype(dtype)
     if output.is_dir() or (output.exists() and not overwrite):
         raise OutputExistsError(f"output {str(output)!r} exists; give overwrite to replace a file, or another name")
+    check_file_output(output, (source, base), overwrite=overwrite)
     _gguf()
     with opened(source, base) as adapter:
         config, family = _family(adapter)

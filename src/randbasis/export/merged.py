@@ -6,8 +6,9 @@ from pathlib import Path
 from randbasis.errors import ExportBaseError
 from randbasis.export.source import adapter_directory
 from randbasis.locations import Location
+from randbasis.output_set import check_output
 from randbasis.tuner.adapter_dir import read_adapter_dir
-from randbasis.tuner.merging import Merged, check_output, merge_adapter
+from randbasis.tuner.merging import Merged, merge_adapter
 
 
 def export_merged(
@@ -34,7 +35,7 @@ def export_merged(
         ExportBaseError: neither the caller nor the adapter names a base.
         RandbasisError: as :func:`randbasis.tuner.merging.merge_adapter`.
     """
-    check_output(Path(output), (source,), overwrite=overwrite)
+    check_output(output, (source,), overwrite=overwrite, model=True)
     with adapter_directory(source) as path:
         model = base or read_adapter_dir(path).config.base_model_name_or_path
         if not model:

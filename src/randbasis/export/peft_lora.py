@@ -16,11 +16,12 @@ from randbasis.errors import HyperparameterError, near
 from randbasis.export.pairs import LoraPair, lora_pairs, total_error
 from randbasis.export.source import Source, opened
 from randbasis.locations import Location
-from randbasis.tuner.adapter_dir import SAVED_PREFIX, WEIGHTS_FILE
+from randbasis.output_set import check_output, replaced_set
+from randbasis.tuner.adapter_dir import SAVED_PREFIX, WEIGHTS_FILE, anchored
 from randbasis.tuner.base_fit import BaseFit
 from randbasis.tuner.base_model import meta_model
 from randbasis.tuner.inspection import Track
-from randbasis.tuner.merging import DTYPES, check_output, replaced_folder, save_head
+from randbasis.tuner.merging import DTYPES, save_head
 
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 """``model_type`` of the bases whose linear layers are ``Conv1D``, with a weight of ``[in, out]``."""
@@ -117,14 +118,14 @@ def export_peft_lora(
         OutputExistsError: the output exists, or is the source.
         SaveError: the operating system refused, for example because the disk is full.
     """
-    output, stored = Path(output), stored_dtype(dtype)
-    check_output(output, (source,), overwrite=overwrite)
+    stored = stored_dtype(dtype)
+    output = check_output(output, (source, base), overwrite=overwrite)
     with opened(source, base) as adapter:
         pairs = lora_pairs(adapter.packed, rank, stored, track)
-        extra = {} if adapter.head_apart else dict(adapter.packed.extra)
+        extra = adapter.extra
         config = lora_config(adapter, pairs)
         tensors = extra | lora_tensors((adapter.path(pair.name), pair) for pair in pairs)
-        with replaced_folder(output) as stage:
+        with replaced_set(output) as stage:
             save_file(tensors, stage / WEIGHTS_FILE, metadata={"format": "pt"})
             config.save_pretrained(str(stage))
             if adapter.head_apart:
@@ -205,12 +206,16 @@ def rank_pattern(ranks: Mapping[str, int], common: int) -> dict[str, int]:
 
 def _targets(adapter: Source, paths: list[str]) -> dict[str, Any]:
     """What picks the layers: the adapter's own words where they pick these and no others, else the paths."""
+    # Where the head is apart, a reader that builds a class with a head, such as a pipeline for texts, would answer with
+    # one that was drawn: paths from the root of the model make PEFT say that such a class has none of them.
     config = adapter.found.config
     words = {
         name: getattr(config, name)
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     }
     known = paths if adapter.fit is None else _modules(adapter.fit)
+    if adapter.head_apart:
+        return {"target_modules": anchored(paths, known)}
     if config.target_modules and {path for path in known if check_target_module_exists(config, path)} == set(paths):
         return words
     return {"target_modules": paths}

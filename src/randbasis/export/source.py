@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
 from randbasis.adapter_file import PackedAdapter
-from randbasis.errors import BaseMismatchError, DataMissingError, ExportSourceError
+from randbasis.adapter_file.paths import split_path
+from randbasis.errors import DataMissingError, ExportBaseError, ExportSourceError
 from randbasis.locations import Location, local_path
-from randbasis.tuner.adapter_dir import AdapterDir, read_adapter_dir
-from randbasis.tuner.base_fit import BaseFit, find_fit
-from randbasis.tuner.base_model import read_config
+from randbasis.tuner.adapter_dir import SAVED_PREFIX, AdapterDir, plain_path, read_adapter_dir
+from randbasis.tuner.base_fit import BaseFit, auto_classes, find_fit
+from randbasis.tuner.base_model import linear_shapes, meta_model, read_config
 from randbasis.tuner.packed import packed_of, unpack_adapter
 
 
@@ -47,6 +51,14 @@ class Source:
         prefix = "" if self.fit is None else self.fit.prefix
         return key.removeprefix(f"{prefix}.") if prefix else key
 
+    @property
+    def extra(self) -> dict[str, Tensor]:
+        """What was trained whole beside the adapter and has a place in that class, as PEFT names it there."""
+        if self.head_apart:
+            return {}
+        tensors = self.packed.extra
+        return {SAVED_PREFIX + self.path(name.removeprefix(SAVED_PREFIX)): tensor for name, tensor in tensors.items()}
+
 
 @contextmanager
 def adapter_directory(source: Location) -> Generator[Path]:
@@ -76,7 +88,8 @@ def opened(source: Location, base: str | None = None) -> Generator[Source]:
     """Read an adapter and find the class of its base; no weights of the base are read.
 
     Without ``base``, the base that the adapter names is looked for on this machine alone. Where it is not there, the
-    layers keep the paths that they were trained under, and a warning says so.
+    layers keep the paths that they were trained under, where those are of the class of transformers for the task; a
+    warning says so.
 
     Args:
         source: adapter directory, or path or URL of a packed file.
@@ -84,6 +97,7 @@ def opened(source: Location, base: str | None = None) -> Generator[Source]:
 
     Raises:
         ExportSourceError: there is no adapter.
+        ExportBaseError: the base is not to be had, and without it the paths cannot be told.
         BaseMismatchError: the adapter was made for another base than ``base``.
         DataMissingError: the configuration of ``base`` cannot be read.
         RandbasisError: a file of the adapter is missing, damaged or foreign, each rule with its class.
@@ -99,13 +113,49 @@ def _fit(found: AdapterDir, name: str | None, *, given: bool) -> BaseFit | None:
     if given and name:
         return find_fit(found, read_config(name))
     if not name:
+        check_paths(found)
         return None
     try:
-        return find_fit(found, read_config(name, local=True))
-    except (DataMissingError, BaseMismatchError) as error:
+        config = read_config(name, local=True)
+    except DataMissingError as error:
+        check_paths(found)
         warnings.warn(
             f"the layers keep the paths that they were trained under, because they could not be looked up in the base "
             f"that the adapter names ({error}); name the base to have them checked",
             stacklevel=5,
         )
         return None
+    return find_fit(found, config)
+
+
+def check_paths(found: AdapterDir) -> None:
+    """Raise unless the class of transformers for the task of an adapter has its layers and head, told by the names.
+
+    A reader builds the base by that class, and PEFT leaves out without a word what has no place in it.
+
+    Raises:
+        ExportBaseError: it has not, or the adapter does not say which architecture its base is of.
+    """
+    kind, task = found.config.base_model_type, found.config.task_type
+    if not kind or kind not in CONFIG_MAPPING:
+        raise _no_base(found, "and the adapter does not say which architecture that is of")
+    usual = CONFIG_MAPPING[kind]()
+    wanted = {split_path(key)[0] for key in found.modules} | {plain_path(name) for name in found.head}
+    for auto in auto_classes(usual, task)[: 1 if task else None]:
+        try:
+            model = meta_model(usual, auto)
+        except DataMissingError:
+            continue
+        layers = {split_path(name)[0] for name in linear_shapes(model)}
+        parameters = {split_path(plain_path(name))[0] for name in model.state_dict()}
+        if all(name in layers or split_path(name)[0] in parameters for name in wanted):
+            return
+    raise _no_base(found, f"and no class of transformers for {kind!r} and its task has {found.modules[0]!r} and a head")
+
+
+def _no_base(found: AdapterDir, why: str) -> ExportBaseError:
+    return ExportBaseError(
+        f"base must be given: {found.config.base_model_name_or_path or 'the base model'!r} is not on this machine, "
+        f"{why}, so that a reader would leave out what it does not know; give the folder or hub name of the base "
+        "(--base), of which only the configuration is read"
+    )

@@ -12,8 +12,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from randbasis.errors import AdapterFilesError, HubError, HubNameError, OutputExistsError, RandbasisError, SaveError
+from randbasis.errors import AdapterFilesError, HubError, HubNameError, RandbasisError
 from randbasis.hub.card import CardFacts, model_card
+from randbasis.output_set import check_output, replaced_set
 from randbasis.train.adapter_folder import read_folder
 from randbasis.train.run import SUMMARY_FILE
 from randbasis.train.task import TASK_FILE
@@ -92,31 +93,24 @@ def build_hub_folder(
         base_name: hub name of the base model; None takes the adapter's, which must not be a folder of this machine.
         license: of the adapter, for the card, as the hub names it; None leaves it out.
         packed_bits: 32, 16, 8, 4, 3 or 2: add a packed file of so many bits a coefficient.
-        overwrite: write into a folder that holds something.
+        overwrite: replace the files of this package in a folder that holds something.
 
     Raises:
         AdapterFilesError: the directory is incomplete, damaged or foreign.
         HubNameError: a name is not one of a hub.
         PrecisionError: the coefficients do not fit the bits asked for.
-        OutputExistsError: the folder is not empty and ``overwrite`` is not given.
+        OutputExistsError: the folder is or lies in the source, or is not empty and ``overwrite`` is not given.
         SaveError: the folder could not be written.
     """
-    folder = Path(folder)
+    folder = check_output(folder, (source,), overwrite=overwrite)
     _check_repo(repo_id, "repo_id")
     found = read_adapter_dir(source)
     base = base_name or _hub_base(found)
     _check_repo(base, "base_name")
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not overwrite)):
-        raise OutputExistsError(
-            f"output {str(folder)!r} exists and is not an empty folder; name another one, or say overwrite"
-        )
     files = _files(found, base, repo_id, license, packed_bits)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with replaced_set(folder) as stage:
         for name, content in files.items():
-            (folder / name).write_bytes(content)
-    except OSError as error:
-        raise SaveError(f"{folder} could not be written ({error}); make room, or name another folder") from error
+            (stage / name).write_bytes(content)
     own = files[CARD_FILE] == _own_card(found.path)
     return HubFolder(folder, {name: len(content) for name, content in files.items()}, files[CARD_FILE].decode(), own)
 

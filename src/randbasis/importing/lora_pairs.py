@@ -16,9 +16,9 @@ from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
 from randbasis.low_rank import distance, norm
 from randbasis.methods import Factors
 from randbasis.methods.method import check_positive
+from randbasis.output_set import check_output, replaced_set
 from randbasis.tuner.adapter_dir import WEIGHTS_FILE
 from randbasis.tuner.inspection import Track
-from randbasis.tuner.merging import check_output, replaced_folder
 
 
 def import_as_lora(
@@ -53,7 +53,7 @@ def import_as_lora(
         SaveError: it could not be written.
         RandbasisError: what :func:`randbasis.importing.read_peft_adapter` refuses.
     """
-    check_output(Path(output), (source,), overwrite=overwrite)
+    folder = check_output(output, (source, model), overwrite=overwrite)
     found = read_peft_adapter(source, model)
     if rank is not None:
         check_positive("rank", rank)
@@ -67,12 +67,12 @@ def import_as_lora(
     check_limit(total_error(pairs), limit, f"the nearest LoRA of rank {rank}")
     config = _config(found, pairs, model)
     tensors = found.load(found.head) | lora_tensors((pair.name, pair) for pair in pairs)
-    with replaced_folder(Path(output)) as stage:
+    with replaced_set(folder) as stage:
         save_file(tensors, stage / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(stage))
         size = sum(file.stat().st_size for file in stage.iterdir())
     head = "saved" if found.head else "none"
-    return LoraExport(Path(output), found.kind, config.base_model_name_or_path, pairs, "float32", head, size)
+    return LoraExport(folder, found.kind, config.base_model_name_or_path, pairs, "float32", head, size)
 
 
 def _pair(found: PeftAdapter, key: str, rank: int | None) -> LoraPair:

@@ -5,20 +5,20 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from randbasis.errors import BaseMismatchError, DataMissingError, HyperparameterError, MergeError, near
 from randbasis.importing.nearest_adapter import finite_factors
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
 from randbasis.low_rank import sides
+from randbasis.output_set import check_output
 from randbasis.tuner.adapter_dir import SAVED_PREFIX
-from randbasis.tuner.base_fit import BaseFit, auto_classes, has_head, prefix_of, under_prefix, with_classes
-from randbasis.tuner.base_model import linear_shapes, meta_model, read_config
+from randbasis.tuner.base_fit import BaseFit, choose, placements, under_prefix
+from randbasis.tuner.base_model import linear_shapes, read_config
 from randbasis.tuner.inspection import Track
-from randbasis.tuner.merging import DTYPES, HEAD_FILE, Merged, check_output, copy_companions, load_base, replaced_folder
+from randbasis.tuner.merging import DTYPES, Merged, load_base, write_model
 
 _T = TypeVar("_T")
 
@@ -57,51 +57,39 @@ def import_as_merged(
     name = model or found.options.get("base_model_name_or_path")
     if not name:
         raise DataMissingError(f"{found.path} does not name its base model, into which it is merged; name it")
-    check_output(Path(output), (source, name), overwrite=overwrite)
+    folder = check_output(output, (source, name), overwrite=overwrite, model=True)
     fit = _fit(found, read_config(name))
-    base = load_base(name, fit, dtype)
-    wrapped = under_prefix(base, fit.prefix)
+    head = {fit.head_path(key) if fit.head else key: tensor for key, tensor in _head(found.load(found.head)).items()}
+    base = load_base(name, fit, dtype, head if fit.head else ())
+    wrapped = under_prefix(fit.trunk(base), fit.prefix)
     with torch.no_grad():
         for key in track(found.layers):
             _add(found, key, wrapped.get_submodule(key))
-    head = _head(found.load(found.head))
     if fit.head:
         base.load_state_dict(head, strict=False)
-    with replaced_folder(Path(output)) as stage:
-        base.save_pretrained(stage)
-        copy_companions(name, stage)
-        if head and not fit.head:
-            save_file(head, stage / HEAD_FILE, metadata={"format": "pt"})
-        files = tuple(sorted(file.name for file in stage.iterdir()))
-        size = sum((stage / file).stat().st_size for file in files)
+    files, size = write_model(base, folder, name, {} if fit.head else head, tokenizer=found.path)
     parameters, stored = sum(p.numel() for p in base.parameters()), str(base.dtype).removeprefix("torch.")
     place = "merged" if fit.head else "apart" if head else "none"
-    return Merged(Path(output), type(base).__name__, len(found.layers), parameters, stored, place, files, size)
+    return Merged(folder, type(base).__name__, len(found.layers), parameters, stored, place, files, size)
 
 
 def _fit(found: PeftAdapter, config: PreTrainedConfig) -> BaseFit:
-    """The first class of transformers that has the adapter's layers and head; else ``AutoModel`` under a prefix."""
+    """The class of transformers that has the adapter's layers; see :func:`randbasis.tuner.base_fit.choose`."""
     head = _head({name: found.stored[name] for name in found.head})
     missing = ""
-    for auto in auto_classes(config, found.options.get("task_type")):
-        own = with_classes(config, head) if auto.__name__.endswith("Classification") else config
-        try:
-            model = meta_model(own, auto)
-        except DataMissingError:
-            continue
-        there = linear_shapes(model)
+    fitting: list[tuple[BaseFit, PreTrainedModel]] = []
+    for fit, model in placements(config, found.options.get("task_type"), found.layers[0], head):
+        there = {f"{fit.prefix}.{key}" if fit.prefix else key for key in linear_shapes(model)}
         absent = next((key for key in found.layers if key not in there), None)
-        if absent is None and has_head(model, head):
-            return BaseFit(auto, own, "", bool(head))
-        missing = missing or (f"the layer {absent!r}" if absent else f"a head of {sorted(head)}")
-    bare = linear_shapes(meta_model(config, AutoModel))
-    prefix = prefix_of(found.layers[0], bare)
-    if prefix is not None and all(key.removeprefix(f"{prefix}.") in bare for key in found.layers):
-        return BaseFit(AutoModel, config, prefix, head=False)
-    raise BaseMismatchError(
-        f"{found.path} was made for another base model: no class of transformers for {config.model_type!r} has "
-        f"{missing}; name the base model that it was made for, or merge it with PEFT where it was trained"
-    )
+        if absent is None:
+            fitting.append((fit, model))
+        missing = missing or f"the layer {absent!r}"
+    if not fitting:
+        raise BaseMismatchError(
+            f"{found.path} was made for another base model: no class of transformers for {config.model_type!r} has "
+            f"{missing}; name the base model that it was made for, or merge it with PEFT where it was trained"
+        )
+    return choose(fitting, found.layers, head, str(found.path))
 
 
 def _head(named: Mapping[str, _T]) -> dict[str, _T]:

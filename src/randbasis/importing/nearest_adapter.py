@@ -17,13 +17,13 @@ from randbasis.errors import BaseMismatchError, CoefficientValueError, ResidualE
 from randbasis.importing.least_squares import Bases, Fit, Stop, nearest, relative
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
 from randbasis.methods import Factors, Matrix, Method, Nola, Vera
+from randbasis.output_set import check_output, replaced_set
 from randbasis.tuner.adapter_dir import SAVED_PREFIX, WEIGHTS_FILE
 from randbasis.tuner.base_model import linear_shapes, meta_model, read_config, shape_of
 from randbasis.tuner.base_shapes import compress_shapes
 from randbasis.tuner.config import NolaConfig, RandbasisConfig
 from randbasis.tuner.inspection import Track
 from randbasis.tuner.meaning import meaning_tensor
-from randbasis.tuner.merging import check_output, replaced_folder
 from randbasis.tuner.registration import PREFIX
 
 TARGET_WORDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -134,6 +134,7 @@ def import_as_nearest(
     limit: float | None = None,
     stop: Stop | None = None,
     overwrite: bool = False,
+    beside: Mapping[str, str] | None = None,
     track: Track = iter,
 ) -> ImportedAdapter:
     """Write the NOLA or VeRA of a seed that is nearest to an adapter of PEFT, as an adapter directory.
@@ -149,6 +150,7 @@ def import_as_nearest(
         limit: largest residual of all matrices together; nothing is written above it.
         stop: when the least squares end.
         overwrite: replace the output.
+        beside: name → text of further files of the directory.
         track: shows the progress over the matrices.
 
     Raises:
@@ -159,7 +161,7 @@ def import_as_nearest(
         SaveError: it could not be written.
         RandbasisError: what :func:`randbasis.importing.read_peft_adapter` refuses.
     """
-    check_output(Path(output), (source,), overwrite=overwrite)
+    folder = check_output(output, (source, model), overwrite=overwrite)
     if config.method not in (Nola.name, Vera.name):
         raise UnknownMethodError(
             f"an adapter of PEFT becomes the nearest 'nola' or 'vera', got {config.method!r}; use one of the two, or "
@@ -173,13 +175,15 @@ def import_as_nearest(
             methods[key] = config.method_for(key)
             matrix = Matrix(*found.shape(key), methods[key].streams(key))
             fits[key] = matrix, nearest(methods[key], matrix, finite_factors(found, key), bases=bases, stop=stop)
-    result = _result(found, Path(output), methods, fits)
+    result = _result(found, folder, methods, fits)
     check_limit(result.residual, limit, f"the nearest {config.method} of this configuration")
     made = _config(found, config, model, base_type)
     tensors = found.load(found.head) | _tensors(fits, methods) | _meaning(fits, methods, made)
-    with replaced_folder(Path(output)) as stage:
+    with replaced_set(folder) as stage:
         save_file(tensors, stage / WEIGHTS_FILE, metadata={"format": "pt"})
         made.save_pretrained(str(stage))
+        for name, text in (beside or {}).items():
+            (stage / name).write_text(text, encoding="utf-8")
     return result
 
 

@@ -4,12 +4,8 @@ A folder holds what ``save_pretrained`` of PEFT writes, or ``head.safetensors`` 
 ``task.json``: the labels, columns and lengths that are needed to use it again.
 """
 
-import errno
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +17,12 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from randbasis.errors import AdapterFilesError, BaseMismatchError, RandbasisError, SaveError
+from randbasis.errors import AdapterFilesError, BaseMismatchError, RandbasisError
+from randbasis.output_set import check_finished
+from randbasis.train.pooled import PooledClassifier
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.task import TASK_FILE
+from randbasis.tuner.adapter_dir import anchored
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -56,6 +55,7 @@ def read_folder(path: str | Path) -> AdapterFolder:
     path = Path(path)
     if not path.is_dir():
         raise AdapterFilesError(f"adapter {str(path)!r} is not a folder; give the output folder of a training run")
+    check_finished(path)
     weights = ADAPTER_WEIGHTS if (path / ADAPTER_CONFIG).is_file() else HEAD_WEIGHTS
     if not (path / weights).is_file():
         there = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
@@ -116,13 +116,36 @@ def restore_parameters(model: nn.Module, path: Path) -> None:
 
 
 def save_parameters(model: nn.Module, path: Path) -> None:
-    """Write adapter and head of a model into a folder; see :func:`staged` for writing it safely."""
+    """Write adapter and head of a model into a folder; see :func:`randbasis.output_set.replaced_set`."""
     path.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(path), save_embedding_layers=cast(Any, False))
+        with _own_targets(model):
+            model.save_pretrained(str(path), save_embedding_layers=cast(Any, False))
         (path / "README.md").unlink(missing_ok=True)  # an empty form that PEFT writes
     else:
         safetensors.save_file(trained_parameters(model), path / HEAD_WEIGHTS, metadata={"format": "pt"})
+
+
+@contextmanager
+def _own_targets(model: PeftModel) -> Generator[None]:
+    """While an adapter under a head of ours is saved, name its layers by paths that no class of transformers has.
+
+    PEFT and transformers then say so, instead of answering with a head that they have drawn.
+    """
+    if not isinstance(model.get_base_model(), PooledClassifier):
+        yield
+        return
+    config = cast(Any, model.peft_config[model.active_adapters[0]])
+    words = {name: getattr(config, name) for name in ("target_modules", "exclude_modules")}
+    modules = cast("Iterator[tuple[str, nn.Module]]", model.get_base_model().named_modules())
+    adapted = cast("list[str]", model.base_model.targeted_module_names)
+    config.target_modules = anchored(adapted, [name for name, _ in modules])
+    config.exclude_modules = None
+    try:
+        yield
+    finally:
+        for name, value in words.items():
+            setattr(config, name, value)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -130,73 +153,27 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def carry_task(sources: Sequence[str | Path], target: Path, method: str) -> bool:
-    """Say beside an adapter that was made of others what their task is, where all of them have one and the same.
+def task_of(sources: Sequence[str | Path], method: str) -> dict[str, str]:
+    """What to write beside an adapter that is made of others, where all of them have one and the same task.
 
     Args:
-        sources: the adapters that it was made of; packed files have no task.
-        target: folder of the adapter.
-        method: what it is now, as the command names it.
+        sources: the adapters that it is made of; packed files have no task.
+        method: what it is then, as the command names it; empty for that of the first.
 
     Returns:
-        Whether there was one.
+        The name and text of the description, or nothing.
 
     Raises:
         AdapterFilesError: a source is not an adapter folder.
-        SaveError: the operating system refused.
     """
     if not all(Path(source).is_dir() for source in sources):
-        return False
+        return {}
     folders = [read_folder(source) for source in sources]
     first = folders[0]
     if not first.task or any(folder.task != first.task for folder in folders[1:]):
-        return False
-    about = {"base_model": first.base_model, "method": method, "task": first.task}
-    with saving(target):
-        (target / TASK_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return True
-
-
-@contextmanager
-def staged(target: Path) -> Generator[Path]:
-    """A folder to write into whose files move to ``target`` only when the block has succeeded.
-
-    Raises:
-        SaveError: the operating system refused, for example because the disk is full; ``target`` is as it was.
-    """
-    with saving(target):
-        target.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=".writing-", dir=target))
-        try:
-            yield stage
-            for file in sorted(stage.iterdir()):
-                os.replace(file, target / file.name)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-@contextmanager
-def saving(target: Path, undo: Callable[[], None] | None = None) -> Generator[None]:
-    """Turn what a failed write raises into one message.
-
-    Args:
-        target: what is being written.
-        undo: removes what was written by half.
-
-    Raises:
-        SaveError: the operating system refused.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, RandbasisError):
-            raise
-        if undo is not None:
-            undo()
-        number = getattr(error, "errno", None) or errno.EIO
-        full = number == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full; free some space" if full else f"{error}; check the folder and its permissions"
-        raise SaveError(number, f"{target} could not be written: {reason}; what was there before is kept") from error
+        return {}
+    about = {"base_model": first.base_model, "method": method or first.method, "task": first.task}
+    return {TASK_FILE: json.dumps(about, indent=2, ensure_ascii=False) + "\n"}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

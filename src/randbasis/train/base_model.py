@@ -9,8 +9,9 @@ from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from randbasis.errors import DataMissingError, SettingError
+from randbasis.errors import SettingError
 from randbasis.tuner.base_model import model_readable
+from randbasis.tuner.whole_model import load_whole
 
 
 @contextmanager
@@ -51,30 +52,22 @@ def read_model(auto: Any, name: str, dtype: str, *, complete: bool = False, **op
         auto: the class, for example ``AutoModelForCausalLM``.
         name: folder or hub name.
         dtype: of its weights.
-        complete: whether every weight must be in the checkpoint; else what is missing is drawn from torch's generator.
+        complete: whether every weight must be in the checkpoint; else a head is drawn from torch's generator where the
+            checkpoint has none, or one of another size.
         options: for ``from_pretrained``.
 
     Returns:
         The model, and the names of the modules that were drawn.
 
     Raises:
-        DataMissingError: the model cannot be read, or lacks weights that it needs.
+        DataMissingError: the model cannot be read.
+        PartialModelError: its checkpoint is not whole.
     """
-    with explained(name, "model"):
-        model, report = auto.from_pretrained(
-            name,
-            dtype=torch_dtype(dtype),
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **options,
+    with quiet_loading():
+        model, drawn = load_whole(
+            auto, name, fresh_head=not complete, dtype=torch_dtype(dtype), use_safetensors=True, **options
         )
-    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    if complete and missing:
-        raise DataMissingError(
-            f"model {name!r} has no weights for {', '.join(sorted(missing)[:3])}; take a whole checkpoint"
-        )
-    return model, sorted({key.rpartition(".")[0] for key in missing})
+    return model, sorted({key.rpartition(".")[0] for key in drawn})
 
 
 def torch_dtype(name: str) -> torch.dtype:

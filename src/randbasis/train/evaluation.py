@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from randbasis.errors import AdapterFilesError, EmptyDataError, OutputExistsError, SettingError, near
-from randbasis.train.adapter_folder import load_adapter, read_folder, saving
+from randbasis.output_set import saving
+from randbasis.train.adapter_folder import load_adapter, read_folder
 from randbasis.train.base_model import read_tokenizer
 from randbasis.train.causal_lm import CausalLanguage, end_token_id
 from randbasis.train.classification import TextClassification, allowed_length

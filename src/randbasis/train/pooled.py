@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from randbasis.errors import DataMissingError
 from randbasis.train.base_model import read_model
 
 
@@ -42,14 +41,10 @@ class PooledClassifier(PreTrainedModel):
         """The encoder of a folder or hub name with a fresh head, drawn from torch's current generator.
 
         Raises:
-            DataMissingError: the encoder cannot be read, or weights that are used are missing.
+            DataMissingError: the encoder cannot be read.
+            PartialModelError: weights that are used are missing.
         """
-        encoder, drawn = read_model(AutoModel, name, dtype)
-        missing = [module for module in drawn if module.partition(".")[0] != "pooler"]
-        if missing:
-            raise DataMissingError(
-                f"model {name!r} has no weights for {', '.join(missing[:3])}; take a whole checkpoint"
-            )
+        encoder, _ = read_model(AutoModel, name, dtype)
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # not used here, so nothing of it should be adapted
         config = encoder.config

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,9 +11,11 @@ from typing import Any, cast
 from rich.console import Console
 from torch import nn
 
-from randbasis.errors import CheckpointError, EmptyDataError, OutputExistsError, SettingError
+from randbasis.errors import CheckpointError, EmptyDataError, SettingError
+from randbasis.locations import local_output
+from randbasis.output_set import check_output, replaced_set, saving
 from randbasis.train.adapter import peft_config
-from randbasis.train.adapter_folder import ADAPTER_WEIGHTS, HEAD_WEIGHTS, save_parameters, saving, staged
+from randbasis.train.adapter_folder import ADAPTER_WEIGHTS, HEAD_WEIGHTS, save_parameters
 from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.classification import TextClassification
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
@@ -26,6 +29,8 @@ from randbasis.train.task import TASK_FILE, Example, Task
 from randbasis.train.trainer import checkpoint_to_resume, last_checkpoint
 
 CHECKPOINTS = "checkpoints"
+EARLIER = ".checkpoints-before"
+"""Where those of a run lie that is about to be replaced."""
 SUMMARY_FILE = "summary.json"
 HISTORY_FILE = "history.jsonl"
 PLOT_FILE = "loss.png"
@@ -99,9 +104,8 @@ def train(settings: TrainSettings, *, console: Console | None = None) -> TrainOu
 
 
 def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> TrainOutcome:
-    output = Path(settings.output)
+    output = Path(ranks.by_first(lambda: str(_check_output(settings, ranks.count))))
     checkpoints = output / CHECKPOINTS
-    ranks.by_first(lambda: _check_output(settings, ranks.count))
     prepared = ranks.agreed(lambda: prepare(settings))
     model = ranks.agreed(lambda: prepared.load_model(settings))
     config = ranks.agreed(
@@ -109,7 +113,6 @@ def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> Tr
             settings.adapter, task_type=prepared.task.peft_task_type, head=prepared.task.head_modules(model)
         )
     )
-    is_new = ranks.of_first(not output.exists())
     if not settings.resume:
         ranks.by_first(lambda: _begin(settings, checkpoints, ranks.count))
     try:
@@ -127,7 +130,7 @@ def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> Tr
         )
     except BaseException:
         if ranks.first and last_checkpoint(checkpoints) is None:
-            shutil.rmtree(output if is_new else checkpoints)
+            _take_back(checkpoints)
         raise
     summary = ranks.by_first(lambda: _save(settings, prepared, result, ranks.count))
     if not settings.keep_checkpoints:
@@ -181,24 +184,23 @@ def _chosen(settings: TrainSettings, train: Table, eval: Table | None) -> tuple[
     return train, eval
 
 
-def _check_output(settings: TrainSettings, processes: int) -> None:
-    """Raises OutputExistsError or CheckpointError before anything is read."""
-    output = Path(settings.output)
+def _check_output(settings: TrainSettings, processes: int) -> Path:
+    """The folder to write; raises before anything is read what of it can be refused."""
+    sources = (settings.model, settings.data.train, settings.data.eval)
+    output = check_output(settings.output, sources, overwrite=settings.overwrite or settings.resume)
     if settings.resume:
         checkpoint_to_resume(output / CHECKPOINTS)
         _check_same(_kept_settings(settings, processes), output / CHECKPOINTS / SETTINGS_FILE)
-    elif output.exists() and not settings.overwrite and (not output.is_dir() or any(output.iterdir())):
-        raise OutputExistsError(
-            f"output {str(output)!r} exists; give overwrite to replace it, resume to go on with it, or another folder"
-        )
-    elif output.exists() and not output.is_dir():
-        raise OutputExistsError(f"output {str(output)!r} is a file; give a folder")
+    return output
 
 
 def _begin(settings: TrainSettings, checkpoints: Path, processes: int) -> None:
-    """Make the folder of the checkpoints, which says what it is of."""
+    """Make the folder of the checkpoints, which says what it is of; those of an earlier run lie aside until its end."""
+    earlier = checkpoints.with_name(EARLIER)
     with saving(checkpoints):
-        if checkpoints.exists():
+        if checkpoints.exists() and not earlier.exists():
+            checkpoints.replace(earlier)
+        elif checkpoints.exists():  # of a run that was overwriting too, and failed
             shutil.rmtree(checkpoints)
         checkpoints.mkdir(parents=True)
         content = json.dumps(_kept_settings(settings, processes))
@@ -208,6 +210,16 @@ def _begin(settings: TrainSettings, checkpoints: Path, processes: int) -> None:
 def _kept_settings(settings: TrainSettings, processes: int) -> dict[str, Any]:
     """What a resumed run must have in common with its beginning; several processes make larger batches."""
     return {**settings.as_json(), **({"processes": processes} if processes > 1 else {})}
+
+
+def _take_back(checkpoints: Path) -> None:
+    """Leave an output as it was before :func:`_begin`."""
+    earlier = checkpoints.with_name(EARLIER)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    if earlier.exists():
+        earlier.replace(checkpoints)
+    with suppress(OSError):
+        checkpoints.parent.rmdir()  # only where nothing is left in it
 
 
 def _check_same(settings: dict[str, Any], kept: Path) -> None:
@@ -238,8 +250,7 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save(settings: TrainSettings, prepared: Prepared, result: FitResult, processes: int) -> dict[str, Any]:
-    output = Path(settings.output)
-    with staged(output) as stage:
+    with replaced_set(local_output(settings.output), kept=(CHECKPOINTS,)) as stage:
         save_parameters(result.model, stage)
         weights = next(stage / name for name in (ADAPTER_WEIGHTS, HEAD_WEIGHTS) if (stage / name).exists())
         summary = _summary(settings, prepared, result) | {"adapter_bytes": weights.stat().st_size}

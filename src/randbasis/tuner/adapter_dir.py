@@ -4,9 +4,11 @@ Only the header of the weights is read here; no pickle is ever read.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 
 from randbasis.errors import AdapterFilesError, RandbasisError
+from randbasis.output_set import check_finished
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 
@@ -25,6 +28,8 @@ PICKLE_FILE = "adapter_model.bin"
 MODEL_FILE = "config.json"
 SAVED_PREFIX = "base_model.model."
 """What PEFT puts before the path of a module in the base model."""
+_PLACES = frozenset({"base_layer", "original_module", "modules_to_save"})
+"""What PEFT puts into the path of a parameter that an adapter, or a copy that is trained whole, stands around."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ def check_adapter_files(path: str | Path) -> dict[str, Any]:
         AdapterFilesError: the directory or a file of it is missing, or the configuration is not a JSON object.
     """
     path = Path(path)
+    check_finished(path)
     if not path.is_dir():
         found = "a file" if path.exists() else "nothing"
         raise AdapterFilesError(
@@ -162,6 +168,28 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise AdapterFilesError(
             f"{path} must be a whole safetensors file, but {error}; copy it again from where the adapter was saved"
         ) from error
+
+
+def plain_path(name: str) -> str:
+    """The path in the base model of a module or parameter, without what PEFT puts before and into it."""
+    parts = name.removeprefix(SAVED_PREFIX).split(".")
+    return ".".join(part for part in parts if part not in _PLACES)
+
+
+def anchored(paths: Collection[str], known: Collection[str]) -> str:
+    """A regular expression of PEFT for layers by their paths from the root of the model, and for no others.
+
+    Args:
+        paths: of the layers.
+        known: paths of all modules of the model.
+    """
+    columns = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    above = [column[0] for column in takewhile(lambda column: len({*column}) == 1, columns)]
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    short = rf"{re.escape('.'.join(above))}\.(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+    if {path for path in known if re.fullmatch(short, path)} == {*paths}:
+        return short
+    return "|".join(map(re.escape, paths))
 
 
 def _own_config(path: Path) -> RandbasisConfig:

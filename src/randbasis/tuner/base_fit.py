@@ -1,8 +1,9 @@
 """Which class of transformers has the layers, under the paths, that an adapter was trained on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from randbasis.errors import BaseMismatchError, DataMissingError
-from randbasis.tuner.adapter_dir import AdapterDir
+from randbasis.tuner.adapter_dir import AdapterDir, plain_path
 from randbasis.tuner.base_model import auto_class, linear_shapes, meta_model
 from randbasis.tuner.base_shapes import expected_shape
 from randbasis.tuner.layer import RandbasisLinear
@@ -40,16 +41,27 @@ class BaseFit:
         config: of the base model, with as many classes as the head has.
         prefix: path that the model had inside of what was trained; empty when it was the model itself.
         head: whether the model has a place for what was trained whole beside the adapter.
+        whole: auto class that the base was saved from, where its backbone alone is a model of ``auto``; merging keeps
+            the rest of it.
     """
 
     auto: Any
     config: PreTrainedConfig
     prefix: str
     head: bool
+    whole: Any = None
+
+    def trunk(self, base: PreTrainedModel) -> PreTrainedModel:
+        """The part of a loaded base that the adapter was put on."""
+        return base if self.whole is None else cast("PreTrainedModel", base.base_model)
+
+    def head_path(self, name: str) -> str:
+        """The path in the model of a parameter that was saved whole; unchanged where the prefix has no such one."""
+        return _inside(plain_path(name), self.prefix)
 
 
 def find_fit(found: AdapterDir, config: PreTrainedConfig) -> BaseFit:
-    """The first class that has exactly the adapter's layers and head; else ``AutoModel`` under a prefix, without head.
+    """The first class that has exactly the adapter's layers and head; else one of its layers, without its head.
 
     The adapter's task comes first, then the class that the base was saved from. No weights are read.
 
@@ -61,23 +73,82 @@ def find_fit(found: AdapterDir, config: PreTrainedConfig) -> BaseFit:
         BaseMismatchError: the adapter was made for another base model; names the first matrix that differs.
     """
     refusal: BaseMismatchError | None = None
-    for auto in auto_classes(config, found.config.task_type):
-        own = with_classes(config, found.head) if auto.__name__.endswith("Classification") else config
+    fitting: list[tuple[BaseFit, PreTrainedModel]] = []
+    for fit, model in placements(config, found.config.task_type, found.modules[0], found.head):
         try:
-            model = meta_model(own, auto)
-            _check_layers(found, model, "")
-            if has_head(model, found.head):
-                return BaseFit(auto, own, "", bool(found.head))
-        except DataMissingError:
-            continue
+            _check_layers(found, model, fit.prefix)
         except BaseMismatchError as error:
             refusal = refusal or error
-    bare = meta_model(config, transformers.AutoModel)
-    prefix = prefix_of(found.modules[0], linear_shapes(bare))
-    if prefix is None:
-        raise refusal or BaseMismatchError(f"the adapter's head has no place in a {type(bare).__name__}")
-    _check_layers(found, bare, prefix)
-    return BaseFit(transformers.AutoModel, config, prefix, head=False)
+        else:
+            fitting.append((fit, model))
+    if not fitting:
+        raise refusal or BaseMismatchError(f"no class of transformers for {config.model_type!r} can be built")
+    return choose(fitting, found.modules, found.head, str(found.path))
+
+
+def placements(
+    config: PreTrainedConfig, task_type: Any, first: str, head: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[BaseFit, PreTrainedModel]]:
+    """The classes that know an architecture, each with the path under which it would hold the layers of an adapter.
+
+    Args:
+        config: of the base model.
+        task_type: PEFT's name of the task.
+        first: path of one adapted layer.
+        head: name → shape of what was trained whole, which tells how many classes and tokens there are.
+    """
+    for auto in auto_classes(config, task_type):
+        own = with_classes(config, head) if auto.__name__.endswith("Classification") else config
+        try:
+            model = meta_model(own, auto)
+        except DataMissingError:
+            continue
+        fit = BaseFit(auto, own, prefix_of(first, linear_shapes(model)) or "", head=False)
+        rows = {shape[0] for name, shape in head.items() if fit.head_path(name) in _embeddings(model)}
+        if len(rows) == 1 and rows != {getattr(own.get_text_config(), "vocab_size", None)}:
+            own = deepcopy(own)
+            own.get_text_config().vocab_size = rows.pop()
+            model = meta_model(own, auto)
+        yield replace(fit, config=own), model
+
+
+def choose(
+    fitting: Sequence[tuple[BaseFit, PreTrainedModel]],
+    layers: Sequence[str],
+    head: Mapping[str, tuple[int, ...]],
+    where: str,
+) -> BaseFit:
+    """Of the classes that have the layers of an adapter, the one to use.
+
+    The first that has its head too; else, with the head apart, the one that the base was saved from or the bare model.
+
+    Args:
+        fitting: of :func:`placements`, in that order; at least one.
+        layers: paths of the adapted layers.
+        head: name → shape of what was trained whole.
+        where: the adapter, for the message.
+
+    Raises:
+        BaseMismatchError: the base has the head in another shape.
+    """
+    for fit, model in fitting:
+        if has_head(model, {fit.head_path(name): shape for name, shape in head.items()}) and _wraps(fit.prefix):
+            return replace(_with_whole(fit, layers), head=bool(head))
+    for fit, model in fitting:
+        shapes = _shapes(model)
+        for name, shape in head.items():
+            there = shapes.get(fit.head_path(name), shape)
+            if _wraps(fit.prefix) and there != shape:
+                raise BaseMismatchError(
+                    f"the adapter in {where} has {fit.head_path(name)!r} of shape {list(shape)}, which was trained or "
+                    f"resized beside it, and {type(model).__name__} has it in {list(there)}; name the base model that "
+                    "it was made for, resized as it was"
+                )
+    saved_from = _saved_from(fitting[0][0].config)
+    by_class = {type(model).__name__: fit for fit, model in fitting}
+    usual = transformers.AutoModel if saved_from else auto_class(fitting[0][0].config)
+    other = next((fit for fit, _ in fitting if fit.auto is usual), fitting[0][0])
+    return _with_whole(by_class.get(saved_from, other), layers)
 
 
 def under_prefix(model: PreTrainedModel, prefix: str) -> nn.Module:
@@ -97,7 +168,7 @@ def under_prefix(model: PreTrainedModel, prefix: str) -> nn.Module:
 
 def auto_classes(config: PreTrainedConfig, task_type: Any) -> list[Any]:
     """The auto classes that know an architecture: that of the task first, then that which the base was saved from."""
-    saved_from = (getattr(config, "architectures", None) or [""])[0]
+    saved_from = _saved_from(config)
     usual = auto_class(config).__name__
     task = str(getattr(task_type, "value", task_type) or "")
     ranked: list[tuple[bool, bool, bool, int, str]] = []
@@ -136,10 +207,14 @@ def _mismatch(found: AdapterDir, what: str) -> BaseMismatchError:
 
 
 def has_head(model: PreTrainedModel, head: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a model has parameters of these names and shapes."""
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    copies = (".modules_to_save.", ".original_module.")  # PEFT saves the biases of a head under these names too
-    return all(own.get(name) == shape for name, shape in head.items() if not any(copy in name for copy in copies))
+    """Whether a model has parameters of these paths and shapes."""
+    own = _shapes(model)
+    return all(own.get(name) == shape for name, shape in head.items())
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Of the parameters by their paths, whether or not an adapter was put on the model to see which layers it has."""
+    return {plain_path(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def with_classes(config: PreTrainedConfig, head: Mapping[str, tuple[int, ...]]) -> PreTrainedConfig:
@@ -154,4 +229,47 @@ def with_classes(config: PreTrainedConfig, head: Mapping[str, tuple[int, ...]]) 
 
 def prefix_of(key: str, shapes: Mapping[str, tuple[int, int]]) -> str | None:
     """What stands before the path of one of these layers in ``key``; None where none of them ends it."""
-    return next((key.removesuffix(f".{name}") for name in shapes if key.endswith(f".{name}")), None)
+    if key in shapes:
+        return ""
+    return min((key.removesuffix(f".{name}") for name in shapes if key.endswith(f".{name}")), key=len, default=None)
+
+
+def _inside(path: str, prefix: str) -> str:
+    return path.removeprefix(f"{prefix}.") if prefix else path
+
+
+def _wraps(prefix: str) -> bool:
+    """Whether a prefix is none, or that of wrappers that hold a whole model as it is, such as torch.compile's."""
+    return not prefix or set(prefix.split(".")) <= {"_orig_mod", "module"}
+
+
+def _saved_from(config: PreTrainedConfig) -> str:
+    return (getattr(config, "architectures", None) or [""])[0]
+
+
+def _embeddings(model: PreTrainedModel) -> set[str]:
+    """Names of the weights that have a row for each token."""
+    found: list[object] = []
+    with suppress(NotImplementedError):
+        found = [model.get_input_embeddings(), model.get_output_embeddings()]
+    modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
+    return {
+        f"{name}.weight"
+        for name, module in modules
+        if isinstance(module, nn.Embedding | nn.Linear) and any(module is one for one in found)
+    }
+
+
+def _with_whole(fit: BaseFit, layers: Sequence[str]) -> BaseFit:
+    """The same, with the class that the base was saved from where the class found is only the backbone of that."""
+    saved_from = _saved_from(fit.config)
+    for auto in auto_classes(fit.config, None):
+        if fit.auto is not transformers.AutoModel or auto is transformers.AutoModel:
+            continue
+        with suppress(DataMissingError):
+            own, bare = meta_model(fit.config, auto), meta_model(fit.config, fit.auto)
+            backbone = cast("PreTrainedModel", own.base_model)
+            has_all = {_inside(key, fit.prefix) for key in layers} <= linear_shapes(backbone).keys()
+            if type(own).__name__ == saved_from and type(backbone) is type(bare) and has_all:
+                return replace(fit, whole=auto)
+    return fit

@@ -1,10 +1,8 @@
 """Base model + adapter → a model folder that plain transformers loads, without this package."""
 
-import os
+import json
 import shutil
-import tempfile
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,46 +10,32 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict  # pyright: ignore[reportUnknownVariableType]
-from safetensors import SafetensorError
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils.hub import cached_file  # pyright: ignore[reportUnknownVariableType]
 
 from randbasis.errors import (
     HyperparameterError,
     MergeError,
     MissingPackageError,
-    OutputExistsError,
-    SaveError,
     near,
 )
+from randbasis.output_set import COMPANIONS, MERGED_MARK, check_output, replaced_set
 from randbasis.tuner.adapter_dir import SAVED_PREFIX, AdapterDir, read_adapter_dir
 from randbasis.tuner.base_fit import BaseFit, find_fit, under_prefix
 from randbasis.tuner.base_model import model_readable, quiet_transformers, read_config
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.registration import PREFIX
+from randbasis.tuner.whole_model import load_whole
 
 HEAD_FILE = "head.safetensors"
 """Where a head goes that the class of the merged model has no place for."""
 
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROCESSORS = frozenset({"preprocessor_config.json", "processor_config.json"})
+"""Companions of a model that are no part of a tokenizer."""
 
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
-"""Files of a tokenizer or image processor, copied as they are."""
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -121,92 +105,90 @@ def merge_adapter(
     """
     if dtype not in DTYPES:
         raise HyperparameterError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}; {near(dtype, DTYPES)}")
-    output = Path(output)
-    check_output(output, (model, adapter), overwrite=overwrite)
+    output = check_output(output, (model, adapter), overwrite=overwrite, model=True)
     found = read_adapter_dir(adapter)
     fit = find_fit(found, read_config(model))
-    base = load_base(model, fit, dtype)
+    base = load_base(model, fit, dtype, head_paths(fit, found.head))
     if labels and fit.head:
         base.config.id2label = dict(enumerate(labels))
         base.config.label2id = {label: index for index, label in enumerate(labels)}
     matrices = _merge(base, found, fit)
-    with replaced_folder(output) as stage:
-        base.save_pretrained(stage)
-        copy_companions(model, stage)
-        if found.head and not fit.head:
-            save_head(found, stage)
-        files = tuple(sorted(file.name for file in stage.iterdir()))
-        size = sum((stage / name).stat().st_size for name in files)
-    head = "merged" if fit.head else "apart" if found.head else "none"
+    apart = _head_of(found) if found.head and not fit.head else {}
+    files, size = write_model(base, output, model, apart, tokenizer=found.path)
+    head = "merged" if fit.head else "apart" if apart else "none"
     parameters = sum(parameter.numel() for parameter in base.parameters())
     stored = str(base.dtype).removeprefix("torch.")
     return Merged(output, type(base).__name__, matrices, parameters, stored, head, files, size)
 
 
-@contextmanager
-def replaced_folder(output: Path) -> Generator[Path]:
-    """A folder to write into that takes the place of ``output`` only when the block has succeeded.
-
-    Raises:
-        SaveError: the operating system refused; ``output`` is as it was.
-    """
-    stage: Path | None = None
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-        yield stage
-        stage.chmod(0o777 & ~_umask())
-        _swap(stage, output)
-    except (OSError, SafetensorError) as error:
-        raise SaveError(
-            f"output {str(output)!r} could not be written: {error}; free some space or choose another folder; "
-            "what was there before is kept"
-        ) from error
-    finally:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-def check_output(output: Path, inputs: Sequence[str | Path], *, overwrite: bool) -> None:
-    """Raise unless a folder can be written at ``output``.
+def write_model(
+    base: PreTrainedModel, output: Path, name: str, head: Mapping[str, Tensor], *, tokenizer: Path
+) -> tuple[tuple[str, ...], int]:
+    """Save a merged model with its tokenizer or image processor.
 
     Args:
-        output: the folder.
-        inputs: what is read, and never replaced.
-        overwrite: whether what is there may be replaced.
+        base: the model.
+        output: folder to write.
+        name: folder or hub name of the base, whose files are copied.
+        head: what its class has no place for.
+        tokenizer: folder of the adapter, whose tokenizer comes before that of the base, where it has one.
+
+    Returns:
+        The names of all files, and the size of all of them.
 
     Raises:
-        OutputExistsError: it is a file, one of the inputs, or holds something that may not be replaced.
+        SaveError: the operating system refused.
     """
-    for source in inputs:
-        if Path(source).exists() and output.resolve() == Path(source).resolve():
-            raise OutputExistsError(f"output must not be the folder that is read from, got {str(output)!r} for both")
-    if output.exists() and not output.is_dir():
-        raise OutputExistsError(f"output {str(output)!r} is a file; give a folder")
-    if output.exists() and not overwrite and any(output.iterdir()):
-        raise OutputExistsError(f"output {str(output)!r} exists; give overwrite to replace it, or another folder")
+    with replaced_set(output, model=True) as stage:
+        base.save_pretrained(stage)
+        config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
+        text = json.dumps(config | {MERGED_MARK: "randbasis"}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (stage / "config.json").write_text(text, encoding="utf-8")
+        copy_companions(name, stage, tokenizer)
+        if head:
+            save_file(dict(head), stage / HEAD_FILE, metadata={"format": "pt"})
+        files = tuple(sorted(file.name for file in stage.iterdir()))
+        return files, sum((stage / file).stat().st_size for file in files)
 
 
-def load_base(model: str, fit: BaseFit, dtype: str) -> PreTrainedModel:
+def head_paths(fit: BaseFit, head: Iterable[str]) -> set[str]:
+    """The parameters of a model that an adapter brings along."""
+    return {fit.head_path(name) for name in head} if fit.head else set()
+
+
+def load_base(model: str, fit: BaseFit, dtype: str, given: Collection[str]) -> PreTrainedModel:
     """The base model with its weights, those of a quantized one in floating point.
 
     Args:
         model: folder or hub name.
-        fit: the class to build, and whether a head of another size is about to come.
+        fit: the class to build.
         dtype: one of :data:`DTYPES`.
+        given: parameters that the adapter brings along, which need not be in the checkpoint.
 
     Raises:
         DataMissingError: the weights cannot be read.
+        PartialModelError: the checkpoint is not a whole one of its class.
         MergeError: they are quantized so that they cannot be read as numbers.
         MissingPackageError: they are quantized by a package that is not installed.
     """
     # A head that the adapter brings along is drawn first, and no draw may move the caller's generator.
     try:
-        with model_readable(model, "weights"), quiet_transformers(), torch.random.fork_rng(devices=()):
-            base = fit.auto.from_pretrained(
-                model, config=fit.config, dtype=DTYPES[dtype], ignore_mismatched_sizes=fit.head
+        with quiet_transformers(), torch.random.fork_rng(devices=()):
+            base, lacking = load_whole(
+                fit.whole or fit.auto,
+                model,
+                given=given,
+                other_head=fit.head or bool(fit.prefix),
+                fresh_head=bool(fit.prefix) and fit.auto is AutoModel and fit.whole is None,
+                config=fit.config,
+                dtype=DTYPES[dtype],
             )
-            return _dequantized(base) if getattr(base, "hf_quantizer", None) else base
+            if lacking and not given:
+                cast(
+                    "Any", base
+                ).pooler = None  # nobody trained it or used it: what was drawn for it is not saved as if it were
+            with model_readable(model, "weights"):
+                return _dequantized(base) if getattr(base, "hf_quantizer", None) else base
     except ImportError as error:
         raise MissingPackageError(f"model {model!r} needs a package that is not installed: {error}") from error
 
@@ -230,7 +212,8 @@ def _merge(base: PreTrainedModel, found: AdapterDir, fit: BaseFit) -> int:
     config = found.bare_config(head=fit.head)
     if fit.prefix:  # its words would pick the encoder's pooler too, which a head on the hidden states leaves out
         config.target_modules, config.exclude_modules, config.layers_to_transform = set(found.modules), None, None
-    adapted = cast("PeftModel", get_peft_model(cast("Any", under_prefix(base, fit.prefix)), config))
+    trunk = under_prefix(fit.trunk(base), fit.prefix)
+    adapted = cast("PeftModel", get_peft_model(cast("Any", trunk), config))
     tensors = {name: tensor for name, tensor in found.load().items() if fit.head or f".{PREFIX}" in name}
     set_peft_model_state_dict(adapted, tensors)
     count = sum(len(module.matrices("default")) for module in adapted.modules() if isinstance(module, RandbasisLinear))
@@ -238,41 +221,36 @@ def _merge(base: PreTrainedModel, found: AdapterDir, fit: BaseFit) -> int:
     return count
 
 
-def copy_companions(model: str, stage: Path) -> None:
-    """Copy what stands beside the weights of a model: :data:`COMPANIONS`."""
+def copy_companions(model: str, stage: Path, first: Path) -> None:
+    """Copy what stands beside the weights of a model: :data:`randbasis.output_set.COMPANIONS`.
+
+    Args:
+        model: folder or hub name of the model.
+        stage: where to.
+        first: folder whose tokenizer is taken instead of the model's, where it holds a whole one.
+    """
+    trained = {name for name in COMPANIONS if (first / name).is_file()}
+    has_own = "tokenizer_config.json" in trained
     for name in COMPANIONS:
-        path = cast("Any", cached_file)(
-            model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
+        own = has_own and name not in PROCESSORS
+        path = (first / name if name in trained else None) if own else _cached(model, name)
         if path is not None:
             shutil.copyfile(path, stage / name)
 
 
+def _cached(model: str, name: str) -> Path | None:
+    found = cast("Any", cached_file)(
+        model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return None if found is None else Path(found)
+
+
 def save_head(found: AdapterDir, folder: Path) -> None:
     """Write what was trained whole beside an adapter to :data:`HEAD_FILE`, under its paths in the model."""
-    tensors = {
+    save_file(_head_of(found), folder / HEAD_FILE, metadata={"format": "pt"})
+
+
+def _head_of(found: AdapterDir) -> dict[str, Tensor]:
+    return {
         name.removeprefix(SAVED_PREFIX): tensor for name, tensor in found.load().items() if f".{PREFIX}" not in name
     }
-    save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def _swap(stage: Path, output: Path) -> None:
-    """Put ``stage`` in the place of ``output``; if that fails, ``output`` is put back."""
-    if not output.exists():
-        os.replace(stage, output)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    os.replace(output, aside / "old")
-    try:
-        os.replace(stage, output)
-    except OSError:
-        os.replace(aside / "old", output)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

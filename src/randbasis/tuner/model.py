@@ -47,6 +47,7 @@ from randbasis.tuner.heads import check_heads, combine_heads, put_back_heads
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.mixed_batch import MixedBatch, given_rows, layout_of, pass_names, rows_of_a_prompt, sending
 from randbasis.tuner.pickles import refuse_pickles
+from randbasis.tuner.places import check_places
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.switching import activate
 from randbasis.tuner.targets import Part, parts_of, resolve_parts
@@ -96,7 +97,8 @@ class RandbasisModel(BaseTuner):
         if config.folder is not None and (config.base_shapes or (config.folder / PICKLE_FILE).is_file()):
             # Saved with coefficients beside it, which PEFT looks for only after it has changed the model.
             check_adapter_files(config.folder)
-            tensor_shapes(config.folder / WEIGHTS_FILE)
+            shapes = tensor_shapes(config.folder / WEIGHTS_FILE)
+            check_places(model, shapes, str(config.folder), config.modules_to_save or ())
         all_linear = str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         _maybe_include_all_linear_layers(config, model)
         modules = dict(_named_modules(model))

@@ -21,24 +21,29 @@ from torch import Tensor, nn
 
 from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, Verification, group_matrices, read, verify
 from randbasis.adapter_file.codec import rounded
-from randbasis.adapter_file.container import flush_directory
 from randbasis.adapter_file.paths import check_name
 from randbasis.errors import (
     AdapterFilesError,
-    BaseMismatchError,
-    OutputExistsError,
     PrecisionError,
     RandbasisError,
-    SaveError,
     SpecValueError,
     UnsafeNameError,
 )
 from randbasis.methods import Method, check_coefficients
-from randbasis.tuner.adapter_dir import CONFIG_FILE, SAVED_PREFIX, WEIGHTS_FILE, AdapterDir, read_adapter_dir
+from randbasis.output_set import check_file_output, check_output, replaced_set
+from randbasis.tuner.adapter_dir import (
+    CONFIG_FILE,
+    SAVED_PREFIX,
+    WEIGHTS_FILE,
+    AdapterDir,
+    plain_path,
+    read_adapter_dir,
+)
 from randbasis.tuner.base_model import linear_shapes, meta_model, read_config, shape_of
 from randbasis.tuner.base_shapes import compress_shapes, expected_shape
 from randbasis.tuner.config import RandbasisConfig, config_class
 from randbasis.tuner.meaning import MEANING, meaning_of, meaning_tensor, warn_of_no_meaning
+from randbasis.tuner.places import check_places
 from randbasis.tuner.registration import PREFIX
 from randbasis.tuner.targets import Part, parts_of, resolve_parts
 
@@ -55,7 +60,6 @@ _ELSEWHERE = {
 The values in a file are what the adapter computes with, so that what quantized them in training has no place in it.
 """
 _UNORDERED = ("target_modules", "exclude_modules")
-_WRAPPERS = (".base_layer", ".original_module")
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ def pack_adapter(
         SaveError: the file could not be written.
     """
     found = read_adapter_dir(source)
+    check_file_output(file, (source,), overwrite=overwrite)
     packed = packed_of(found, bits=bits, group=group, bfloat16=bfloat16, model=model, base_name=base_name)
     packed.write(file, overwrite=overwrite)
     return verify(file)
@@ -271,44 +276,43 @@ def unpack_adapter(
 
     Args:
         file: the packed file.
-        path: the directory; other files in it stay.
+        path: the directory; see :mod:`randbasis.output_set` for what stays in it.
         base_name: folder or hub name of the base for the configuration; None takes the one in the file.
         overwrite: replace an adapter that is there.
 
     Raises:
         RandbasisError: the file breaks a rule; see :func:`randbasis.adapter_file.read`.
-        OutputExistsError: the directory is not empty and ``overwrite`` is not given.
+        OutputExistsError: the directory is not empty and ``overwrite`` is not given, or the file lies inside of it.
+        LocationError: the directory is not of this machine.
         SaveError: it could not be written.
     """
+    check_output(path, (file,), overwrite=overwrite)
     adapter = read(file)
     write_adapter_dir(adapter, path, where=str(file), base_name=base_name, overwrite=overwrite)
     return adapter
 
 
 def write_adapter_dir(
-    adapter: PackedAdapter, path: str | Path, *, where: str, base_name: str | None = None, overwrite: bool = False
+    adapter: PackedAdapter,
+    path: str | Path,
+    *,
+    where: str,
+    base_name: str | None = None,
+    overwrite: bool = False,
+    beside: Mapping[str, str] | None = None,
 ) -> None:
     """Write a packed adapter as a PEFT directory; see :func:`unpack_adapter`.
 
     Args:
         where: what it was read from, for messages.
+        beside: name → text of further files of the directory.
     """
     config = _config_of(adapter.spec, where, base_name)
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
-        raise OutputExistsError(
-            f"output {str(path)!r} exists and is not an empty directory; name another one, or say overwrite"
-        )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".part") as folder:
-            _write_dir(Path(folder), adapter, config)
-            path.mkdir(exist_ok=True)
-            for name in (WEIGHTS_FILE, CONFIG_FILE):
-                (Path(folder) / name).replace(path / name)
-            flush_directory(path)
-    except OSError as error:
-        raise SaveError(f"{path} could not be written ({error}); make room, or name another directory") from error
+    folder = check_output(path, (), overwrite=overwrite)
+    with replaced_set(folder) as stage:
+        _write_dir(stage, adapter, config)
+        for name, text in (beside or {}).items():
+            (stage / name).write_text(text, encoding="utf-8")
 
 
 def _write_dir(path: Path, adapter: PackedAdapter, config: RandbasisConfig) -> None:
@@ -404,20 +408,6 @@ def load_packed(model: Any, file: str | Path, adapter_name: str = "default", **o
 def _check_model(model: nn.Module, adapter: PackedAdapter, where: str) -> None:
     """Everything that could be refused later is refused before the first layer is touched."""
     architecture = cast("Any", BaseTuner).get_model_config(model).get("model_type")
-    shapes = {_unwrapped(name): shape for name, shape in linear_shapes(model).items()}
+    shapes = {plain_path(name): shape for name, shape in linear_shapes(model).items()}
     adapter.spec.check_base(shapes, architecture, where)
-    known = {_unwrapped(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, tensor in adapter.extra.items():
-        path = _unwrapped(name.removeprefix(SAVED_PREFIX))
-        if known.get(path) != tuple(tensor.shape):
-            found = f"shape {list(known[path])}" if path in known else "nothing"
-            raise BaseMismatchError(
-                f"{where}: the model must have a parameter {path!r} of shape {list(tensor.shape)}, which was trained "
-                f"beside the adapter, got {found}; load it on a model with the same head"
-            )
-
-
-def _unwrapped(path: str) -> str:
-    for wrapper in _WRAPPERS:
-        path = path.replace(wrapper, "")
-    return path
+    check_places(model, {name: tuple(tensor.shape) for name, tensor in adapter.extra.items()}, where)

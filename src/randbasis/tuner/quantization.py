@@ -13,6 +13,7 @@ from randbasis.adapter_file.codec import CODED, rounded
 from randbasis.errors import PrecisionError
 from randbasis.low_rank import distance, norm
 from randbasis.methods import Factors, Matrix
+from randbasis.output_set import check_file_output, check_output
 from randbasis.tuner.adapter_dir import read_adapter_dir
 from randbasis.tuner.packed import packed_of, write_adapter_dir
 
@@ -84,6 +85,7 @@ def quantize_adapter(
     model: str | None = None,
     base_name: str | None = None,
     overwrite: bool = False,
+    beside: Mapping[str, str] | None = None,
     track: Track = iter,
 ) -> Quantization:
     """Quantize the coefficients of a trained adapter, symmetric, one scale a vector or a group, math (11).
@@ -100,6 +102,7 @@ def quantize_adapter(
             the shapes of their layers.
         base_name: name of the base to write; None takes the source's.
         overwrite: replace the output.
+        beside: name → text of further files of a directory that is written.
         track: shows the progress over the adapted matrices, such as ``rich.progress.track``.
 
     Raises:
@@ -112,6 +115,10 @@ def quantize_adapter(
     """
     if bits not in PRECISIONS:
         raise PrecisionError(f"bits must be one of {list(PRECISIONS)}, got {bits!r}; 4 is the usual choice")
+    if output is not None and str(output).endswith(PACKED_SUFFIX):
+        check_file_output(output, (source,), overwrite=overwrite)
+    elif output is not None:
+        check_output(output, (source,), overwrite=overwrite)
     exact = _exact(source, model, base_name)
     chosen = exact.at(bits, group)
     at_each = [chosen if one == bits else exact.at(one, group if one in CODED else 0) for one in PRECISIONS]
@@ -120,7 +127,7 @@ def quantize_adapter(
     if output is not None and str(output).endswith(PACKED_SUFFIX):
         chosen.write(output, overwrite=overwrite)
     elif output is not None:
-        write_adapter_dir(chosen, output, where=str(source), base_name=base_name, overwrite=overwrite)
+        write_adapter_dir(chosen, output, where=str(source), base_name=base_name, overwrite=overwrite, beside=beside)
     return Quantization(
         str(source),
         None if output is None else str(output),
