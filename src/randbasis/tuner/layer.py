@@ -279,7 +279,7 @@ class RandbasisLinear(AdaptedLayer):
 
     def _prepared(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
         def compute() -> dict[str, Tensor]:
-            return one.method.prepare(self.coefficients(adapter, one), one.matrix)
+            return one.method.prepare(self._widened(adapter, one), one.matrix)
 
         return self._cached(adapter, [one], "prepared", compute)
 
@@ -319,7 +319,7 @@ class RandbasisLinear(AdaptedLayer):
         """What the method prepares of the coefficients of several adapters, ``[len(names), ...]`` each."""
 
         def compute() -> dict[str, Tensor]:
-            own = [self.coefficients(name, one) for name in names]
+            own = [self._widened(name, one) for name in names]
             stacked = {key: torch.stack([c[key] for c in own]) for key in own[0]}
             return one.method.prepare(stacked, one.matrix)
 
