@@ -58,7 +58,9 @@ def _kernel(function: Callable[P, R]) -> Callable[P, R]:
     """A kernel: it runs without the GIL, and its compiled code is kept on disk where numba finds a place for it."""
     try:
         return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # as numba says that no place is writable
+    except RuntimeError as error:  # as numba says that no place is writable
+        if "locator" not in str(error):
+            raise
         _say_that_nothing_is_kept()
         return njit(nogil=True)(function)
 

@@ -21,7 +21,7 @@ from randbasis.train.loss_plot import plot_losses
 from randbasis.train.settings import TrainSettings
 from randbasis.train.splits import few_shot, hold_out, sample
 from randbasis.train.tabular import Table, read_table
-from randbasis.train.task import TASK_FILE, Example, Task
+from randbasis.train.task import TASK_FILE, Example, Task, count_cut, warn_of_cut
 from randbasis.train.trainer import checkpoint_to_resume, last_checkpoint
 
 CHECKPOINTS = "checkpoints"
@@ -131,6 +131,8 @@ def prepare(settings: TrainSettings) -> Prepared:
     prepared = Prepared(task, task.encode(train_table, training=True), task.encode(eval_table, training=False))
     if not prepared.train or not prepared.eval:
         raise EmptyDataError(f"{train_table.source} leaves nothing to train on or to evaluate on")
+    warn_of_cut(task, prepared.train, train_table.source)
+    warn_of_cut(task, prepared.eval, f"{eval_table.source} (held out)")
     return prepared
 
 
@@ -246,5 +248,7 @@ def _summary(settings: TrainSettings, prepared: Prepared, result: FitResult) -> 
         "seconds": round(result.seconds, 2),
         "train_rows": len(prepared.train),
         "eval_rows": len(prepared.eval),
+        "train_cut": count_cut(prepared.train),
+        "eval_cut": count_cut(prepared.eval),
         "settings": settings.as_json(),
     }

@@ -173,6 +173,8 @@ class AdapterTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
         except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
             shutil.rmtree(target, ignore_errors=True)
+            if not any(word in str(error) for word in ("inline_container", "PytorchStreamWriter", "iostream")):
+                raise
             raise SaveError(
                 f"{target} could not be written: {error}; is the disk full? Earlier checkpoints are kept"
             ) from error
