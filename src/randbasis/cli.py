@@ -132,8 +132,10 @@ def train(
         from randbasis.train.run import train as run
         from randbasis.train.settings import settings_from_words
 
+        settings = settings_from_words(given)
+        settings.check()
         check_options(context, TRAIN, methods=method_words())
-        outcome = run(settings_from_words(given), console=None if quiet else Console(stderr=True))
+        outcome = run(settings, console=None if quiet else Console(stderr=True))
         answer({"output": str(output), **outcome.summary}, as_json)
 
 
