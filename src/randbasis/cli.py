@@ -274,7 +274,7 @@ def plan(
         check_options(context, PLAN, methods=method_words())
         names = named_targets(targets)
         settings = AdapterSettings(method, rank, basis, basis_b, unique_basis=unique_basis, targets=names)
-        planned = run(model, peft_config(settings, task_type=None, head=[]))
+        planned = run(model, peft_config(settings, task_type="CAUSAL_LM", head=[]))
         answer_table(planned.as_json(), plan_table(planned), as_json)
 
 

@@ -9,6 +9,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import save_file
 from small_bases import adapted, config_folder, gpt2, llama, saved
+from transformers import MixtralConfig
 from typer.testing import CliRunner
 
 from randbasis import NolaConfig, PrancConfig, RandbasisConfig, RandLoraConfig, VeraConfig

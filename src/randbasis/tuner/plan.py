@@ -150,7 +150,7 @@ def plan(model: str | Path, config: PeftConfig | None) -> Plan:
     else:
         matrices = tuple(_matrices(adapted))
         tensors = _saved(adapted)
-        packed = _packed(adapted, str(model), base.config.model_type)
+        packed = _packed(adapted, config, str(model))
         options = config.hyperparameters()
     half = {
         name: (torch.float16 if dtype.is_floating_point else dtype, shape) for name, (dtype, shape) in tensors.items()
@@ -204,10 +204,17 @@ def _adapted(base: nn.Module, config: RandbasisConfig) -> PeftModel:
         return cast("PeftModel", get_peft_model(cast("Any", base), config))
 
 
-def _packed(adapted: PeftModel, model: str, model_type: str) -> int:
+def _packed(adapted: PeftModel, wanted: RandbasisConfig, model: str) -> int:
+    """Size of the packed file: the options as PEFT saves them, those that were only changed for counting put back."""
+    base = cast("Any", adapted.get_base_model())
+    config = deepcopy(cast("RandbasisConfig", adapted.peft_config["default"]))
+    config.basis_storage, config.init_weights = wanted.basis_storage, wanted.init_weights
+    config.task_type = wanted.task_type
+    if config.task_type is None:
+        config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     name = Path(model).name if Path(model).exists() else model
     layers = ((key, layer.out_features, list(layer.matrices("default"))) for key, layer in _layers(adapted))
-    return packed_bytes(cast("RandbasisConfig", adapted.peft_config["default"]), Base(name, model_type), layers)
+    return packed_bytes(config, Base(name, base.config.model_type), layers)
 
 
 def _layers(adapted: PeftModel) -> Iterator[tuple[str, RandbasisLinear]]:
