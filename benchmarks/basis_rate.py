@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Built, Case, CheckFailed, Side
-from randbasis.basis import Basis, decode
+from randbasis.basis import Basis
 from randbasis.ops import backends, reference
 from randbasis.ops.reference import Slab, Tile
 
@@ -59,6 +59,6 @@ def _entries(slab: Slab) -> dict[str, Callable[[], Tensor]]:
     whole = Tile(0, slab.count, 0, slab.rows)
 
     def plain() -> Tensor:
-        return decode(reference.words(slab, whole, _CPU), slab.basis.law)[..., : slab.cols].to(torch.float32)
+        return reference.expand(slab, whole, torch.float32, _CPU)
 
     return {"reference": plain, "compiled": lambda: backends.expand(slab, whole, torch.float32, _CPU)}

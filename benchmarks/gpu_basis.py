@@ -124,9 +124,9 @@ def _check(slab: Slab, place: torch.device, entries: bool) -> str:
         basis = slab.basis
         if entries:
             got = backends.expand(slab, tile, torch.bfloat16, place).cpu().double()
-            wanted = basis_entries(
-                basis.seed, basis.stream, basis.law, (1, slab.rows, slab.cols), start=(index, 0, 0)
-            ).double()
+            shape = (1, slab.rows, slab.cols)
+            wanted = basis_entries(basis.seed, basis.stream, basis.law, shape, start=(index, 0, 0)).double()
+            wanted *= basis.law.power
         else:
             got = backends.words(slab, place)[index : index + 1].cpu()
             wanted = block_words(basis, (index, 1), (0, slab.rows), (0, slab.blocks))

@@ -39,6 +39,7 @@ ROWS: dict[str, set[str]] = {
     "compare": {"torch", "numpy", "peft", "transformers", "matplotlib", "rich"},
     "hub": {"huggingface_hub"},
     "console": {"typer", "rich"},
+    "options": {"typer"},
     "hub_cli": {"typer"},
     "export_cli": {"typer", "rich"},
     "import_cli": {"typer", "rich"},

@@ -54,6 +54,15 @@ class Law:
         return 1.0 / math.sqrt(self.variance)
 
     @property
+    def power(self) -> float:
+        """The greatest power of two that is not above :attr:`unit_scale`: what entries are multiplied by, math (5).
+
+        An entry times a power of two is exact in every floating dtype, and a sum of such entries is as large as one
+        of unit variance, within a factor of two: so it is stored in float16 where the result itself can be.
+        """
+        return 2.0 ** math.floor(math.log2(self.unit_scale))
+
+    @property
     def kind(self) -> str:
         """The name without its parameter: ``"sign"``, ``"uniform"``, ``"normal"`` or ``"sparse"``."""
         return self.name.partition("(")[0]

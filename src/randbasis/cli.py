@@ -14,6 +14,7 @@ from randbasis.console import AsJson, Overwrite, answer, answer_table, reported
 from randbasis.export_cli import export
 from randbasis.hub_cli import push
 from randbasis.import_cli import import_
+from randbasis.options import EVALUATE, GENERATE, INSPECT, PLAN, PREDICT, TRAIN, check_options
 from randbasis.quantize_cli import quantize
 from randbasis.store_cli import store
 
@@ -61,6 +62,7 @@ def randbasis() -> None:
     "--text-column sentence --label-column label --method nola --rank 4 --basis 64 --seed 1 --output runs/sst2"
 )
 def train(
+    context: typer.Context,
     task: Annotated[str, Option(help="causal-lm, sequence-classification or image-classification.")],
     model: Annotated[str, Option(help="Folder or hub name of the base.")],
     data: Annotated[str, Option(help="csv, tsv, jsonl, json or txt, also .gz; or a folder or zip of images.")],
@@ -126,16 +128,22 @@ def train(
     """Fine-tune a base model on a file of rows."""
     given = dict(locals())
     with reported(as_json):
+        from randbasis.train.adapter import method_words
         from randbasis.train.run import train as run
         from randbasis.train.settings import settings_from_words
 
-        outcome = run(settings_from_words(given), console=None if quiet else Console(stderr=True))
+        outcome = run(
+            settings_from_words(given),
+            console=None if quiet else Console(stderr=True),
+            check=lambda: check_options(context, TRAIN, methods=method_words()),
+        )
         if outcome.first:
             answer({"output": str(output), **outcome.summary}, as_json)
 
 
 @app.command(epilog="Example: randbasis evaluate --adapter runs/sst2 --data dev.tsv.gz")
 def evaluate(
+    context: typer.Context,
     adapter: Adapter = None,
     data: Rows = None,
     model: Base = None,
@@ -165,11 +173,14 @@ def evaluate(
         from randbasis.train.evaluation import evaluate as run
         from randbasis.train.evaluation import use_from_words
 
-        answer(run(use_from_words(given), texts=texts), as_json)
+        settings = use_from_words(given)
+        check_options(context, EVALUATE, **settings.facts())
+        answer(run(settings, texts=texts), as_json)
 
 
 @app.command(epilog="Example: randbasis predict --adapter runs/sst2 --data reviews.csv --output answers.jsonl")
 def predict(
+    context: typer.Context,
     adapter: Adapter = None,
     data: Rows = None,
     model: Base = None,
@@ -197,11 +208,14 @@ def predict(
         from randbasis.train.evaluation import refuse_existing, use_from_words
 
         refuse_existing(output, overwrite=overwrite)
-        answer_rows(run(use_from_words(given)), output, as_json, overwrite=overwrite)
+        settings = use_from_words(given)
+        check_options(context, PREDICT, **settings.facts())
+        answer_rows(run(settings), output, as_json, overwrite=overwrite)
 
 
 @app.command(epilog="Example: randbasis generate --adapter runs/e2e --prompt 'name[Alimentum], area[city centre]'")
 def generate(
+    context: typer.Context,
     adapter: Adapter = None,
     prompt: Annotated[list[str] | None, Option(help="A prompt; may be given several times.")] = None,
     data: Rows = None,
@@ -232,6 +246,7 @@ def generate(
         from randbasis.train.evaluation import generate as run
         from randbasis.train.evaluation import refuse_existing, use_from_words
 
+        check_options(context, GENERATE)
         refuse_existing(output, overwrite=overwrite)
         answer_rows(run(use_from_words(given), prompt or []), output, as_json, overwrite=overwrite)
 
@@ -241,6 +256,7 @@ def generate(
     "nothing but a config.json."
 )
 def plan(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub name of the base; only its config.json is read.")],
     method: Annotated[str, Option(help="nola, vera, randlora, pranc; or lora.")] = "nola",
     rank: Annotated[int | None, Option(help="Rank (nola, vera, randlora, lora).")] = None,
@@ -253,19 +269,20 @@ def plan(
     """Count what an adapter would have, and its bytes, from a configuration alone."""
     with reported(as_json):
         from randbasis.report import plan_table
-        from randbasis.train.adapter import peft_config
-        from randbasis.train.settings import AdapterSettings
+        from randbasis.train.adapter import method_words, peft_config
+        from randbasis.train.settings import AdapterSettings, named_targets
         from randbasis.tuner.plan import plan as run
-        from randbasis.tuner.targets import split_names
 
-        names = tuple(split_names(targets))
+        check_options(context, PLAN, methods=method_words())
+        names = named_targets(targets)
         settings = AdapterSettings(method, rank, basis, basis_b, unique_basis=unique_basis, targets=names)
-        planned = run(model, peft_config(settings, task_type=None, head=[]))
+        planned = run(model, peft_config(settings, task_type="CAUSAL_LM", head=[]))
         answer_table(planned.as_json(), plan_table(planned), as_json)
 
 
 @app.command(epilog="Example: randbasis inspect runs/sst2 --plot spectra.png")
 def inspect(
+    context: typer.Context,
     adapter: Annotated[str, typer.Argument(help="Folder of an adapter.")],
     model: Annotated[str | None, Option(help="Folder or hub name of the base; only its config.json is read.")] = None,
     plot: Annotated[Path | None, Option(help="PNG of norms and spectra to write.")] = None,
@@ -278,6 +295,7 @@ def inspect(
         from randbasis.train.evaluation import refuse_existing
         from randbasis.tuner.inspection import inspect_adapter
 
+        check_options(context, INSPECT)
         refuse_existing(plot, overwrite=overwrite)
         progress = partial(track, description="matrices", console=Console(stderr=True), transient=True)
         found = inspect_adapter(adapter, model, track=progress)

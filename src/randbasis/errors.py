@@ -178,6 +178,10 @@ class SettingError(RandbasisError, ValueError):
     """A setting of a training run, or a combination of settings, cannot be used."""
 
 
+class OptionError(RandbasisError, ValueError):
+    """An option of the command was given where it would be ignored."""
+
+
 class DataFormatError(RandbasisError, ValueError):
     """A data file is of an unknown kind, or its content is not what its kind promises."""
 

@@ -42,6 +42,10 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("total", str(len(plan.matrices)), "", f"{plan.coefficients:,}", f"{plan.lora_rank_1:,}")
     table.add_row("file, 32 bits", "", "", f"{plan.bytes:,} bytes", "")
     table.add_row("file, 16 bits", "", "", f"{plan.bytes_16bit:,} bytes", "")
+    if plan.bytes_packed is not None:
+        table.add_row("packed, 16 bits", "", "", f"{plan.bytes_packed:,} bytes", "")
+    if plan.expert_parameters:
+        table.add_row("experts, not adapted", "", "", f"{plan.expert_parameters:,} weights", "")
     return table
 
 

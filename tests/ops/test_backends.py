@@ -182,5 +182,5 @@ def test_subtiles_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "TILE_ENTRIES", 100)
     slab, tile = Slab(Basis.named(0, "tiles", "normal"), 6, 9, 40), Tile(2, 3, 0, 9)
     assert len(list(subtiles(slab, tile, 100))) == 3 * 5
-    expected = basis_entries(0, "tiles", "normal", (3, 9, 40), start=(2, 0, 0)).float()
+    expected = basis_entries(0, "tiles", "normal", (3, 9, 40), start=(2, 0, 0)).float() / 2
     assert torch.equal(backends.expand(slab, tile, torch.float32, CPU), expected)

@@ -38,6 +38,8 @@ GOLDEN = {
     "normal": ((-1, -3, -4, -6, 0, -4, 2, -2, 3, -1, 1, 2), (-1, -3, -1, -2)),
     "sparse(3)": ((-1, -1, 1, 1, -1, 1, -1, -1, 0, -1, 1, -1), (1, 0, 1, 0)),
 }
+#: Law -> the greatest power of two that is not above 1/sqrt(variance), math (5), by hand.
+POWERS = {"sign": 1.0, "uniform": 2.0**-8, "normal": 0.5, "sparse(3)": 1.0, "sparse(40)": 4.0}
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 
 
@@ -70,7 +72,7 @@ def packed_words(slab: Slab) -> Tensor:
 def dense(slab: Slab) -> Tensor:
     basis = slab.basis
     shape = (slab.count, slab.rows, slab.cols)
-    return basis_entries(basis.seed, basis.stream, basis.law, shape).double()
+    return POWERS[basis.law.name] * basis_entries(basis.seed, basis.stream, basis.law, shape).double()
 
 
 def normal_tensor(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -173,8 +175,8 @@ def test_entries_against_golden_values(law: str):
     seed, stream = GOLDEN_BASIS
     out = cpu.expand(Slab(Basis.named(seed, stream, law), 6, 4, 1004), Tile(0, 6, 0, 4), torch.float32)
     first, later = GOLDEN[law]
-    assert tuple(out[0, 0, :12].tolist()) == first
-    assert tuple(out[5, 3, 1000:].tolist()) == later
+    assert tuple((out[0, 0, :12] / POWERS[law]).tolist()) == first
+    assert tuple((out[5, 3, 1000:] / POWERS[law]).tolist()) == later
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -214,6 +216,21 @@ def test_sums_against_the_formula(shape: tuple[int, int, int], n: int, law: str,
         combined = cpu.combine(coefficients, slab, packed)
         assert_close(combined, torch.einsum("nk,krc->nrc", coefficients.double(), entries), dtype)
         assert_close(cpu.inner(vectors, slab, packed), torch.einsum("nrc,krc->nk", vectors.double(), entries), dtype)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sums_over_spans_lose_nothing_that_float64_holds(packed: bool):
+    """2²⁶ ± 1 ∓ 2²⁶: a sum of float32 forgets the one, a sum of float64 does not."""
+    spans, strips = slab_of("sign", (3 * cpu_kernels.SPAN, 1, 300)), slab_of("sign", (40, 1, 3 * cpu_kernels.STRIP))
+    coefficients, vectors = torch.zeros(1, spans.count), torch.zeros(1, 1, strips.cols)
+    coefficients[0, :: cpu_kernels.SPAN] = torch.tensor([2.0**26, 1.0, -(2.0**26)])
+    vectors[0, 0, :: cpu_kernels.STRIP] = torch.tensor([2.0**26, 1.0, -(2.0**26)])
+    combined = cpu.combine(coefficients, spans, packed_words(spans) if packed else None)
+    assert torch.equal(combined, torch.einsum("nk,krc->nrc", coefficients.double(), dense(spans)).float())
+    products = cpu.inner(vectors, strips, packed_words(strips) if packed else None)
+    assert torch.equal(products, torch.einsum("nrc,krc->nk", vectors.double(), dense(strips)).float())
+    assert bool((combined.abs() == 1).any())  # where the large terms cancel, the small one is left
+    assert bool((products.abs() == 1).any())
 
 
 @pytest.mark.parametrize("n", [130, 300])

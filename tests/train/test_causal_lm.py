@@ -75,7 +75,8 @@ def test_another_end_token(pairs: TrainSettings):
 
 
 def test_long_rows_are_cut(pairs: TrainSettings):
-    prepared = prepare(replace(pairs, max_length=6))
+    with pytest.warns(UserWarning, match="longer than 6 tokens"):
+        prepared = prepare(replace(pairs, max_length=6))
     assert {len(e["input_ids"]) for e in prepared.train} == {6}
     task = prepared.task
     assert isinstance(task, CausalLanguage)

@@ -69,7 +69,7 @@ def test_a_quantized_folder_knows_its_task(words: list, tmp_path: Path):
     ("more", "error"),
     [
         (("--method", "nola", "--basis", 8, "--quantize-coefficients", 5), "PrecisionError"),
-        (("--method", "lora", "--rank", 1, "--quantize-coefficients", 3), "HyperparameterError"),
+        (("--method", "lora", "--rank", 1, "--quantize-coefficients", 3), "OptionError"),
     ],
 )
 def test_refused_before_anything_is_written(words: list, more: tuple, error: str, tmp_path: Path):

@@ -9,12 +9,14 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import save_file
 from small_bases import adapted, config_folder, gpt2, llama, saved
+from transformers import MixtralConfig
 from typer.testing import CliRunner
 
 from randbasis import NolaConfig, PrancConfig, RandbasisConfig, RandLoraConfig, VeraConfig
 from randbasis.cli import app
 from randbasis.errors import DataMissingError, HyperparameterError, SliceError, TargetError
 from randbasis.tuner.base_model import linear_shapes, meta_model, read_config
+from randbasis.tuner.packed import pack_adapter
 from randbasis.tuner.plan import plan, safetensors_bytes
 
 
@@ -153,6 +155,22 @@ def test_against_the_saved_adapter(config: RandbasisConfig, tmp_path: Path):
     assert planned.coefficients == sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     assert planned.bytes == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     assert planned.base_parameters == sum(p.numel() for p in gpt2().parameters())
+    packed = tmp_path / "packed.safetensors"
+    pack_adapter(tmp_path / "adapter", packed, base_name="base")
+    assert planned.bytes_packed == packed.stat().st_size
+
+
+def test_the_output_layer_and_experts_are_told(tmp_path: Path):
+    """An output layer of its own counts; experts in three-dimensional weights are said not to be adapted."""
+    base = saved(llama(), tmp_path / "llama")
+    assert plan(base, VeraConfig(r=4, target_modules=["q_proj"])).base_parameters == llama().num_parameters()
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}  # fmt: skip
+    MixtralConfig(**sizes, architectures=["MixtralForCausalLM"]).save_pretrained(tmp_path / "moe")
+    config = NolaConfig(r=4, num_basis=8, target_modules=["q_proj", "v_proj"])
+    planned = plan(tmp_path / "moe", config)
+    assert planned.expert_parameters == 2 * 4 * (2 * 24 * 16 + 16 * 24)
+    assert plan(base, config).expert_parameters == 0
 
 
 @pytest.mark.parametrize("r", [1, 4])

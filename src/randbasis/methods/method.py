@@ -172,8 +172,9 @@ class Method(ABC):
 
     @property
     def unit(self) -> float:
-        """Real factor for unit variance, math (5)."""
-        return parse_law(self.law).unit_scale
+        """The part of the real factor for unit variance that the entries do not carry, in [1, 2), math (5)."""
+        law = parse_law(self.law)
+        return law.unit_scale / law.power
 
     # --- coefficients become a change of the layer ---
 
@@ -189,14 +190,9 @@ class Method(ABC):
         """What :meth:`apply` needs of the coefficients and what is worth caching while they do not change."""
         return dict(coefficients)
 
-    def project(self, x: Tensor, slab: Slab, *, transpose: bool = False) -> tuple[Tensor, float]:
-        """A product with the integer entries of a slab, and the factor that it still needs for unit variance, math (5).
-
-        Entries of the uniform law reach 255, and float16 ends at 65504: a factor that shrinks is applied to ``x``.
-        """
-        before = min(1.0, self.unit)
-        y = project(x if before == 1 else x * before, slab, self.storage(slab), transpose=transpose)
-        return y, self.unit / before
+    def project(self, x: Tensor, slab: Slab, *, transpose: bool = False) -> Tensor:
+        """A product with the entries of a slab, which still needs :attr:`unit` for unit variance, math (5)."""
+        return project(x, slab, self.storage(slab), transpose=transpose)
 
     @abstractmethod
     def apply(self, x: Tensor, prepared: Mapping[str, Tensor], matrix: Matrix) -> Tensor:

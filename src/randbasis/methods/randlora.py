@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from randbasis.errors import HyperparameterError
@@ -113,12 +114,17 @@ class RandLora(Method):
         """``Σⱼ Bⱼ (λⱼ ⊙ A (γⱼ ⊙ x))`` by row, math (22): two shared products, whatever the number of adapters."""
         a, b = self.slabs(matrix)
         lam, gamma = (prepared[name].to(x.dtype).unsqueeze(1) for name in ("randlora_lambda", "randlora_gamma"))
-        factor = self._factor(matrix)
+        scale: float | Tensor = self._scale(matrix)
+        if x.dtype == torch.float16:
+            # γ starts at 1/width: x ⊙ γ would be lost below float16's smallest numbers, and a sum without it leave its
+            # largest. Its size goes, as a power of two, to where the sums are scaled.
+            size = torch.exp2(
+                gamma.detach().float().abs().amax((-2, -1), keepdim=True).clamp_min(2.0**-24).log2().ceil()
+            )
+            gamma, scale = (gamma / size).to(x.dtype), scale * size
+        scaled = (scale * lam).to(x.dtype)
         if matrix.in_features > matrix.out_features:
-            wide, unit = self.project(x, b)
-            scaled = wide.view(*x.shape[:-1], b.count, b.rows) * (factor * unit * lam)
-            narrow, unit = self.project(scaled, a, transpose=True)
-            return (narrow * (unit * gamma)).sum(-2)
-        narrow, unit = self.project(x.unsqueeze(-2) * gamma, a)
-        h, unit = self.project((narrow * (factor * unit * lam)).flatten(-2), b, transpose=True)
-        return h if unit == 1 else h * unit
+            wide = self.project(x, b).view(*x.shape[:-1], b.count, b.rows)
+            return (self.project(wide * scaled, a, transpose=True) * gamma).sum(-2)
+        narrow = self.project(x.unsqueeze(-2) * gamma, a)
+        return self.project((narrow * scaled).flatten(-2), b, transpose=True)

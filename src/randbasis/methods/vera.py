@@ -86,7 +86,7 @@ class Vera(Method):
         """``b ⊙ (B (d ⊙ (A x)))`` by row, math (21): two shared products, whatever the number of adapters."""
         a, b = self.slabs(matrix)
         d, rows = prepared["vera_d"].to(x.dtype), prepared["vera_b"].to(x.dtype)
-        inner, unit = self.project(x, a)
-        inner = inner * (unit * math.sqrt(2 / matrix.in_features) * d).unsqueeze(1)
-        h, unit = self.project(inner, b, transpose=True)
-        return h * (unit * math.sqrt(2 / self.r) * rows).unsqueeze(1)
+        inner = self.project(x, a)
+        inner = inner * (self.unit * math.sqrt(2 / matrix.in_features) * d).unsqueeze(1)
+        h = self.project(inner, b, transpose=True)
+        return h * (self.unit * math.sqrt(2 / self.r) * rows).unsqueeze(1)

@@ -11,6 +11,9 @@ op                      what it computes
 ``randbasis::product_each``  the same for many slabs that differ in their stream alone, each with vectors of its own
 ``randbasis::sandwich``  ``Σⱼ Bⱼᵀ Λⱼ A Γⱼ``, the weight order of VeRA (12) and RandLoRA (14), with its own backward
 ======================  ==========================================================================================
+
+The entries that they multiply by are the integers of math (3) times the power of two of their law, math (5): exact in
+every dtype, and of unit variance within a factor of two, so that float16 holds sums of them.
 """
 
 from collections.abc import Sequence
@@ -199,7 +202,7 @@ def project(x: Tensor, slab: Slab, storage: BasisStorage, *, transpose: bool = F
 
 
 def entries(slab: Slab, storage: BasisStorage, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The integer entries of a slab in floating point, ``[count, rows, cols]``; a fresh tensor, or the stored one.
+    """The entries of a slab times their law's power, ``[count, rows, cols]``, math (5): a new tensor, or a stored one.
 
     The caller must not write to it.
     """
@@ -389,7 +392,7 @@ def sandwich(diagonal: Tensor, columns: Tensor | None, a: Slab, b: Slab, storage
         storage: how both are kept.
 
     Returns:
-        ``[b.cols, a.cols]`` of integer entries combined, without the real factors.
+        ``[b.cols, a.cols]`` of entries combined, without the real factors.
     """
     if transformed():
         return _plain_sandwich(diagonal, columns, a, b, storage)

@@ -127,7 +127,7 @@ def _decoder(law: Law) -> "Decoder":
         "normal": kernels.NORMAL,
         "sparse": kernels.SPARSE,
     }
-    return codes[law.kind], law.threshold, 32 // law.bits
+    return codes[law.kind], law.threshold, 32 // law.bits, law.power
 
 
 def _strips(cols: int) -> int:
@@ -170,7 +170,7 @@ def words(
 
 
 def expand(slab: Slab, tile: Tile, dtype: torch.dtype, packed: Tensor | None = None) -> Tensor:
-    """The integer entries of a tile as floating-point numbers; see :func:`randbasis.ops.reference.expand`.
+    """The entries of a tile as floating-point numbers; see :func:`randbasis.ops.reference.expand`.
 
     Args:
         slab: what the tile is a part of.
@@ -253,5 +253,5 @@ def inner(vectors: Tensor, slab: Slab, packed: Tensor | None = None) -> Tensor:
     _run(kernel, parts * spans, slab.entries * (1 + n // 4))
     out = torch.empty(n, slab.count, dtype=vectors.dtype, device="cpu")
     # NumPy's sum, because torch may split one over threads.
-    out.numpy()[:] = sums.sum(0)[:, : slab.count]
+    out.numpy()[:] = sums.sum(0)[:, : slab.count] * slab.basis.law.power
     return out

@@ -24,8 +24,10 @@ Source = tuple[Words, int, np.uint64, np.uint64, np.uint64]
 """Where words come from: the packed words (none: generate), words a packed line, both halves of the key, the stream."""
 Lanes = tuple[Words, Words, Words]
 """Block, row and index of every lane of the generator."""
-Decoder = tuple[int, int, int]
-"""How words become entries: the code of the law, the threshold of the sparse law, entries in a word."""
+Decoder = tuple[int, int, int, float]
+"""How words become entries: the code of the law, the threshold of the sparse law, entries in a word, the law's power.
+
+The power of two multiplies results, not entries: there are fewer of them."""
 
 LINES = 8
 """Lines that are generated together: basis matrices in the sums, rows of the slab when it is expanded."""
@@ -56,7 +58,9 @@ def _kernel(function: Callable[P, R]) -> Callable[P, R]:
     """A kernel: it runs without the GIL, and its compiled code is kept on disk where numba finds a place for it."""
     try:
         return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # as numba says that no place is writable
+    except RuntimeError as error:  # as numba says that no place is writable
+        if "locator" not in str(error):
+            raise
         _say_that_nothing_is_kept()
         return njit(nogil=True)(function)
 
@@ -152,7 +156,7 @@ def _popcount(u: np.uint32) -> np.int32:
 def _decode(out: Floats, fetched: tuple[Words, int, int], decoder: Decoder, one: Any) -> None:
     """``LINES`` lines of a strip as floating-point entries, the table of laws in math.md; ``one`` has their dtype."""
     words, first, step = fetched
-    law, threshold, _ = decoder
+    law, threshold, _, _ = decoder
     if law == SIGN:
         for w in range(STRIP // 32):
             for bit in range(32):
@@ -239,7 +243,7 @@ def words(
 def expand(
     out: Floats, source: Source, decoder: Decoder, first: tuple[int, int], rows: int, start: int, stop: int
 ) -> None:
-    """Entries as floating-point numbers; ``out`` is ``[lines, cols]``, a unit is ``LINES`` lines of one strip.
+    """Entries times the law's power; ``out`` is ``[lines, cols]``, a unit is ``LINES`` lines of one strip.
 
     ``first`` holds the first index and row.
     """
@@ -250,6 +254,7 @@ def expand(
     lanes = _new_lanes(LINES * blocks)
     raw = np.zeros(LINES * held, np.uint32)
     entries = np.empty(LINES * STRIP, out.dtype)
+    power = out.dtype.type(decoder[3])
     for unit in range(start, stop):
         line, strip = unit // strips * LINES, unit % strips
         for g in range(LINES):
@@ -262,12 +267,12 @@ def expand(
         for g in range(min(LINES, lines - line)):
             target = out[line + g, left:]
             for col in range(count):
-                target[col] = entries[g * STRIP + col]
+                target[col] = power * entries[g * STRIP + col]
 
 
 @_kernel
 def combine(out: Floats, factors: Floats, count: int, source: Source, decoder: Decoder, start: int, stop: int) -> None:
-    """``out[n, row, col] = Σᵢ factors[n, i] · entry(i, row, col)``; a unit is one strip of one row.
+    """``out[n, row, col] = power · Σᵢ factors[n, i] · entry(i, row, col)``; a unit is one strip of one row.
 
     ``factors`` is ``[n, at least count, a multiple of LINES]``, zero from ``count`` on.
     """
@@ -297,7 +302,7 @@ def combine(out: Floats, factors: Floats, count: int, source: Source, decoder: D
         left = strip * STRIP
         for j in range(n):
             for col in range(min(STRIP, cols - left)):
-                out[j, at, left + col] = total[j * STRIP + col]
+                out[j, at, left + col] = decoder[3] * total[j * STRIP + col]
 
 
 @_kernel
@@ -307,7 +312,7 @@ def inner(
     """``out[part, n, i] = ⟨vectors[n], entries[i]⟩`` over one part of the slab's strips.
 
     A unit is ``SPAN`` basis matrices on ``share`` strips; ``out`` is float64 ``[parts, n, matrices]``, the matrices
-    filled up to a multiple of ``SPAN``, and the sum over parts is left to the caller.
+    filled up to a multiple of ``SPAN``; the sum over parts and the law's power are left to the caller.
     """
     n, rows, cols = vectors.shape
     strips = (cols + STRIP - 1) // STRIP

@@ -3,6 +3,7 @@
 A :class:`Slab` is a finite part of a basis. As a matrix it is read in one of two ways: ``[count, rows * cols]``, to
 combine whole basis matrices, or ``[count * rows, cols]``, to project vectors. The functions here work tile by tile
 and hold at most one tile in floating point.
+Entries in floating point are the integers times the power of their law, math (5).
 """
 
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ def words(slab: Slab, tile: Tile, device: torch.device) -> Tensor:
 
 
 def expand(slab: Slab, tile: Tile, dtype: torch.dtype, device: torch.device, packed: Tensor | None = None) -> Tensor:
-    """The integer entries of a tile as floating-point numbers, ``[count, rows, cols]``, exact in every dtype, math (5).
+    """The entries of a tile times the power of their law, ``[count, rows, cols]``, exact in every dtype, math (5).
 
     Args:
         slab: what the tile is a part of.
@@ -94,7 +95,8 @@ def expand(slab: Slab, tile: Tile, dtype: torch.dtype, device: torch.device, pac
         packed: raw words of the whole slab when they are stored; None generates them.
     """
     raw = words(slab, tile, device) if packed is None else part(packed, tile)
-    return decode(raw, slab.basis.law)[..., : slab.cols].to(dtype)
+    entries = decode(raw, slab.basis.law)[..., : slab.cols].to(dtype)
+    return entries if slab.basis.law.power == 1 else entries.mul_(slab.basis.law.power)
 
 
 def part(packed: Tensor, tile: Tile) -> Tensor:

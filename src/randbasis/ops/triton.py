@@ -158,7 +158,7 @@ def words(slab: Slab, tile: Tile, device: torch.device, *, start_block: int = 0,
 
 
 def expand(slab: Slab, tile: Tile, dtype: torch.dtype, device: torch.device, packed: Tensor | None = None) -> Tensor:
-    """The integer entries of a tile in floating point; see :func:`randbasis.ops.reference.expand`.
+    """The entries of a tile in floating point; see :func:`randbasis.ops.reference.expand`.
 
     Args:
         slab: what the tile is a part of.
@@ -186,8 +186,8 @@ def expand(slab: Slab, tile: Tile, dtype: torch.dtype, device: torch.device, pac
         kernels.KERNELS["expand"][grid](
             out, out if packed is None else packed.contiguous(), lines, tile.rows, slab.cols, 4 * slab.blocks,
             index0=_signed(tile.index), row0=_signed(tile.row), **_names(slab), threshold=law.threshold, one=_ONE,
-            STORED=packed is not None, LAW=_law(law), LINES=shape.lines, BLOCKS=shape.blocks, COLS=shape.cols,
-            num_warps=4,
+            power=law.power, STORED=packed is not None, LAW=_law(law), LINES=shape.lines, BLOCKS=shape.blocks,
+            COLS=shape.cols, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -227,7 +227,7 @@ def _sum(
         kernel[(tiles, -(-n // vectors), parts * groups)](
             sums, x.contiguous(), x if packed is None else packed.contiguous(), x if streams is None else streams,
             n, lines, slab.rows, slab.cols, 4 * slab.blocks, groups, share * (step if transpose else 1),
-            **_names(slab), threshold=law.threshold, one=_ONE,
+            **_names(slab), threshold=law.threshold, one=_ONE, power=law.power,
             JOINED=joined, STORED=packed is not None, OWN=streams is not None, LAW=_law(law), PIECES=pieces,
             OPERAND=kernels.OPERANDS[operand], VECTORS=vectors, LINES=shape.lines, BLOCKS=shape.blocks, COLS=shape.cols,
             num_warps=8 if vectors >= 64 else 4, num_stages=2, enable_fp_fusion=True,

@@ -128,7 +128,9 @@ def _add_product(sums, x, entries, PIECES: tl.constexpr, OPERAND: tl.constexpr):
 # --- kernels -----------------------------------------------------------------------------------------------------
 
 #: Numbers that differ from call to call without changing the code: no variant of a kernel is compiled for a value.
-_VALUES = ["n", "groups", "basis_stream", "key0", "key1", "threshold", "one", "index0", "row0", "block0", "share"]
+_VALUES = [
+    "n", "groups", "basis_stream", "key0", "key1", "threshold", "one", "power", "index0", "row0", "block0", "share"
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VALUES)
@@ -146,10 +148,10 @@ def words(
 
 @triton.jit(do_not_specialize=_VALUES)
 def expand(
-    out, packed, lines, rows, cols, width, index0, row0, basis_stream, key0, key1, threshold, one,
+    out, packed, lines, rows, cols, width, index0, row0, basis_stream, key0, key1, threshold, one, power,
     STORED: tl.constexpr, LAW: tl.constexpr, LINES: tl.constexpr, BLOCKS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Entries of ``lines`` lines, out ``[lines, cols]``; ``packed`` holds the words of these lines alone, math (3)."""
+    """Entries of ``lines`` lines times ``power``, ``[lines, cols]``; ``packed`` has words of these lines alone."""
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     strip = tl.program_id(1)
     if STORED:
@@ -159,17 +161,20 @@ def expand(
         raw = _generate(index, row, strip * BLOCKS, basis_stream, key0, key1, LINES, BLOCKS)
     col = strip * COLS + tl.arange(0, COLS)
     at = line.to(tl.int64)[:, None] * cols + col[None, :]
-    entries = _decode(raw, threshold, one, LAW, LINES, 4 * BLOCKS).to(out.dtype.element_ty)
-    tl.store(out + at, entries, mask=(line < lines)[:, None] & (col < cols)[None, :])
+    entries = _decode(raw, threshold, one, LAW, LINES, 4 * BLOCKS)
+    if LAW != SIGN:
+        entries = entries * power
+    tl.store(out + at, entries.to(out.dtype.element_ty), mask=(line < lines)[:, None] & (col < cols)[None, :])
 
 
 @triton.jit(do_not_specialize=_VALUES)
 def spread(
     out, x, packed, streams, n, lines, rows, cols, width, groups, share, basis_stream, key0, key1, threshold, one,
+    power,
     JOINED: tl.constexpr, STORED: tl.constexpr, OWN: tl.constexpr, LAW: tl.constexpr, PIECES: tl.constexpr,
     OPERAND: tl.constexpr, VECTORS: tl.constexpr, LINES: tl.constexpr, BLOCKS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """``out[part, g, v] = Σ_line x[g, v, line] · entries(line)``, math (6), (8), (18): lines into columns.
+    """``out[part, g, v] = power · Σ_line x[g, v, line] · entries(line)``, math (6), (8), (18): lines into columns.
 
     ``JOINED``: the lines are all rows of all basis matrices, out is ``[parts, groups, n, cols]``. Else they are the
     basis matrices, each at the row of the output: out is ``[parts, groups, n, rows, cols]``. ``OWN``: group ``g`` has
@@ -205,16 +210,17 @@ def spread(
     col = strip * COLS + tl.arange(0, COLS)
     height = tl.num_programs(0) // strips
     target = (((part * groups + group) * n + vector).to(tl.int64) * height + at_row)[:, None] * cols + col[None, :]
-    tl.store(out + target, sums.to(out.dtype.element_ty), mask=(vector < n)[:, None] & (col < cols)[None, :])
+    tl.store(out + target, (sums * power).to(out.dtype.element_ty), mask=(vector < n)[:, None] & (col < cols)[None, :])
 
 
 @triton.jit(do_not_specialize=_VALUES)
 def gather(
     out, x, packed, streams, n, lines, rows, cols, width, groups, share, basis_stream, key0, key1, threshold, one,
+    power,
     JOINED: tl.constexpr, STORED: tl.constexpr, OWN: tl.constexpr, LAW: tl.constexpr, PIECES: tl.constexpr,
     OPERAND: tl.constexpr, VECTORS: tl.constexpr, LINES: tl.constexpr, BLOCKS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """``out[part, g, v, line] = ⟨x[g, v], entries(line)⟩``, math (10): columns into lines, the adjoint of ``spread``.
+    """``out[part, g, v, line] = power · ⟨x[g, v], entries(line)⟩``, math (10): the adjoint of ``spread``.
 
     ``JOINED``: as there, and x is ``[groups, n, cols]``. Else x is ``[groups, n, rows, cols]`` and a line is a whole
     basis matrix. A part is ``share`` strips of columns; the sum over parts is left to the caller.
@@ -251,7 +257,9 @@ def gather(
         result = tl.sum(sums, axis=1)[None, :]
     else:
         result = sums
-    tl.store(out + target, result.to(out.dtype.element_ty), mask=(vector < n)[:, None] & (line < lines)[None, :])
+    tl.store(
+        out + target, (result * power).to(out.dtype.element_ty), mask=(vector < n)[:, None] & (line < lines)[None, :]
+    )
 
 
 KERNELS: dict[str, Any] = {"words": words, "expand": expand, "spread": spread, "gather": gather}

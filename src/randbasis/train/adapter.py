@@ -40,6 +40,11 @@ _METHODS: dict[str, _Words] = {
 METHOD_NAMES = (*_METHODS, "none")
 
 
+def method_words() -> dict[str, set[str]]:
+    """Method → the words of the command that mean something to it."""
+    return {name: {*words.names, "targets"} for name, words in _METHODS.items()} | {"none": set()}
+
+
 def peft_config(settings: AdapterSettings, *, task_type: str | None, head: list[str]) -> PeftConfig | None:
     """The configuration of the adapter.
 

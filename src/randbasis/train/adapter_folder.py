@@ -91,16 +91,26 @@ def load_adapter(model: nn.Module, path: str | Path, *, trainable: bool = False)
     _read_weights(folder.path / ADAPTER_WEIGHTS)
     try:
         config = cast(PeftConfig, PeftConfig.from_pretrained(str(folder.path)))
+    except RandbasisError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterFilesError(
+            f"{folder.path / ADAPTER_CONFIG} is not an adapter configuration that is known here: {error}"
+        ) from error
+    try:
         with confined_randomness(0):  # PEFT's own methods draw a start before they read the file
             return PeftModel.from_pretrained(cast(Any, model), str(folder.path), config=config, is_trainable=trainable)
     except RandbasisError:
         raise
-    except (KeyError, TypeError) as error:
-        raise AdapterFilesError(
-            f"{folder.path / ADAPTER_CONFIG} is not an adapter configuration that is known here: {error}"
-        ) from error
     except (RuntimeError, ValueError) as error:
+        if not _is_misfit(error):
+            raise
         raise BaseMismatchError(f"the adapter in {folder.path} does not fit {type(model).__name__}: {error}") from error
+
+
+def _is_misfit(error: Exception) -> bool:
+    """Whether an error tells that weights and modules differ, and not that memory or a device failed."""
+    return not isinstance(error, RuntimeError) or "loading state_dict" in str(error) or "size mismatch" in str(error)
 
 
 def restore_parameters(model: nn.Module, path: Path) -> None:
@@ -110,6 +120,8 @@ def restore_parameters(model: nn.Module, path: Path) -> None:
         try:
             peft.set_peft_model_state_dict(model, weights, adapter_name=model.active_adapters[0])
         except RuntimeError as error:
+            if not _is_misfit(error):
+                raise
             raise BaseMismatchError(f"the adapter in {path} is not of this model and configuration: {error}") from error
     else:
         _set_parameters(model, _read_weights(path / HEAD_WEIGHTS), path)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -16,8 +16,8 @@ from randbasis.train.generation import GenerationSettings, generate_texts
 from randbasis.train.metrics import bleu, chrf
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.settings import TrainSettings
-from randbasis.train.tabular import Table, text_of
-from randbasis.train.task import Batch, Example, Task, inference
+from randbasis.train.tabular import Table
+from randbasis.train.task import CUT, Batch, Example, Task, inference
 from randbasis.tuner.base_model import read_config
 
 DEFAULT_MAX_LENGTH = 512
@@ -71,7 +71,8 @@ class CausalLanguage(Task):
         """
         data = settings.data
         prompted = data.prompt_column is not None and data.target_column is not None
-        if not prompted and (data.text_column is None or data.prompt_column or data.target_column):
+        plain = data.text_column is not None and not (data.prompt_column or data.target_column)
+        if plain == prompted or (prompted and data.text_column is not None):
             raise SettingError(
                 f"{cls.name} needs prompt_column and target_column, or text_column alone; "
                 f"{table.source} has {', '.join(table.columns)}"
@@ -129,34 +130,42 @@ class CausalLanguage(Task):
     def encode(self, table: Table, *, training: bool) -> list[Example]:
         """See :meth:`Task.encode`; with several references a row gives an example for each."""
         if not self.prompted:
-            assert self.columns["text"] is not None
-            return self._blocks([text_of(value) for value in table.column(self.columns["text"])])
-        assert self.columns["target"] is not None
+            if self.columns["text"] is None:
+                raise SettingError(
+                    f"the columns are not known; name prompt_column and target_column, or text_column: {table.source} "
+                    f"has {', '.join(table.columns)}"
+                )
+            return self._blocks(table.texts(self.columns["text"]))
         prompts = self.prompts(table)
         if not training and self.columns["target"] not in table.columns:
-            return [{"prompt": prompt, "input_ids": self.prompt_ids(prompt)} for prompt in prompts]
+            starts = map(self._start, prompts)
+            return [{"prompt": p, "input_ids": ids, CUT: cut} for p, (ids, cut) in zip(prompts, starts, strict=True)]
         examples: list[Example] = []
-        for prompt, value in zip(prompts, table.column(self.columns["target"]), strict=True):
-            targets = cast(list[Any], value) if isinstance(value, list) else [value]
-            examples += [self._pair(prompt, text_of(target)) for target in targets]
+        for prompt, targets in zip(prompts, table.references(self.columns["target"]), strict=True):
+            examples += [self._pair(prompt, target) for target in targets]
         if training:
             self.answer_length = max(sum(label != -100 for label in e["labels"]) for e in examples)
         return examples
 
     def prompts(self, table: Table) -> list[str]:
         """The prompts of a table as texts."""
-        return [text_of(value) for value in table.column(self.columns["prompt"] or "")]
+        return table.texts(self.columns["prompt"] or "")
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Tokens of a prompt and the separator, as generation starts from them; cut on the left to leave room."""
-        ids: list[int] = self.tokenizer(prompt + self.separator if self.prompted else prompt)["input_ids"]
+        return self._start(prompt)[0]
+
+    def _start(self, prompt: str) -> tuple[list[int], bool]:
+        """Tokens of a prompt and the separator, and whether some were cut."""
+        text = prompt + self.separator if self.prompted else prompt
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         if ids and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
             ids = ids[:-1]
         room = max(1, self.max_length * 3 // 4)
-        return ids if len(ids) <= room else ids[-room:]
+        return ids[-room:], len(ids) > room
 
     def _pair(self, prompt: str, target: str) -> Example:
-        start = self.prompt_ids(prompt)
+        start, cut = self._start(prompt)
         answer = [*self.tokenizer(target, add_special_tokens=False)["input_ids"], self.end_id]
         ids = (start + answer)[: self.max_length]
         labels = ([-100] * len(start) + answer)[: self.max_length]
@@ -166,6 +175,7 @@ class CausalLanguage(Task):
             "input_ids": ids,
             "attention_mask": [1] * len(ids),
             "labels": labels,
+            CUT: cut or len(start) + len(answer) > self.max_length,
         }
 
     def _blocks(self, texts: Sequence[str]) -> list[Example]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any
+from unicodedata import normalize
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,12 @@ from randbasis.train.metrics import accuracy, matthews, pearson, spearman
 from randbasis.train.pooled import PooledClassifier
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.settings import DataSettings, TrainSettings
-from randbasis.train.tabular import Table, text_of
-from randbasis.train.task import Batch, Example, Task, inference
+from randbasis.train.tabular import Table
+from randbasis.train.task import CUT, Batch, Example, Task, inference
 from randbasis.tuner.base_model import read_config
+
+MISSING_NAMES = ("nan", "NaN", "None", "<NA>", "NaT")
+"""How Python and pandas write a value that is not there."""
 
 CLASS_METRICS = ("accuracy", "matthews", "loss")
 NUMBER_METRICS = ("pearson", "spearman", "loss")
@@ -123,14 +127,17 @@ class TextClassification(Task):
         """See :meth:`Task.encode`; the label is left out when the table has no such column and need not have it."""
         assert self.columns["text"] is not None
         assert self.columns["label"] is not None
-        texts = [text_of(value) for value in table.column(self.columns["text"])]
-        pairs = (
-            [text_of(value) for value in table.column(self.columns["text_pair"])] if self.columns["text_pair"] else None
-        )
+        texts = table.texts(self.columns["text"])
+        pairs = table.texts(self.columns["text_pair"]) if self.columns["text_pair"] else None
         if not texts:
             raise EmptyDataError(f"{table.source} has no rows")
-        encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length)
-        examples = [{key: encoded[key][i] for key in encoded} for i in range(len(texts))]
+        encoded = self.tokenizer(texts, pairs, verbose=False)
+        examples: list[Example] = [{key: encoded[key][i] for key in encoded} for i in range(len(texts))]
+        for i, example in enumerate(examples):
+            example[CUT] = len(example["input_ids"]) > self.max_length
+            if example[CUT]:
+                pair = None if pairs is None else pairs[i]
+                example |= dict(self.tokenizer(texts[i], pair, truncation=True, max_length=self.max_length))
         if training or self.columns["label"] in table.columns:
             for number, value in enumerate(table.column(self.columns["label"]), 1):
                 examples[number - 1]["label"] = self._label(value, f"row {number} of {table.source}")
@@ -191,16 +198,49 @@ def classes_of(
     """
     if data.label_kind not in ("auto", "class", "number"):
         raise SettingError(f"label_kind {data.label_kind!r} is unknown; there are: auto, class, number")
+    if data.label_kind != "number" and "" in map(label_name, values):
+        row = 1 + list(map(label_name, values)).index("")
+        raise LabelError(f"row {row} of {source} has an empty label; fill it in or remove the row")
     if data.label_kind == "number" or (
         data.label_kind == "auto" and (metric in ("pearson", "spearman") or _fractional(values))
     ):
         return None
     names = sorted({label_name(value) for value in values})
+    check_label_names(names, source, said=data.label_kind == "class")
     if len(names) < 2:
         raise LabelError(f"{source} has only one label, {names[0]!r}; at least two are needed to tell apart")
     if all(name.isdecimal() for name in names):
         names.sort(key=int)
     return tuple(names)
+
+
+def check_label_names(names: Sequence[str], source: str, *, said: bool) -> None:
+    """Refuse names that are hardly meant as classes, unless the user ``said`` that the labels are classes.
+
+    Raises:
+        LabelError: a missing value as pandas writes it, or names that differ by case, spaces or form alone.
+    """
+    alike: dict[str, str] = {}
+    for name in () if said else names:
+        if name in MISSING_NAMES:
+            raise LabelError(
+                f"{source} has the label {name!r}, which is how a missing value is written; fill it in or remove the "
+                "rows, or say label_kind class if it is the name of a class"
+            )
+        other = alike.setdefault(_folded(name), name)
+        if other != name:
+            raise LabelError(
+                f"the labels {other!r} and {name!r} of {source} differ in their spelling alone; write them alike, or "
+                "say label_kind class if they are two classes"
+            )
+
+
+def _folded(name: str) -> str:
+    """A name without what two spellings of one class differ by: case, spaces, forms of a letter or of a number."""
+    try:
+        return repr(float(name))
+    except ValueError:
+        return " ".join(normalize("NFKC", name).casefold().split())
 
 
 def label_name(value: Any) -> str:

@@ -19,10 +19,10 @@ from randbasis.train.generation import GenerationSettings
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
 from randbasis.train.loop import torch_threads
 from randbasis.train.run import TASK_CLASSES
-from randbasis.train.settings import DTYPES
+from randbasis.train.settings import DTYPES, check_distinct
 from randbasis.train.splits import sample
 from randbasis.train.tabular import Row, Table, read_table
-from randbasis.train.task import Task
+from randbasis.train.task import Task, warn_of_cut
 from randbasis.tuner.base_model import read_config
 
 COLUMN_KEYS = ("text", "text_pair", "label", "prompt", "target")
@@ -78,6 +78,19 @@ class UseSettings:
             if value not in known:
                 raise SettingError(f"{name} {value!r} is unknown; {near(value, known)}")
         self.generation.check()
+
+    def facts(self) -> dict[str, Any]:
+        """``task`` of the adapter and whether its rows have prompts (``prompted``), before any weights are read.
+
+        Raises:
+            SettingError: a value is out of range.
+            AdapterFilesError: the adapter folder lacks what is needed.
+        """
+        self.check()
+        task = read_folder(self.adapter).task if self.adapter is not None else {}
+        columns: dict[str, str | None] = task.get("columns") or {}
+        prompted = self.columns.get("prompt") is not None or columns.get("prompt") is not None
+        return {"task": task.get("task", CausalLanguage.name), "prompted": prompted}
 
 
 def use_from_words(words: Mapping[str, Any]) -> UseSettings:
@@ -147,7 +160,7 @@ def evaluate(settings: UseSettings, *, texts: bool | None = None) -> dict[str, A
             prompt are references of one text.
 
     Returns:
-        ``{"task", "rows", "metrics"}``.
+        ``{"task", "rows", "cut", "metrics"}``; ``cut`` counts the rows, and the whole targets, above the length.
 
     Raises:
         RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
@@ -159,11 +172,12 @@ def evaluate(settings: UseSettings, *, texts: bool | None = None) -> dict[str, A
             raise SettingError("BLEU and chrF need a prompt column and a target column")
         found.task.with_generation = found.task.prompted if texts is None else texts
     examples = found.task.encode(table, training=False)
+    cut = warn_of_cut(found.task, examples, table.source)
     if not {"label", "labels"} & set(examples[0]):
         raise EmptyDataError(f"{table.source} has no column of answers; its columns are {', '.join(table.columns)}")
     with torch_threads(settings.threads):
         metrics = found.task.score(found.load(settings), examples, settings.batch_size)
-    return {"task": found.task.name, "rows": len(table.rows), "metrics": metrics}
+    return {"task": found.task.name, "rows": len(table.rows), "cut": cut, "metrics": metrics}
 
 
 def predict(settings: UseSettings) -> list[Row]:
@@ -176,8 +190,11 @@ def predict(settings: UseSettings) -> list[Row]:
         RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
     """
     found = find(settings)
+    if isinstance(found.task, CausalLanguage) and not found.task.prompted:
+        raise SettingError("predict needs the column of the prompts (prompt_column); generate takes prompts themselves")
     table = read_rows(settings, found.task)
     examples = found.task.encode(_without_answers(table, found.task), training=False)
+    warn_of_cut(found.task, examples, table.source)
     with torch_threads(settings.threads):
         answers = found.task.predict(found.load(settings), examples, settings.batch_size)
     return [{**row, **answer} for row, answer in zip(table.rows, answers, strict=True)]
@@ -288,6 +305,7 @@ def _rename_columns(task: TrainedTask, names: dict[str, str]) -> None:
         if key not in known:
             raise SettingError(f"{task.name} has no {key}_column; {near(key, known)}")
         known[key] = value
+    check_distinct({f"{key}_column": name for key, name in known.items()})
 
 
 def _without_answers(table: Table, task: TrainedTask) -> Table:

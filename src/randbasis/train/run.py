@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from randbasis.train.ranks import Ranks, joined
 from randbasis.train.settings import TrainSettings
 from randbasis.train.splits import few_shot, hold_out, sample
 from randbasis.train.tabular import Table, read_table
-from randbasis.train.task import TASK_FILE, Example, Task
+from randbasis.train.task import TASK_FILE, Example, Task, count_cut, warn_of_cut
 from randbasis.train.trainer import checkpoint_to_resume, last_checkpoint
 
 CHECKPOINTS = "checkpoints"
@@ -81,7 +81,9 @@ class TrainOutcome:
     first: bool = True
 
 
-def train(settings: TrainSettings, *, console: Console | None = None) -> TrainOutcome:
+def train(
+    settings: TrainSettings, *, console: Console | None = None, check: Callable[[], None] | None = None
+) -> TrainOutcome:
     """Fine-tune a base model on a file of rows.
 
     Everything that can be refused is refused before the output folder is made; an adapter that is there already is
@@ -91,6 +93,7 @@ def train(settings: TrainSettings, *, console: Console | None = None) -> TrainOu
     Args:
         settings: the run.
         console: where to show progress, ``None`` for nowhere.
+        check: what else to refuse before anything is read.
 
     Returns:
         The trained model and where it was saved.
@@ -100,6 +103,8 @@ def train(settings: TrainSettings, *, console: Console | None = None) -> TrainOu
     """
     with joined(on_cpu=runs_on_cpu(settings.loop)) as ranks:
         ranks.agreed(settings.check)
+        if check is not None:
+            ranks.agreed(check)
         return _train(settings, ranks, console if ranks.first else None)
 
 
@@ -146,6 +151,8 @@ def prepare(settings: TrainSettings) -> Prepared:
     prepared = Prepared(task, task.encode(train_table, training=True), task.encode(eval_table, training=False))
     if not prepared.train or not prepared.eval:
         raise EmptyDataError(f"{train_table.source} leaves nothing to train on or to evaluate on")
+    warn_of_cut(task, prepared.train, train_table.source)
+    warn_of_cut(task, prepared.eval, f"{eval_table.source} (held out)")
     return prepared
 
 
@@ -282,5 +289,7 @@ def _summary(settings: TrainSettings, prepared: Prepared, result: FitResult) -> 
         "seconds": round(result.seconds, 2),
         "train_rows": len(prepared.train),
         "eval_rows": len(prepared.eval),
+        "train_cut": count_cut(prepared.train),
+        "eval_cut": count_cut(prepared.eval),
         "settings": settings.as_json(),
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from randbasis.adapter_file.codec import check_training_precision
-from randbasis.errors import HyperparameterError, RankError, SettingError, near
+from randbasis.errors import ColumnError, HyperparameterError, RankError, SettingError, TargetError, near
 from randbasis.tuner.targets import split_names
 
 TASKS = ("causal-lm", "sequence-classification", "image-classification")
@@ -51,8 +51,24 @@ class DataSettings:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that were named."""
-        names = (self.text_column, self.text_pair_column, self.prompt_column, self.target_column, self.label_column)
-        return tuple(name for name in names if name is not None)
+        return tuple(name for name in self._roles().values() if name is not None)
+
+    def check(self) -> None:
+        """Refuse one column for two things.
+
+        Raises:
+            ColumnError: the text is the label, the prompt is the target, and the like.
+        """
+        check_distinct(self._roles())
+
+    def _roles(self) -> dict[str, str | None]:
+        return {
+            "text_column": self.text_column,
+            "text_pair_column": self.text_pair_column,
+            "prompt_column": self.prompt_column,
+            "target_column": self.target_column,
+            "label_column": self.label_column,
+        }
 
 
 @dataclass(frozen=True)
@@ -254,12 +270,21 @@ class TrainSettings:
                 raise SettingError(f"{name} must be at least 1, got {value}")
         if self.overwrite and self.resume:
             raise SettingError("overwrite and resume exclude each other; give one")
+        self.data.check()
         self.adapter.check()
         self.loop.check()
 
     def as_json(self) -> dict[str, Any]:
         """The settings as plain values, for the summary."""
         return {name: _plain(value) for name, value in asdict(self).items()}
+
+
+def check_distinct(columns: Mapping[str, str | None]) -> None:
+    """Raises ColumnError when two roles have one column: what is to be found would be given."""
+    roles: dict[str, str] = {}
+    for role, name in columns.items():
+        if name is not None and roles.setdefault(name, role) != role:
+            raise ColumnError(f"{role} and {roles[name]} are both {name!r}; name a column for each")
 
 
 def settings_from_words(words: Mapping[str, Any]) -> TrainSettings:
@@ -270,7 +295,7 @@ def settings_from_words(words: Mapping[str, Any]) -> TrainSettings:
     flat = {**words, "train": words["data"], "eval": words.get("eval_data")}
     targets = flat.get("targets")
     if isinstance(targets, str):
-        flat["targets"] = tuple(split_names(targets))
+        flat["targets"] = named_targets(targets)
 
     def parts(kind: type[DataSettings | AdapterSettings | LoopSettings | TrainSettings]) -> dict[str, Any]:
         return {field.name: flat[field.name] for field in fields(kind) if field.name in flat}
@@ -282,6 +307,18 @@ def settings_from_words(words: Mapping[str, Any]) -> TrainSettings:
         loop=LoopSettings(**parts(LoopSettings)),
         **own,
     )
+
+
+def named_targets(text: str) -> tuple[str, ...]:
+    """The names of ``"q_proj,v_proj"``.
+
+    Raises:
+        TargetError: there is none.
+    """
+    names = tuple(split_names(text))
+    if not names:
+        raise TargetError(f"targets must name at least one module, got {text!r}; leave it out for all-linear")
+    return names
 
 
 def _plain(value: Any) -> Any:

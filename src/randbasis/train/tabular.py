@@ -7,6 +7,8 @@ import csv
 import gzip
 import io
 import json
+import re
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,10 @@ from randbasis.errors import ColumnError, DataFormatError, DataMissingError, Emp
 
 Row = dict[str, Any]
 
+MISSING_TEXTS = ("nan", "NaN", "<NA>")
+"""How pandas writes a text that is not there."""
+
+_CHAT_TEXT = re.compile(r"""\s*\[?\s*\{\s*['"](role|from)['"]\s*:""")
 _STORY_END = "<|endoftext|>"
 
 
@@ -46,9 +52,41 @@ class Table:
                 f" ({near(name, self.columns)})"
             )
         for number, row in enumerate(self.rows, 1):
-            if row.get(name) is None:
+            value = row.get(name)
+            if value is None or value != value:
                 raise ColumnError(f"row {number} of {self.source} has no value in column {name!r}; fill or remove it")
         return [row[name] for row in self.rows]
+
+    def texts(self, name: str) -> list[str]:
+        """All values of one column as texts, see :func:`text_of`; cells that hold no text are counted in a warning.
+
+        Raises:
+            ColumnError: the column does not exist, a row has nothing in it, or it holds chat messages.
+        """
+        return self._as_texts(name, [[value] for value in self.column(name)], text_of)
+
+    def references(self, name: str | None) -> list[list[str]]:
+        """As :meth:`texts`, where a list in a cell is several texts."""
+        cells = self.column(name or "")
+        each = [cast(list[Any], value) if isinstance(value, list) else [value] for value in cells]
+        texts = iter(self._as_texts(name or "", each, text_of))
+        return [[next(texts) for _ in some] for some in each]
+
+    def _as_texts(self, name: str, cells: list[list[Any]], convert: Callable[[Any], str]) -> list[str]:
+        texts: list[str] = []
+        for number, cell in enumerate(cells, 1):
+            try:
+                texts += map(convert, cell)
+            except DataFormatError as error:
+                raise ColumnError(f"row {number} of {self.source}, column {name!r}: {error}") from error
+        empty = sum(text.strip() in ("", *MISSING_TEXTS) for text in texts)
+        if empty:
+            warnings.warn(
+                f"{empty} of {len(texts)} texts in column {name!r} of {self.source} are empty, or NaN as pandas writes "
+                "a missing value; they are taken as they are",
+                stacklevel=3,
+            )
+        return texts
 
     def subset(self, indices: Sequence[int]) -> "Table":
         """The rows at ``indices``, in that order."""
@@ -62,7 +100,8 @@ def read_table(
 
     Args:
         path: a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.txt`` file, or any of these with ``.gz`` behind it.
-        kind: ``"csv" | "tsv" | "jsonl" | "json" | "txt"``, when the name does not tell. A tsv has no quoting.
+        kind: ``"csv" | "tsv" | "jsonl" | "json" | "txt"``, when the name does not tell. A tsv has no quoting, but for
+            one that is to the last character what a csv writer (that of pandas, too) makes of its cells.
         header: whether the first line of a csv or tsv names the columns. ``None``: it does, unless a wanted column is
             given by its index.
         wanted: the columns that will be asked for.
@@ -98,7 +137,16 @@ def read_table(
 
 
 def text_of(value: Any) -> str:
-    """A cell as text: lists of lists, such as the triples of WebNLG, become ``a b c | d e f``."""
+    """A cell as text: lists of lists, such as the triples of WebNLG, become ``a b c | d e f``.
+
+    Raises:
+        DataFormatError: it holds chat messages, which are a text only by the template of a tokenizer.
+    """
+    if _is_chat(value):
+        raise DataFormatError(
+            f"it holds chat messages or objects, {str(value)[:60]!r}; make texts of them first, for example with "
+            "apply_chat_template of the tokenizer"
+        )
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -109,6 +157,16 @@ def text_of(value: Any) -> str:
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
     return str(value)
+
+
+def _is_chat(value: Any) -> bool:
+    """Whether a cell is a message, a list of messages or of other objects, or such a list as a text."""
+    if isinstance(value, str):
+        return _CHAT_TEXT.match(value) is not None
+    if isinstance(value, dict):
+        keys = cast(Row, value).keys()
+        return {"role", "content"} <= keys or {"from", "value"} <= keys or any(map(_is_chat, cast(Row, value).values()))
+    return isinstance(value, list) and any(isinstance(v, dict) or _is_chat(v) for v in cast(list[Any], value))
 
 
 def _kind_of(path: Path) -> str:
@@ -137,11 +195,11 @@ def _read_separated(
     stream: io.TextIOWrapper, name: str, header: bool, *, tab: bool
 ) -> tuple[tuple[str, ...], list[Row]]:
     with stream:
-        lines = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(stream, strict=True)
+        lines = _tab_separated(stream.read()) if tab else csv.reader(stream, strict=True)
         cells = [line for line in lines if line]
     if not cells:
         return (), []
-    if not header:
+    if not header and cells[0] != [str(i) for i in range(len(cells[0]))]:  # which is how pandas writes an index
         columns = tuple(str(i) for i in range(max(map(len, cells))))
         return columns, [dict(zip(columns, line, strict=False)) for line in cells]
     columns = tuple(cells[0])
@@ -159,6 +217,37 @@ def _read_separated(
     return columns, [dict(zip(columns, line, strict=True)) for line in cells[1:]]
 
 
+def _tab_separated(text: str) -> list[list[str]]:
+    """Cells as they stand, quotes included, unless the text is just what a csv writer makes of its cells."""
+    plain = [line for line in csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE) if line]
+    if '"' not in text:
+        return plain
+    try:
+        quoted = [line for line in csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True) if line]
+    except csv.Error:
+        return plain
+    written = text.replace("\r\n", "\n").rstrip("\n")
+    styles = (_minimal, _quoted, _quoted_text)
+    made = ("\n".join("\t".join(map(style, line)) for line in quoted) for style in styles)
+    return quoted if any(one.replace("\r\n", "\n").rstrip("\n") == written for one in made) else plain
+
+
+def _quoted(cell: str) -> str:
+    return '"' + cell.replace('"', '""') + '"'
+
+
+def _quoted_text(cell: str) -> str:
+    return cell if _is_number(cell) else _quoted(cell)
+
+
+def _minimal(cell: str) -> str:
+    return _quoted(cell) if any(mark in cell for mark in '"\t\n\r') else cell
+
+
+def _is_number(cell: str) -> bool:
+    return re.fullmatch(r"|[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", cell, re.IGNORECASE) is not None
+
+
 def _read_csv(stream: io.TextIOWrapper, name: str, header: bool) -> tuple[tuple[str, ...], list[Row]]:
     return _read_separated(stream, name, header, tab=False)
 
@@ -174,7 +263,7 @@ def _read_jsonl(stream: io.TextIOWrapper, name: str, header: bool) -> tuple[tupl
             if not line.strip():
                 continue
             try:
-                records.append(json.loads(line))
+                records.append(json.loads(line, object_pairs_hook=_unrepeated))
             except json.JSONDecodeError as error:
                 raise DataFormatError(f"line {number} of {name} is not JSON: {error}") from error
     return _from_records(records, name)
@@ -183,12 +272,20 @@ def _read_jsonl(stream: io.TextIOWrapper, name: str, header: bool) -> tuple[tupl
 def _read_json(stream: io.TextIOWrapper, name: str, header: bool) -> tuple[tuple[str, ...], list[Row]]:
     with stream:
         try:
-            content = json.load(stream)
+            content = json.load(stream, object_pairs_hook=_unrepeated)
         except json.JSONDecodeError as error:
             raise DataFormatError(f"{name} is not JSON: {error}; one record a line is of kind jsonl") from error
     if not isinstance(content, list):
         raise DataFormatError(f"{name} holds a {type(content).__name__}; a list of objects is needed")
     return _from_records(cast(list[Any], content), name)
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> Row:
+    """An object whose keys are all different, where Python would keep the last of equal ones."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise DataFormatError(f"an object names a key twice: {', '.join(key for key, _ in pairs)}; keep one")
+    return row
 
 
 def _from_records(records: list[Any], name: str) -> tuple[tuple[str, ...], list[Row]]:

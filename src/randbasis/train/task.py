@@ -1,5 +1,6 @@
 """The contract of a task: rows to examples, examples to batches, a model to scores and answers."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,29 @@ Batch = dict[str, Any]
 
 TASK_FILE = "task.json"
 
+CUT = "cut"
+"""Key of an example: whether its text was longer than the maximum length."""
+
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+
+
+def count_cut(examples: Sequence[Example]) -> dict[str, int]:
+    """How many rows were cut at the maximum length, and of how many nothing is left to learn."""
+    gone = sum(1 for e in examples if isinstance(e.get("labels"), list) and set(e["labels"]) == {-100})
+    return {"rows": sum(bool(e.get(CUT)) for e in examples), "targets": gone}
+
+
+def warn_of_cut(task: "Task", examples: Sequence[Example], source: str) -> dict[str, int]:
+    """:func:`count_cut`, said aloud where it is not zero."""
+    cut = count_cut(examples)
+    if cut["rows"]:
+        whole = f", of {cut['targets']} of them the whole target" if cut["targets"] else ""
+        warnings.warn(
+            f"{cut['rows']} of {len(examples)} rows of {source} are longer than {getattr(task, 'max_length', '')} "
+            f"tokens (max_length) and were cut{whole}",
+            stacklevel=3,
+        )
+    return cut
 
 
 class Task(ABC):

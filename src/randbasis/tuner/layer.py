@@ -337,7 +337,7 @@ class RandbasisLinear(AdaptedLayer):
 
     def _prepared(self, adapter: str, one: AdaptedMatrix, decoding: bool) -> dict[str, Tensor]:
         def compute() -> dict[str, Tensor]:
-            return one.method.prepare(self.coefficients(adapter, one), one.matrix)
+            return one.method.prepare(self._widened(adapter, one), one.matrix)
 
         return self._cached(adapter, [one], "prepared", compute, decoding)
 
@@ -387,7 +387,7 @@ class RandbasisLinear(AdaptedLayer):
         one = group.matrix
 
         def compute(places: list[int]) -> list[dict[str, Tensor]]:
-            own = [self.coefficients(group.names[place], one) for place in places]
+            own = [self._widened(group.names[place], one) for place in places]
             stacked = {key: torch.stack([c[key] for c in own]) for key in own[0]}
             together = one.method.prepare(stacked, one.matrix)
             return [{key: value[at].clone() for key, value in together.items()} for at in range(len(places))]

@@ -7,7 +7,7 @@ file of fewer bits was unpacked to packs into the same bytes again.
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +31,7 @@ from randbasis.errors import (
 )
 from randbasis.methods import Method, check_coefficients
 from randbasis.output_set import check_file_output, check_output, replaced_set
+from randbasis.tuner.adapted_matrix import AdaptedMatrix
 from randbasis.tuner.adapter_dir import (
     CONFIG_FILE,
     SAVED_PREFIX,
@@ -152,6 +153,27 @@ def packed_of(
         streams=torch.stack(streams) if streams else None,
         extra=extra,
     )
+
+
+def packed_bytes(
+    config: RandbasisConfig, base: Base, layers: Iterable[tuple[str, int, Sequence[AdaptedMatrix]]]
+) -> int:
+    """Size of the file that :func:`pack_adapter` writes at 16 bits of an adapter that is not there, without a head.
+
+    Args:
+        config: of the adapter.
+        base: the base model.
+        layers: module path, output rows and adapted matrices of each layer.
+    """
+    matrices = [
+        SpecMatrix(key, one.part.name, one.part.start, one.part.rows, out, one.matrix.in_features, _bare(one.method))
+        for key, out, parts in layers
+        for one in parts
+    ]
+    spec = Spec(_bare(config.method_for("")), base, group_matrices(matrices), 16, 0, peft=_peft_options(config))
+    own = [one for one in matrices if not one.method.shares_basis]
+    streams = torch.zeros(len(own), len(own[0].method.roles), dtype=torch.int64) if own else None
+    return len(PackedAdapter.of(spec, torch.zeros(spec.count), streams=streams).to_bytes())
 
 
 def _stored(found: AdapterDir, model: str | None) -> Iterator[_Stored]:

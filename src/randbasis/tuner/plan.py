@@ -17,11 +17,13 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict  # pyright: ignore[reportUnknownVariableType]
 from torch import nn
 
+from randbasis.adapter_file import Base
 from randbasis.errors import HyperparameterError
 from randbasis.tuner.adapter_dir import SAVED_PREFIX
 from randbasis.tuner.base_model import meta_model, read_config
 from randbasis.tuner.config import RandbasisConfig, VeraConfig
 from randbasis.tuner.layer import RandbasisLinear
+from randbasis.tuner.packed import packed_bytes
 
 _COMMON = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern")
 _DTYPES = {
@@ -62,12 +64,15 @@ class Plan:
     Attributes:
         model: folder or hub name.
         architecture: class of the base model.
-        base_parameters: parameters of the base model, without its head and pooler.
+        base_parameters: parameters of the base model: of a decoder with its output layer, of everything else without
+            its head and pooler.
         method: name of the method, ``"lora"`` included.
         options: its hyper-parameters.
         matrices: one entry for each adapted matrix, in the model's order.
         bytes: size of ``adapter_model.safetensors`` with float32 coefficients, which is what is saved by default.
         bytes_16bit: the same with 16-bit coefficients.
+        bytes_packed: size of the packed file at 16 bits; None for LoRA, which has none.
+        expert_parameters: weights of experts that lie in three-dimensional tensors, which no adapter here changes.
     """
 
     model: str
@@ -78,6 +83,8 @@ class Plan:
     matrices: tuple[PlannedMatrix, ...]
     bytes: int
     bytes_16bit: int
+    bytes_packed: int | None
+    expert_parameters: int
 
     @property
     def coefficients(self) -> int:
@@ -100,6 +107,8 @@ class Plan:
             "coefficients": self.coefficients,
             "bytes": self.bytes,
             "bytes_16bit": self.bytes_16bit,
+            "bytes_packed": self.bytes_packed,
+            "expert_parameters": self.expert_parameters,
             "lora_rank_1": self.lora_rank_1,
             "matrices": len(self.matrices),
             "rows": [
@@ -137,14 +146,17 @@ def plan(model: str | Path, config: PeftConfig | None) -> Plan:
     base = meta_model(read_config(str(model)))
     if hasattr(base, "pooler"):
         del base.pooler
-    architecture, parameters = type(base).__name__, sum(p.numel() for p in _without_head(base))
+    architecture, parameters = type(base).__name__, sum(p.numel() for p in base.parameters())
+    experts = sum(p.numel() for name, p in base.named_parameters() if p.ndim == 3 and "expert" in name)
     adapted = _adapted(base, _counted(config))
+    packed = None
     if isinstance(config, LoraConfig):
         matrices, tensors = _lora(adapted)
         options: dict[str, Any] = {"r": config.r}
     else:
         matrices = tuple(_matrices(adapted))
         tensors = _saved(adapted)
+        packed = _packed(adapted, config, str(model))
         options = config.hyperparameters()
     half = {
         name: (torch.float16 if dtype.is_floating_point else dtype, shape) for name, (dtype, shape) in tensors.items()
@@ -158,6 +170,8 @@ def plan(model: str | Path, config: PeftConfig | None) -> Plan:
         matrices,
         safetensors_bytes(tensors),
         safetensors_bytes(half),
+        packed,
+        experts,
     )
 
 
@@ -196,11 +210,17 @@ def _adapted(base: nn.Module, config: RandbasisConfig) -> PeftModel:
         return cast("PeftModel", get_peft_model(cast("Any", base), config))
 
 
-def _without_head(base: nn.Module) -> Iterator[nn.Parameter]:
-    output = cast("Any", base).get_output_embeddings()
-    head = set[nn.Parameter]() if output is None else set(output.parameters())
-    embeddings = set(cast("Any", base).get_input_embeddings().parameters())
-    return (parameter for parameter in base.parameters() if parameter in embeddings or parameter not in head)
+def _packed(adapted: PeftModel, wanted: RandbasisConfig, model: str) -> int:
+    """Size of the packed file: the options as PEFT saves them, those that were only changed for counting put back."""
+    base = cast("Any", adapted.get_base_model())
+    config = deepcopy(cast("RandbasisConfig", adapted.peft_config["default"]))
+    config.basis_storage, config.init_weights = wanted.basis_storage, wanted.init_weights
+    config.task_type = wanted.task_type
+    if config.task_type is None:
+        config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    name = Path(model).name if Path(model).exists() else model
+    layers = ((key, layer.out_features, list(layer.matrices("default"))) for key, layer in _layers(adapted))
+    return packed_bytes(config, Base(name, base.config.model_type), layers)
 
 
 def _layers(adapted: PeftModel) -> Iterator[tuple[str, RandbasisLinear]]:

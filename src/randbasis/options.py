@@ -1,0 +1,152 @@
+"""No option that was given is ignored: where it would mean nothing, the command says so before it begins.
+
+Each command has a table of what its options need beside them. What was given is what stands on the command line, not
+what differs from a default, so that ``--temperature 1`` without ``--sample`` is refused, too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from randbasis.errors import OptionError
+
+Words = Mapping[str, Any]
+"""Parameter name → value, and what else a rule may ask for, such as the task of an adapter."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What some options need to mean anything.
+
+    Args:
+        options: names of parameters, with spaces between them.
+        condition: whether they mean something beside the other words.
+        when: the condition as a person reads it, behind "it needs".
+    """
+
+    options: str
+    condition: Callable[[Words], bool]
+    when: str
+
+
+def given_options(context: typer.Context) -> dict[str, Any]:
+    """Parameter name → value of what stands on the command line; a flag that is switched off asks for nothing."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if value is not False and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+
+
+def check_options(context: typer.Context, needs: Sequence[Needs], **facts: Any) -> None:
+    """Refuse options that were given and would be ignored.
+
+    Args:
+        context: of the command.
+        needs: the table of the command.
+        facts: what the conditions may ask for beside the parameters.
+
+    Raises:
+        OptionError: an option has no meaning beside the others.
+    """
+    given, words = given_options(context), {**context.params, **facts}
+    spelled = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    for need in needs:
+        for name in need.options.split():
+            if name in given and not need.condition(words):
+                raise OptionError(
+                    f"{spelled[name]} has no meaning here, got {given[name]!r}: it needs {need.when}; leave it out"
+                )
+
+
+def _task(*names: str) -> Callable[[Words], bool]:
+    return lambda words: words["task"] in names
+
+
+def _classes(words: Words) -> bool:
+    return words["task"] in ("sequence-classification", "image-classification")
+
+
+def _pairs(words: Words) -> bool:
+    return words["task"] == "causal-lm" and words["prompt_column"] is not None and words["target_column"] is not None
+
+
+def _writes(words: Words) -> bool:
+    """Whether ``evaluate`` and ``predict`` generate texts."""
+    return words["task"] == "causal-lm" and words["prompted"] and words.get("texts") is not False
+
+
+def _takes(option: str) -> Callable[[Words], bool]:
+    """Whether the method has such a hyper-parameter; an unknown method is refused elsewhere."""
+    return lambda words: words["method"] not in words["methods"] or option in words["methods"][words["method"]]
+
+
+_ADAPTER = tuple(
+    Needs(option, _takes(option), f"a method with {word}")
+    for option, word in {
+        "rank": "a rank",
+        "basis": "basis matrices",
+        "basis_b": "basis matrices of B",
+        "alpha": "a scale",
+        "seed": "a basis of a seed",
+        "law": "a basis of a law",
+        "parametrization": "parametrizations",
+        "unique_basis": "a basis that layers may share",
+        "targets": "targets",
+        "dropout": "dropout",
+        "quantize_coefficients": "coefficients",
+    }.items()
+)
+_BEAMS = Needs("length_penalty", lambda words: words["beams"] > 1, "--beams above 1")
+_REPLACED = Needs("overwrite", lambda words: words["output"] is not None, "--output")
+
+TRAIN = (
+    *_ADAPTER,
+    Needs("kind", _task("causal-lm", "sequence-classification"), "a task with a file of rows"),
+    Needs("text_pair_column", _task("sequence-classification"), "--task sequence-classification"),
+    Needs("prompt_column target_column end_token", _task("causal-lm"), "--task causal-lm"),
+    Needs("text_column max_length", _task("causal-lm", "sequence-classification"), "a task with texts"),
+    Needs("text_column", lambda words: not _pairs(words), "no --prompt-column and --target-column beside it"),
+    Needs("label_column", _task("sequence-classification"), "--task sequence-classification"),
+    Needs("label_kind shots", _classes, "a task with labels"),
+    Needs("label_smoothing", lambda words: words["label_kind"] != "number", "classes"),
+    Needs("pooling", _task("sequence-classification"), "--task sequence-classification"),
+    Needs("separator", _pairs, "--task causal-lm with --prompt-column and --target-column"),
+    Needs("image_size flip", _task("image-classification"), "--task image-classification"),
+    Needs("head_learning_rate", _classes, "a task with a head"),
+    Needs(
+        "learning_rate",
+        lambda words: words["method"] != "none" or words["head_learning_rate"] is None,
+        "an adapter, where --head-learning-rate is given",
+    ),
+    Needs("eval_fraction", lambda words: words["eval_data"] is None, "no --eval-data beside it"),
+    Needs("epochs", lambda words: words["max_steps"] is None, "no --max-steps beside it"),
+    Needs("warmup", lambda words: words["schedule"] != "constant", "another --schedule than constant"),
+)
+"""What options of ``train`` need; ``methods`` are the hyper-parameters of each method."""
+
+PLAN = _ADAPTER
+
+EVALUATE = (
+    Needs("kind", _task("causal-lm", "sequence-classification"), "an adapter for a file of rows"),
+    Needs("split", _task("image-classification"), "an adapter for images"),
+    Needs("texts", _task("causal-lm"), "an adapter of a language model"),
+    Needs("text_column", lambda words: words["task"] != "causal-lm" or not words["prompted"], "no prompts beside it"),
+    Needs("max_new_tokens beams length_penalty", _writes, "texts that are generated from prompts"),
+    _BEAMS,
+)
+"""Of ``evaluate``; ``task`` is the adapter's, ``prompted`` says whether rows have prompts."""
+
+PREDICT = (*(need for need in EVALUATE if need.options != "texts"), _REPLACED)
+
+GENERATE = (
+    Needs("data kind prompt_column limit", lambda words: not words["prompt"], "no --prompt beside it"),
+    Needs("kind prompt_column limit", lambda words: words["data"] is not None, "--data"),
+    Needs("temperature top_k top_p seed", lambda words: words["sample"], "--sample"),
+    _BEAMS,
+    _REPLACED,
+)
+
+INSPECT = (Needs("overwrite", lambda words: words["plot"] is not None, "--plot"),)

@@ -1,0 +1,102 @@
+"""Options of the command that would be ignored are refused, and what is checked before them is left as it was."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from randbasis.cli import app
+
+TRAIN = ["train", "--model", "nowhere", "--data", "rows.csv", "--output", "out"]
+TEXTS = [*TRAIN, "--task", "sequence-classification"]
+WRITER = [*TRAIN, "--task", "causal-lm"]
+PAIRS = [*WRITER, "--prompt-column", "a", "--target-column", "b"]
+IMAGES = [*TRAIN, "--task", "image-classification"]
+GENERATE = ["generate", "--model", "nowhere", "--prompt", "a"]
+EVALUATE = ["evaluate", "--model", "nowhere", "--data", "rows.csv"]
+PREDICT = ["predict", "--model", "nowhere", "--data", "rows.csv"]
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ([*GENERATE, "--temperature", "1"], "--temperature"),
+        ([*GENERATE, "--top-k", "3"], "--top-k"),
+        ([*GENERATE, "--top-p", "0.5"], "--top-p"),
+        ([*GENERATE, "--seed", "0"], "--seed"),
+        ([*GENERATE, "--data", "rows.csv"], "--data"),
+        ([*GENERATE, "--limit", "1"], "--limit"),
+        ([*GENERATE, "--prompt-column", "a"], "--prompt-column"),
+        ([*GENERATE, "--length-penalty", "2"], "--length-penalty"),
+        ([*GENERATE, "--overwrite"], "--overwrite"),
+        ([*EVALUATE, "--text-column", "a", "--beams", "2"], "--beams"),
+        ([*EVALUATE, "--text-column", "a", "--max-new-tokens", "5"], "--max-new-tokens"),
+        ([*EVALUATE, "--prompt-column", "a", "--text-column", "b"], "--text-column"),
+        ([*EVALUATE, "--split", "test"], "--split"),
+        ([*PREDICT, "--prompt-column", "a", "--overwrite"], "--overwrite"),
+        ([*TEXTS, "--image-size", "32"], "--image-size"),
+        ([*TEXTS, "--flip"], "--flip"),
+        ([*TEXTS, "--separator", " "], "--separator"),
+        ([*TEXTS, "--end-token", "x"], "--end-token"),
+        ([*TEXTS, "--prompt-column", "x"], "--prompt-column"),
+        ([*WRITER, "--text-column", "a", "--pooling", "mean"], "--pooling"),
+        ([*WRITER, "--text-column", "a", "--separator", " "], "--separator"),
+        ([*WRITER, "--label-column", "a"], "--label-column"),
+        ([*WRITER, "--shots", "2"], "--shots"),
+        ([*PAIRS, "--text-column", "c"], "--text-column"),
+        ([*PAIRS, "--head-learning-rate", "1"], "--head-learning-rate"),
+        ([*IMAGES, "--text-column", "a"], "--text-column"),
+        ([*IMAGES, "--max-length", "9"], "--max-length"),
+        ([*IMAGES, "--format", "csv"], "--format"),
+        ([*TEXTS, "--max-steps", "3", "--epochs", "3"], "--epochs"),
+        ([*TEXTS, "--eval-data", "dev.csv", "--eval-fraction", "0.1"], "--eval-fraction"),
+        ([*TEXTS, "--schedule", "constant", "--warmup", "0.06"], "--warmup"),
+        ([*TEXTS, "--method", "none", "--rank", "4"], "--rank"),
+        ([*TEXTS, "--method", "none", "--targets", "query"], "--targets"),
+        ([*TEXTS, "--method", "lora", "--seed", "0"], "--seed"),
+        ([*TEXTS, "--method", "vera", "--basis", "4"], "--basis"),
+        ([*TEXTS, "--method", "pranc", "--rank", "4"], "--rank"),
+        ([*TEXTS, "--method", "randlora", "--parametrization", "offset"], "--parametrization"),
+        (["plan", "nowhere", "--method", "vera", "--basis", "4"], "--basis"),
+        (["inspect", "nowhere", "--overwrite"], "--overwrite"),
+    ],
+    ids=lambda value: " ".join(value[-3:]) if isinstance(value, list) else "",
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    words: list[str], option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also with the value that is its default: what counts is that somebody wrote it."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {option} has no meaning here")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*TEXTS, "--targets", ""], "targets must name at least one module"),
+        (["plan", "nowhere", "--targets", " , "], "targets must name at least one module"),
+        ([*TEXTS, "--text-column", "a", "--label-column", "a"], "label_column and text_column are both 'a'"),
+        ([*TEXTS, "--text-column", "a", "--text-pair-column", "a"], "text_pair_column and text_column are both 'a'"),
+        ([*WRITER, "--prompt-column", "a", "--target-column", "a"], "target_column and prompt_column are both 'a'"),
+    ],
+)
+def test_words_that_contradict_themselves(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_language_model_without_columns_is_told_which_it_needs(language_model: str, tmp_path: Path):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("mr,ref\na,b\n")
+    for command, message in (("evaluate", "name prompt_column"), ("predict", "predict needs the column")):
+        words = [command, "--model", language_model, "--data", str(rows)]
+        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert result.exit_code == 2
+        assert message in result.stderr
