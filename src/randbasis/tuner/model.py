@@ -318,7 +318,7 @@ class RandbasisModel(BaseTuner):
             self._check_merge(adapter_names, safe_merge)
         else:
             put_back_heads(self.model)
-        base = super()._unload_and_optionally_merge(
+        base = cast("Any", super())._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         if self._watch is not None:
