@@ -415,4 +415,5 @@ class TestOnGpu:
         expected = torch.autograd.grad(function(c, x).square().sum(), [c, x])
         got = torch.autograd.grad(torch.compile(function, fullgraph=True)(c, x).square().sum(), [c, x])
         for one, other in zip(got, expected, strict=True):
-            torch.testing.assert_close(one, other)
+            # A compiler sums in another order: a few roundings of the largest terms, not of each result.
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))

@@ -26,6 +26,7 @@ from tuner_cases import (
     outputs,
     seeded,
     tiny_gpt2,
+    tiny_llama,
     token_batch,
     vector_batch,
 )
@@ -340,3 +341,13 @@ def test_a_real_pretrained_model_reloads_exactly(data_dir, tmp_path):
         assert torch.equal(outputs(again, batch), outputs(model, batch))
         merged = model.merge_and_unload()
         torch.testing.assert_close(outputs(merged, batch), outputs(again, batch), rtol=1e-3, atol=1e-3)
+
+
+def test_the_card_names_the_package_once(tmp_path):
+    model = get_peft_model(seeded(tiny_llama), make_config("nola", ["q_proj"]))
+    for _ in range(2):
+        model.save_pretrained(str(tmp_path))
+        assert (tmp_path / "README.md").read_text().count("import randbasis") == 1
+    (tmp_path / "README.md").write_text("mine")
+    model.peft_config["default"].save_pretrained(str(tmp_path))
+    assert (tmp_path / "README.md").read_text() == "mine"

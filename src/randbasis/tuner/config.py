@@ -131,6 +131,14 @@ class RandbasisConfig(PeftConfig):
             "base_model_type": self.made_for_type or self.base_model_type,
         }
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's, and name this package in the card that PEFT has written beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        if "library_name: peft" in text.partition("\n---")[0] and REQUIRES not in text:
+            card.write_text(f"{text.rstrip()}\n\nRequires {REQUIRES}.\n", encoding="utf-8")
+
     def _check_common(self) -> None:
         check_order(self.contraction)
         check_training_precision(self.quantize_coefficients)

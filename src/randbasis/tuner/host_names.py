@@ -97,6 +97,7 @@ PEFT_NAMES = (
     HostName("peft", "PeftModel.get_base_model", "a packed file cannot be put on a model"),
     HostName("peft", "PeftModel._enable_peft_forward_hooks", "adapter_names of a mixed batch are ignored"),
     HostName("peft", "PeftConfig.from_pretrained", "the folder of an adapter is not checked before a model is touched"),
+    HostName("peft", "PeftConfig.save_pretrained", "the card of a saved adapter does not name this package"),
     HostName("peft", "PeftConfig.to_dict", "a saved adapter does not say the shapes that it was made for"),
     HostName("peft", "LoraConfig", "export to and import from PEFT's LoRA"),
     HostName(_TUNERS, "BaseTuner._cast_adapter_dtype", "coefficients take the dtype of a half-precision base"),
