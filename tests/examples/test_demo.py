@@ -46,6 +46,7 @@ def test_split_leaves_no_owner_and_no_text_on_both_sides(demo):
     assert docstrings.split_by_owner(found, share=0.3, seed=0) == (train, test)
 
 
+@pytest.mark.filterwarnings("ignore:.*longer than 24 tokens")  # so that the demo is quick
 def test_a_tampered_adapter_is_found_out(demo, tmp_path: Path):
     files = demo.write_rows(tmp_path, 6, 3)
     nola = next(one for one in demo.CONTENDERS if one.folder == "nola")
