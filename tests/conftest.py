@@ -4,7 +4,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ hypothesis.settings.load_profile("repeatable")
 
 
 #: The packages whose versions decide what other people's machines do.
-TOLD = ("torch", "transformers", "peft", "accelerate", "trl", "numpy", "safetensors", "huggingface-hub")
+TOLD = ("torch", "transformers", "peft", "accelerate", "trl", "numpy", "safetensors", "huggingface_hub")
 
 
 def pytest_report_header() -> str:
-    return "versions: " + ", ".join(f"{name} {version(name)}" for name in TOLD)
+    found = {one.name: one.version for one in distributions() if one.name in TOLD}
+    return "versions: " + ", ".join(f"{name} {found.get(name, 'missing')}" for name in TOLD)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -1,5 +1,6 @@
 """Several processes of one run against one process with all of their rows."""
 
+import csv
 import json
 import os
 import shutil
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import sentences, write_csv  # pyright: ignore[reportMissingImports]
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -57,7 +57,9 @@ def test_an_epoch_reaches_the_order_behind():
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, language_model, encoder, vision_model, pairs_jsonl, image_folder) -> dict[str, Any]:
+def runs(
+    tmp_path_factory, language_model, encoder, vision_model, pairs_jsonl, image_folder, sentences_csv
+) -> dict[str, Any]:
     """The words of each run. 29 rows: the last of four batches has one row less than there are processes."""
     folder = tmp_path_factory.mktemp("ranks")
     still = folder / "encoder"
@@ -66,9 +68,14 @@ def runs(tmp_path_factory, language_model, encoder, vision_model, pairs_jsonl, i
     # Which inputs are dropped is drawn anew in every process.
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (still / "config.json").write_text(json.dumps(config))
-    rows = [{**row, "number": str(0.25 * i)} for i, row in enumerate(sentences(29, 1))]
-    data = write_csv(folder / "train.csv", rows)
-    held = write_csv(folder / "held.csv", rows[:8])
+    with open(sentences_csv, newline="", encoding="utf-8") as file:
+        rows = [{**row, "number": str(0.25 * i)} for i, row in enumerate(csv.DictReader(file))][:29]
+    data, held = str(folder / "train.csv"), str(folder / "held.csv")
+    for path, some in ((data, rows), (held, rows[:8])):
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(some)
     where = {
         "causal-lm": {"model": language_model, "data": pairs_jsonl, "eval_data": pairs_jsonl},
         "sequence-classification": {"model": str(still), "data": data, "eval_data": held},
