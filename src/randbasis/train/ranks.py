@@ -22,6 +22,8 @@ from randbasis import errors
 from randbasis.errors import RandbasisError
 
 T = TypeVar("T")
+_DEVICE = "ACCELERATE_TORCH_DEVICE"
+"""Where accelerate looks for its device. Its own choice is cpu:0, which torch.load cannot map a checkpoint to."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,9 @@ def joined(*, on_cpu: bool) -> Generator[Ranks]:
     if not started and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
+    device = os.environ.get(_DEVICE)
+    if on_cpu:
+        os.environ[_DEVICE] = "cpu"
     state = cast("Any", PartialState(cpu=on_cpu))
     if not started:  # the processes part when the program ends: torchrun's meeting point serves one meeting
         atexit.register(dist.destroy_process_group)
@@ -155,6 +160,10 @@ def joined(*, on_cpu: bool) -> Generator[Ranks]:
             yield ranks
     finally:
         logging.set_verbosity(verbosity)
+        if device is None:
+            os.environ.pop(_DEVICE, None)
+        else:
+            os.environ[_DEVICE] = device
 
 
 def _error_text(error: RandbasisError | OSError) -> str:
