@@ -435,7 +435,7 @@ class RandbasisModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """By the end of a key; a head has lost the name before it comes here, but for copies that are saved with it."""
         if ".modules_to_save." in key:
-            return cast("str", super()._remove_adapter_name_from_key(key, adapter_name))
+            return super()._remove_adapter_name_from_key(key, adapter_name)
         return without_adapter(key, adapter_name)
 
     @classmethod
