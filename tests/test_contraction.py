@@ -213,6 +213,15 @@ def test_auto_takes_the_cheaper(method: Method, tokens: int, training: bool, fus
     assert choose_order("auto", method, matrix, tokens, training=training, fused=fused) == order
 
 
+def test_a_change_that_is_not_kept_pays_for_its_forming() -> None:
+    """Rank 768 and 700 tokens: one product of ΔW saves less than forming it in every pass costs."""
+    method = RandLora(r=32)
+    matrix = Matrix(*LAYER, method.streams())
+    options = {"training": False, "fused": False}
+    assert choose_order("auto", method, matrix, 700, **options, kept=True) == "weight"
+    assert choose_order("auto", method, matrix, 700, **options, kept=False) == "token"
+
+
 @pytest.mark.parametrize("wanted", ["token", "weight"])
 @pytest.mark.parametrize("tokens", [1, 100_000])
 def test_a_forced_order_stands(wanted: str, tokens: int) -> None:

@@ -16,6 +16,7 @@ from randbasis.train.adapter_folder import restore_parameters, save_parameters
 from randbasis.train.loop import adapt, count_trained
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.settings import LoopSettings, settings_from_words
+from randbasis.train.task import CUT, count_cut, inference
 from randbasis.train.trainer import EpochOrder, parameter_groups
 from randbasis.tuner.targets import split_names
 
@@ -201,3 +202,29 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(metrics_module, "import_module", missing)
     with pytest.raises(MissingPackageError, match=r"needs sacrebleu; install randbasis\[train\]"):
         metrics_module.bleu(["x"], [["x"]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_leaves_every_mode_as_it_was(dtype: torch.dtype):
+    """And computes under autocast exactly where the base is in half precision."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4)).to(dtype)
+    model[1].eval()
+    before = [module.training for module in model.modules()]
+    assert True in before
+    assert False in before
+    with inference(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+        assert torch.is_autocast_enabled("cpu") == (dtype is torch.bfloat16)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_cut_rows_and_lost_targets_are_counted():
+    examples = [
+        {CUT: True, "labels": [-100, -100]},
+        {CUT: True, "labels": [-100, 5]},
+        {"labels": [7]},
+        {"labels": []},
+        {"labels": 1},
+    ]
+    assert count_cut(examples) == {"rows": 2, "targets": 1}

@@ -506,3 +506,19 @@ def test_sequence_first_and_unknown_models_never_decode():
     for place, known in (("linear", True), ("in_proj", False)):
         layers = adapted_layers(Case(place, "nola").adapted())
         assert all(layer.rows_first is known for layer in layers.values())
+
+
+def test_what_the_factors_of_a_layer_may_take():
+    """Two matrices of float32 of the layer's own shape, and a mebibyte at least."""
+    assert limit_of(512, 256) == 1_048_576
+    assert limit_of(1024, 512) == 4_194_304
+    assert limit_of(4096, 11008) == 360_710_144
+
+
+def test_a_tensor_of_another_shape_is_another():
+    values = torch.arange(6.0)
+    seen = snapshot.Snapshot.of([values])
+    assert seen is not None
+    assert seen.stands()
+    values.resize_(2, 3)
+    assert not seen.stands()

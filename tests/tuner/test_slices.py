@@ -170,6 +170,7 @@ def test_a_name_with_a_path_slices_only_that_module():
     [
         (["nope"], "'nope' of 'a.qkv' is unknown: .*'start:stop' or 'i/n'"),
         (["0:61"], "0:61 of 'a.qkv' must lie in 0:60"),
+        (["30:10"], "30:10 of 'a.qkv' must lie in 0:60 and not be empty"),
         (["2/2"], "must be i/n with i < n"),
         (["0/0"], "must be i/n with i < n"),
         (["0/7"], "60 rows are not 7 equal parts"),
