@@ -14,7 +14,7 @@ from randbasis.console import AsJson, Overwrite, answer, answer_table, reported
 from randbasis.export_cli import export
 from randbasis.hub_cli import push
 from randbasis.import_cli import import_
-from randbasis.options import EVALUATE, GENERATE, INSPECT, PLAN, PREDICT, TRAIN, check_options
+from randbasis.options import EVALUATE, GENERATE, INSPECT, PACK, PLAN, PREDICT, TRAIN, check_options
 from randbasis.quantize_cli import quantize
 from randbasis.store_cli import store
 
@@ -207,7 +207,7 @@ def predict(
         from randbasis.train.evaluation import predict as run
         from randbasis.train.evaluation import refuse_existing, use_from_words
 
-        refuse_existing(output, overwrite=overwrite)
+        refuse_existing(output, overwrite=overwrite, sources=(adapter, model, data))
         settings = use_from_words(given)
         check_options(context, PREDICT, **settings.facts())
         answer_rows(run(settings), output, as_json, overwrite=overwrite)
@@ -247,7 +247,7 @@ def generate(
         from randbasis.train.evaluation import refuse_existing, use_from_words
 
         check_options(context, GENERATE)
-        refuse_existing(output, overwrite=overwrite)
+        refuse_existing(output, overwrite=overwrite, sources=(adapter, model, data))
         answer_rows(run(use_from_words(given), prompt or []), output, as_json, overwrite=overwrite)
 
 
@@ -325,6 +325,7 @@ def merge(
 
 @app.command(epilog="Example: randbasis pack runs/e2e e2e.safetensors --bits 4")
 def pack(
+    context: typer.Context,
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
     file: Annotated[str, typer.Argument(help="File to write; or a URL: s3://, hf://, ….")],
     bits: Annotated[int, Option(help="Of a coefficient: 32 (as it is), 16, 8, 4, 3, 2.")] = 16,
@@ -338,6 +339,7 @@ def pack(
     """Write an adapter as one file: a seed, a spec and the coefficients."""
     given = {"bits": bits, "group": group, "bfloat16": bfloat16, "model": model, "base_name": base_name}
     with reported(as_json):
+        check_options(context, PACK)
         from randbasis.tuner.packed import pack_adapter
 
         answer(pack_adapter(adapter, file, **cast(Any, given), overwrite=overwrite).as_json(), as_json)

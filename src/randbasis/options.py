@@ -149,4 +149,16 @@ GENERATE = (
     _REPLACED,
 )
 
+PUSH = (
+    Needs("private revision message", lambda words: words["dry_run"] is None, "a push that is sent, not --dry-run"),
+    Needs("overwrite", lambda words: words["dry_run"] is not None, "--dry-run"),
+)
+
+QUANTIZE = (Needs("base_name overwrite", lambda words: words["output"] is not None, "an output"),)
+
+PACK = (
+    Needs("bfloat16", lambda words: words["bits"] == 16, "--bits 16"),
+    Needs("group", lambda words: words["bits"] not in (16, 32), "--bits 8 or fewer"),
+)
+
 INSPECT = (Needs("overwrite", lambda words: words["plot"] is not None, "--plot"),)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,3 +190,12 @@ def test_what_cannot_be_prepared(pairs: TrainSettings, language_model: str, trai
         evaluate(UseSettings(adapter=trained, data=path))
     with pytest.raises(SettingError, match="neither an adapter nor a model"):
         generate(UseSettings(), ["a"])
+
+
+def test_prompts_that_are_cut_are_counted(trained: Path):
+    use = UseSettings(adapter=trained, threads=1, generation=GenerationSettings(max_new_tokens=2))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        generate(use, ["a", "abcdefghij" * 10])
+    (told,) = (str(one.message) for one in caught if "(max_length)" in str(one.message))
+    assert told.startswith("1 of 2 rows of the prompts are longer than")

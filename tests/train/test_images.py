@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError
+from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError, SettingError
 from randbasis.train import (
     AdapterSettings,
     DataSettings,
@@ -150,3 +150,8 @@ def test_a_broken_image_and_an_unseen_class(settings: TrainSettings, tmp_path: P
     (green / "green" / "0.png").write_bytes((image_folder / "train" / "red" / "0.png").read_bytes())
     with pytest.raises(LabelError, match=r"label 'green' of .* was not seen in training"):
         task.encode(read_images(green)["train"], training=False)
+
+
+def test_a_share_to_hold_out_where_a_split_is_held_out_already(settings: TrainSettings, image_folder: Path):
+    with pytest.raises(SettingError, match=r"eval_fraction 0\.3 has no meaning where .* is held out already"):
+        prepare(replace(settings, data=DataSettings(image_folder, eval_fraction=0.3)))

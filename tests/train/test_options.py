@@ -58,6 +58,13 @@ PREDICT = ["predict", "--model", "nowhere", "--data", "rows.csv"]
         ([*TEXTS, "--method", "pranc", "--rank", "4"], "--rank"),
         ([*TEXTS, "--method", "randlora", "--parametrization", "offset"], "--parametrization"),
         (["plan", "nowhere", "--method", "vera", "--basis", "4"], "--basis"),
+        (["push", "nowhere", "me/x", "--dry-run", "out", "--private"], "--private"),
+        (["push", "nowhere", "me/x", "--dry-run", "out", "--message", "m"], "--message"),
+        (["push", "nowhere", "me/x", "--overwrite"], "--overwrite"),
+        (["quantize", "nowhere", "--overwrite"], "--overwrite"),
+        (["quantize", "nowhere", "--base-name", "x"], "--base-name"),
+        (["pack", "nowhere", "x.safetensors", "--bits", "4", "--bfloat16"], "--bfloat16"),
+        (["pack", "nowhere", "x.safetensors", "--group", "32"], "--group"),
         (["inspect", "nowhere", "--overwrite"], "--overwrite"),
     ],
     ids=lambda value: " ".join(value[-3:]) if isinstance(value, list) else "",
@@ -100,3 +107,20 @@ def test_a_language_model_without_columns_is_told_which_it_needs(language_model:
         result = CliRunner().invoke(app, words, catch_exceptions=False)
         assert result.exit_code == 2
         assert message in result.stderr
+
+
+def test_a_flag_that_is_switched_off_asks_for_nothing():
+    """What stops the run is the missing model, not `--no-flip` for a text."""
+    result = CliRunner().invoke(app, [*TEXTS, "--text-column", "a", "--label-column", "b", "--no-flip", "--json"])
+    assert result.exit_code == 2
+    assert "has no meaning" not in result.output
+
+
+@pytest.mark.parametrize("words", [PREDICT, ["generate", "--model", "nowhere", "--data", "rows.csv"]])
+def test_answers_do_not_take_the_place_of_the_rows(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("a\nb\n")
+    result = CliRunner().invoke(app, [*words, "--prompt-column", "a", "--output", "rows.csv", "--overwrite"])
+    assert result.exit_code == 2
+    assert "a file that is read from" in result.output
+    assert (tmp_path / "rows.csv").read_text() == "a\nb\n"

@@ -138,8 +138,7 @@ class CausalLanguage(Task):
             return self._blocks(table.texts(self.columns["text"]))
         prompts = self.prompts(table)
         if not training and self.columns["target"] not in table.columns:
-            starts = map(self._start, prompts)
-            return [{"prompt": p, "input_ids": ids, CUT: cut} for p, (ids, cut) in zip(prompts, starts, strict=True)]
+            return [self.prompt_example(prompt) for prompt in prompts]
         examples: list[Example] = []
         for prompt, targets in zip(prompts, table.references(self.columns["target"]), strict=True):
             examples += [self._pair(prompt, target) for target in targets]
@@ -150,6 +149,11 @@ class CausalLanguage(Task):
     def prompts(self, table: Table) -> list[str]:
         """The prompts of a table as texts."""
         return table.texts(self.columns["prompt"] or "")
+
+    def prompt_example(self, prompt: str) -> Example:
+        """A prompt as an example without a target."""
+        ids, cut = self._start(prompt)
+        return {"prompt": prompt, "input_ids": ids, CUT: cut}
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Tokens of a prompt and the separator, as generation starts from them; cut on the left to leave room."""

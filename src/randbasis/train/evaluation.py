@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from randbasis.errors import AdapterFilesError, EmptyDataError, OutputExistsError, SettingError, near
-from randbasis.output_set import saving
+from randbasis.output_set import check_file_output, saving
 from randbasis.train.adapter_folder import load_adapter, read_folder
 from randbasis.train.base_model import read_tokenizer
 from randbasis.train.causal_lm import CausalLanguage, end_token_id
@@ -218,6 +218,7 @@ def generate(settings: UseSettings, prompts: Sequence[str] = ()) -> list[Row]:
         if settings.data is None or task.columns["prompt"] is None:
             raise SettingError("there is nothing to generate from; give a prompt, or data and its prompt column")
         wanted = task.prompts(read_rows(settings, task))
+    warn_of_cut(task, [task.prompt_example(prompt) for prompt in wanted], "the prompts")
     with torch_threads(settings.threads):
         texts = task.answers(found.load(settings), wanted, settings.batch_size)
     return [{"prompt": prompt, "text": text} for prompt, text in zip(wanted, texts, strict=True)]
@@ -260,10 +261,13 @@ def write_lines(rows: Sequence[Row], path: str | Path, *, overwrite: bool = Fals
         part.replace(path)
 
 
-def refuse_existing(path: Path | None, *, overwrite: bool) -> None:
-    """Raises OutputExistsError for a file that would be replaced unasked; to be called before the work begins."""
-    if path is not None and path.exists() and not overwrite:
+def refuse_existing(path: Path | None, *, overwrite: bool, sources: Sequence[str | None] = ()) -> None:
+    """Raises OutputExistsError for a file that would be replaced unasked, or that is read; before the work begins."""
+    if path is None:
+        return
+    if path.exists() and not overwrite:
         raise OutputExistsError(f"output {str(path)!r} exists; give overwrite to replace it, or another name")
+    check_file_output(path, sources, overwrite=overwrite)
 
 
 def json_line(row: Row) -> str:

@@ -22,7 +22,7 @@ from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
 from randbasis.train.loop import FitResult, fit, runs_on_cpu
 from randbasis.train.loss_plot import plot_losses
 from randbasis.train.ranks import Ranks, joined
-from randbasis.train.settings import TrainSettings
+from randbasis.train.settings import DataSettings, TrainSettings
 from randbasis.train.splits import few_shot, hold_out, sample
 from randbasis.train.tabular import Table, read_table
 from randbasis.train.task import TASK_FILE, Example, Task, count_cut, warn_of_cut
@@ -179,6 +179,10 @@ def _chosen(settings: TrainSettings, train: Table, eval: Table | None) -> tuple[
         groups = train.column(data.prompt_column) if data.prompt_column else list(range(len(train.rows)))
         kept, held = hold_out([str(group) for group in groups], data.eval_fraction, seed)
         train, eval = train.subset(kept), train.subset(held)
+    elif data.eval_fraction != DataSettings.eval_fraction:
+        raise SettingError(
+            f"eval_fraction {data.eval_fraction} has no meaning where {eval.source} is held out already; leave it out"
+        )
     if data.shots is not None:
         label = "label" if settings.task == ImageClassification.name else data.label_column
         if label is None:
