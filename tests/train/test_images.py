@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError, SettingError
 from randbasis.train import (

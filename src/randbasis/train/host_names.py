@@ -35,6 +35,7 @@ TRAINER_NAMES = (
     HostName(_CALLBACKS, "TrainerCallback.on_step_end", "the last step is not evaluated"),
     HostName(_CALLBACKS, "TrainerCallback.on_train_begin", "no progress is shown"),
     HostName(_CALLBACKS, "TrainerCallback.on_train_end", "the progress bar is not closed"),
+    HostName("transformers.models.auto.image_processing_auto", "AutoImageProcessor", "images"),
     HostName("transformers", "EarlyStoppingCallback", "early_stop"),
     HostName("transformers", "PrinterCallback", "metrics are printed into the answers of the command"),
     HostName("accelerate.data_loader", "prepare_data_loader", "several processes", ("num_processes", "process_index")),

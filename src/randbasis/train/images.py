@@ -12,7 +12,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # its public name may ask for torchvision
 
 from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError, MissingPackageError, near
 from randbasis.train.base_model import explained, heads_of, read_model

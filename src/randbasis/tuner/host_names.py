@@ -16,7 +16,7 @@ from randbasis.errors import RegistrationError, VersionPairError
 
 TESTED = {
     "peft": "peft>=0.21,<0.22",
-    "transformers": "transformers>=5.12,<5.24",
+    "transformers": "transformers>=5.14,<5.24",
     "accelerate": "accelerate>=1.10.1",
 }
 """Ranges whose every pair works in full; those of the package are wider where a part works: :func:`name_pair`."""
