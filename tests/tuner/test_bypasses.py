@@ -17,6 +17,7 @@ from tuner_cases import (
     adapted_layers,
     fill,
     make_config,
+    needs_pair,
     outputs,
     seeded,
     snapshot,
@@ -420,6 +421,7 @@ def test_a_backward_pass_that_runs_out_of_memory_judges_nothing(method, segments
     assert not _warnings(recwarn)
 
 
+@needs_pair
 def test_transformers_own_way_in_is_watched_too(recwarn):
     base = seeded(tiny_llama)
     base.add_adapter(make_config("nola", ["q_proj", "v_proj"]))

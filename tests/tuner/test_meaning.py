@@ -24,6 +24,7 @@ from tuner_cases import (
     coefficients_of,
     fill,
     make_config,
+    needs_pair,
     outputs,
     seeded,
     snapshot,
@@ -278,6 +279,7 @@ def test_streams_that_were_cast_are_refused_on_every_way(place, dtype, tmp_path)
         PeftModel.from_pretrained(seeded(PLACES[place].build), tmp_path)
 
 
+@needs_pair
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])  # float64 holds 32 bits
 def test_the_loader_of_transformers_takes_no_streams_that_were_cast(dtype, tmp_path):
     case = Case("linear", "nola-own-basis")
