@@ -174,6 +174,10 @@ class CoefficientValueError(RandbasisError, ValueError):
     """Coefficients contain a value that is not finite."""
 
 
+class StreamValueError(RandbasisError, ValueError):
+    """Stored streams were cast to floating point or averaged, and name other random matrices now."""
+
+
 class SettingError(RandbasisError, ValueError):
     """A setting of a training run, or a combination of settings, cannot be used."""
 

@@ -17,6 +17,7 @@ from tuner_cases import (
     adapted_layers,
     fill,
     make_config,
+    needs_pair,
     outputs,
     seeded,
     snapshot,
@@ -57,9 +58,53 @@ class Reads(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0] + self.same(x)
 
 
+class ReadsByOtherNames(nn.Module):
+    """Weights of layers that have a name of their own, or none, where they are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.renamed = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.looped, self.counted, self.own = (nn.ModuleList([nn.Linear(16, 16) for _ in range(2)]) for _ in range(3))
+        self.keyed = nn.ModuleDict({"first": nn.Linear(16, 16), "second": nn.Linear(16, 16)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        projection = self.renamed
+        own = self.own
+        x = nn.functional.linear(self.called(x), projection.weight, projection.bias)
+        for layer in self.looped:
+            x = nn.functional.linear(x, layer.weight)
+        for number in range(2):
+            x = nn.functional.linear(x, self.counted[number].weight)
+        x = nn.functional.linear(x, self.keyed["first"].weight)
+        for layer in own:
+            x = layer(x.to(layer.weight.device))
+        return self.keyed["second"](x)
+
+
+class Asks(nn.Module):
+    """Looks at weights and calls the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layers = nn.Linear(16, 16), nn.ModuleList([nn.Linear(16, 16) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        there = self.first.weight is not None
+        x = self.first(x.to(self.first.weight.data.dtype)) if there else x
+        if self.layers[0].weight is None or self.layers[0].weight.data.is_cuda:
+            return x
+        for layer in self.layers:
+            x = layer(x.to(layer.weight.dtype))
+        return x
+
+
 MAMBA = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
 BYPASSED = {
     "a function of weights": (lambda: seeded(Reads), ["called", "read"], "'read'.*Reads reads its weight"),
+    "a name of its own": (lambda: seeded(ReadsByOtherNames), ["called", "renamed"], "'renamed'.*reads its weight"),
+    "a loop": (lambda: seeded(ReadsByOtherNames), ["own.1", "looped.1"], "'looped.1'.*reads its weight"),
+    "a number": (lambda: seeded(ReadsByOtherNames), ["own.0", "counted.0"], "'counted.0'.*reads its weight"),
+    "a key": (lambda: seeded(ReadsByOtherNames), ["keyed.second", "keyed.first"], "'keyed.first'.*reads its weight"),
     "attention of torch": (lambda: seeded(Reads), ["called", "out_proj"], "MultiheadAttention reads its weight"),
     "two names": (lambda: seeded(Reads), ["called", "held"], "one module in several places, held and same"),
     "siglip": (
@@ -124,6 +169,7 @@ def test_classes_of_transformers_that_read_a_weight(kind, attribute):
 @pytest.mark.parametrize(
     ("make", "targets"),
     [
+        (lambda: seeded(Asks), "all-linear"),
         (lambda: seeded(tiny_gpt2), "all-linear"),
         (lambda: seeded(tiny_llama), "all-linear"),
         (build("BloomModel", hidden_size=32, n_layer=1, n_head=4, vocab_size=64), "all-linear"),
@@ -342,12 +388,40 @@ def test_checkpointed_models_hear_nothing(reentrant, recwarn):
 
 def test_a_checkpointed_segment_does_not_judge_for_the_rest(recwarn):
     model = get_peft_model(Sly(segments=True), make_config("nola", ["called", "gone"], modules_to_save=["head"]))
-    _step(model)
-    _step(model)
+    for _ in range(3):
+        _step(model)
     (message,) = _warnings(recwarn)
-    assert "gone" in message
+    assert message.startswith("1 of 2 adapted layers got no gradient in the first backward pass: gone. ")
 
 
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("method", ONE_EACH)
+def test_a_backward_pass_that_runs_out_of_memory_judges_nothing(method, segments, recwarn):
+    """accelerate and the Trainer then go on with a smaller batch, and every layer is reached."""
+    model = get_peft_model(seeded(tiny_llama), make_config(method, "all-linear")).train()
+    if segments:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+
+    def full(gradient: Tensor) -> None:
+        raise torch.OutOfMemoryError
+
+    def train() -> None:
+        model(**token_batch(), labels=token_batch()["input_ids"]).loss.backward()
+
+    first = next(p for name, p in model.named_parameters() if p.requires_grad and "layers.0" in name)
+    handle = first.register_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train()
+    assert any(p.grad is not None for p in model.parameters())  # it had begun
+    handle.remove()
+    for _ in range(3):
+        model.zero_grad()
+        train()
+    assert not _warnings(recwarn)
+
+
+@needs_pair
 def test_transformers_own_way_in_is_watched_too(recwarn):
     base = seeded(tiny_llama)
     base.add_adapter(make_config("nola", ["q_proj", "v_proj"]))

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from tuner_cases import (
     ONE_EACH,
@@ -23,6 +24,7 @@ from tuner_cases import (
     coefficients_of,
     fill,
     make_config,
+    needs_pair,
     outputs,
     seeded,
     snapshot,
@@ -31,7 +33,7 @@ from tuner_cases import (
 
 from randbasis import Nola, RandbasisConfig, RandLora, Vera
 from randbasis.adapter_file import SpecMatrix
-from randbasis.errors import AdapterFilesError, BaseMismatchError, MeaningError
+from randbasis.errors import AdapterFilesError, BaseMismatchError, MeaningError, StreamValueError
 from randbasis.tuner.inspection import inspect_adapter
 from randbasis.tuner.meaning import WIDTH, meaning_of
 from randbasis.tuner.packed import load_packed, pack_adapter, unpack_adapter
@@ -248,6 +250,70 @@ def test_a_cast_keeps_it(method, dtype):
     other = case.adapted(seed=7)
     with pytest.raises(MeaningError, match="seed 11 there and 7 here"):
         other.load_state_dict({name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
+
+
+CASTS = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+
+
+@CASTS
+@pytest.mark.parametrize("place", ["linear", "conv1d", "qkv_proj", "in_proj"])
+def test_streams_that_were_cast_are_refused_on_every_way(place, dtype, tmp_path):
+    """A basis of each layer's own lies in the streams: those of another dtype would name other matrices."""
+    case = Case(place, "nola-own-basis")
+    source, target = case.adapted(), case.adapted(fill_seed=2)
+    whole = {name: tensor.to(dtype) for name, tensor in source.state_dict().items()}
+    saved = {name: tensor.to(dtype) for name, tensor in get_peft_model_state_dict(source).items()}
+    before = snapshot(target)
+    for load in (
+        lambda: target.load_state_dict(whole),
+        lambda: target.load_state_dict(whole, assign=True),
+        lambda: nn.Sequential(target).load_state_dict({f"0.{name}": tensor for name, tensor in whole.items()}),
+        lambda: set_peft_model_state_dict(target, saved),
+    ):
+        with pytest.raises(StreamValueError, match="must be int64"):
+            load()
+        assert snapshot(target) == before
+    source.save_pretrained(tmp_path)
+    save_file(saved, tmp_path / WEIGHTS)
+    with pytest.raises(StreamValueError, match="must be int64"):
+        PeftModel.from_pretrained(seeded(PLACES[place].build), tmp_path)
+
+
+@needs_pair
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])  # float64 holds 32 bits
+def test_the_loader_of_transformers_takes_no_streams_that_were_cast(dtype, tmp_path):
+    case = Case("linear", "nola-own-basis")
+    source = case.adapted()
+    source.save_pretrained(tmp_path)
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(tmp_path / WEIGHTS).items()}, tmp_path / WEIGHTS)
+    base = seeded(tiny_llama)
+    before = snapshot(base)
+    with pytest.raises(StreamValueError):
+        base.load_adapter(str(tmp_path))
+    assert snapshot(base) == before
+    assert not adapted_layers(base)
+
+
+def test_an_average_that_takes_streams_for_numbers_is_refused():
+    """With its buffers, a mean of equal models has the streams of none: they were rounded on their way."""
+    case = Case("linear", "nola-own-basis")
+    model = case.adapted()
+    right = AveragedModel(model)
+    wrong = AveragedModel(model, avg_fn=lambda mean, new, n: mean + (new - mean) / (n + 1), use_buffers=True)
+    for _ in range(3):
+        right.update_parameters(model)
+        wrong.update_parameters(model)
+    assert torch.equal(outputs(right.module, case.batch()), outputs(model, case.batch()))
+    with pytest.raises(StreamValueError, match=r"rounded to torch\.float32"):
+        outputs(wrong.module, case.batch())
+
+
+@pytest.mark.parametrize("method", [*ONE_EACH, "nola-own-basis"])
+def test_streams_and_coefficients_move_with_a_model_that_is_cast(method):
+    case = Case("linear", method)
+    model, target = case.adapted(), case.adapted(fill_seed=2)
+    target.load_state_dict(copy.deepcopy(model).to(torch.bfloat16).float().state_dict())
+    assert text_of(target) == text_of(model)
 
 
 @pytest.mark.parametrize("method", ONE_EACH)

@@ -6,6 +6,7 @@ from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel, get_peft_mo
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Model
 from tuner_cases import (
+    ONE_EACH,
     OPTIONS,
     PLACES,
     Case,
@@ -150,6 +151,19 @@ def test_another_head_and_so_another_path(method, tmp_path):
     hidden = with_head.eval()(**token_batch(), output_hidden_states=True).hidden_states[-1]
     # What can be trained and what cannot may take different orders of the same contraction.
     torch.testing.assert_close(hidden, bare(**token_batch()).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ONE_EACH)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_model_that_evaluates_drops_no_inputs_of_what_is_put_into_it(place, method):
+    case = Case(place, method)
+    base = case.base().eval()
+    inject_adapter_in_model(case.config(dropout=0.5), base, "default")
+    fill(base)
+    assert torch.equal(outputs(base, case.batch()), outputs(base.eval(), case.batch()))
+    base = case.base().train()
+    inject_adapter_in_model(case.config(dropout=0.5), base, "default")
+    assert all(layer.training for layer in adapted_layers(base).values())
 
 
 @pytest.mark.parametrize("method", OPTIONS)

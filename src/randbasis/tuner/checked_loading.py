@@ -17,11 +17,14 @@ from transformers.integrations.peft import PeftAdapterMixin
 from randbasis.adapter_file import SpecMatrix
 from randbasis.errors import AdapterFilesError, BaseMismatchError, CoefficientCountError, CoefficientValueError
 from randbasis.tuner.adapter_dir import CONFIG_FILE, check_adapter_files, read_config_file
-from randbasis.tuner.adapter_names import belongs_to
+from randbasis.tuner.adapter_names import adapter_of, belongs_to
+from randbasis.tuner.coefficients import check_streams
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.meaning import MEANING, HeldMeaning, holder_of, meaning_of, warn_of_no_meaning
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
+
+_STREAMS = f".{PREFIX}streams."
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, RandbasisLinear]]:
@@ -65,6 +68,9 @@ def _our_hooks(model: nn.Module) -> list[int]:
 
 def _compare_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Before the first tensor of a model is written, so that a refusal leaves all of them."""
+    for name, tensor in state_dict.items():
+        if name.startswith(prefix) and _STREAMS in name and adapter_of(name) is not None:
+            check_streams(name, tensor)
     for key, layer in adapted_layers(model):
         for adapter, held in cast("Iterator[tuple[str, HeldMeaning]]", layer.randbasis_meaning.items()):
             name = f"{prefix}{key}.{MEANING}.{adapter}.weight"
@@ -72,7 +78,7 @@ def _compare_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix
             for one in there:
                 held.check(state_dict[one])
             own = (one for one in state_dict if one.startswith(prefix) and belongs_to(one, adapter))
-            if not there and any(f".{PREFIX}streams." not in one for one in own):
+            if not there and any(_STREAMS not in one for one in own):
                 warn_of_no_meaning(held.meaning, held.adapter)
 
 
@@ -115,7 +121,7 @@ def check_loaded(model: nn.Module, adapter: str, state_dict: dict[str, Tensor]) 
                 f"{key} must have shape {list(tensor.shape)} by the adapter's rank and basis, got {list(found.shape)}; "
                 "the coefficients and adapter_config.json do not belong together"
             )
-        _check_finite(key, found)
+        _check_values(key, found)
     for key in own.keys() - wanted.keys():
         held = _held(model, adapter)
         if key in state_dict:
@@ -123,6 +129,12 @@ def check_loaded(model: nn.Module, adapter: str, state_dict: dict[str, Tensor]) 
         else:
             warn_of_no_meaning(held.meaning, held.adapter)
             state_dict[key] = own[key]
+
+
+def _check_values(key: str, found: Tensor) -> None:
+    if _STREAMS in key:
+        check_streams(key, found)
+    _check_finite(key, found)
 
 
 def _check_finite(key: str, found: Tensor) -> None:
@@ -205,7 +217,7 @@ def _compare_after_load(model: nn.Module, adapter: str, info: Any) -> None:
             f"its adapter_config.json, the first is {extra[0]!r}; load it on the base model it was made for"
         )
     for key, layer in layers:
-        for one in layer.adapted[adapter]:
+        for one in layer.matrices(adapter):  # reads the streams, and refuses what a cast has made of them
             for name, values in layer.trained_coefficients(adapter, one).items():
                 _check_finite(f"{key}.{PREFIX}{name}", values)
     held = _held(model, adapter)

@@ -3,12 +3,14 @@
 Each is a module with a ``.weight``, which is what sharding, state dicts and transformers' own loader expect.
 """
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from randbasis.adapter_file.codec import nearest_codes, scale_of
+from randbasis.errors import StreamValueError
 from randbasis.tuner.snapshot import Snapshot
 
 
@@ -75,13 +77,52 @@ class Streams(nn.Module):
             return self._values
         if not self.weight.is_meta and (self._read_from is None or not self._read_from.is_of([self.weight])):
             self._read_from = Snapshot.of([self.weight])
-            rows = cast("list[list[int]]", self.weight.tolist())
-            self._values = [tuple(row) for row in rows]
+            check_streams("the streams of a layer", self.weight)
+            found = cast("list[list[int]]", self.weight.tolist())
+            _check_not_rounded(self._values, found)
+            self._values = [tuple(row) for row in found]
         return self._values
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if (found := state_dict.get(f"{prefix}weight")) is not None:
+            check_streams(f"{prefix}weight", found)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._read_from = None  # for a compiler, under which no values are compared
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Streams":
         return Streams(self.values)
+
+
+def check_streams(name: str, found: Tensor) -> None:
+    """Raise unless a tensor can be stored streams: one rounded bit names another random matrix.
+
+    Args:
+        name: of the tensor, for the message.
+        found: the tensor.
+
+    Raises:
+        StreamValueError: it is of another dtype than int64, or holds what is no unsigned integer of 32 bits.
+    """
+    if found.is_meta:
+        return
+    if found.dtype != torch.int64:
+        raise _other_streams(name, f"a tensor of {found.dtype}")
+    if bool(((found < 0) | (found >= 1 << 32)).any()):
+        raise _other_streams(name, f"{found.tolist()}")
+
+
+def _check_not_rounded(before: list[tuple[int, ...]], found: list[list[int]]) -> None:
+    """What averages all tensors of a model writes streams back by way of floating point."""
+    for dtype in (torch.float32, torch.bfloat16):
+        exact = torch.tensor(before, dtype=torch.float64, device="cpu")
+        rounded = cast("list[list[int]]", exact.to(dtype).to(torch.int64).tolist())
+        if found == rounded != [list(row) for row in before]:
+            raise _other_streams("the streams of a layer", f"{found}, which are {before} rounded to {dtype}")
+
+
+def _other_streams(name: str, got: str) -> StreamValueError:
+    return StreamValueError(
+        f"{name} must be int64 with values of 32 bits, as saved: streams name the random matrices of a basis that is "
+        f"not shared, and are no numbers to be cast or averaged, got {got}; leave integers alone where coefficients "
+        "are cast or averaged (AveragedModel without use_buffers), and load the saved adapter again"
+    )

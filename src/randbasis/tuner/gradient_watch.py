@@ -31,6 +31,9 @@ class GradientWatch:
         self._reached: set[int] = set()
         self._handles: list[Any] = []
         self._queued = False
+        self._segments = 0
+        """Backward passes of which only checkpointed segments were heard to end; :meth:`start` counts them."""
+        self._ended = False
         self.done = False
         # Reached by PEFT's and by transformers' way into a model; the layers themselves may never be called.
         self._entry: Any = model.register_forward_pre_hook(self._enter)
@@ -44,11 +47,20 @@ class GradientWatch:
             or cast("Any", torch.jit).is_tracing()
         ):
             return
-        if self._reached and not _inside_backward():
+        if not _inside_backward() and self._of_two_passes():
             self._judge()
         elif not self._handles:
             trained = [p for p in self._model.parameters() if p.requires_grad and p.is_leaf]
             self._handles = [p.register_post_accumulate_grad_hook(self._note) for p in trained]
+
+    def _of_two_passes(self) -> bool:
+        """Whether two backward passes went by that could not judge themselves: one alone may have been cut short.
+
+        What ran out of memory is run again with a smaller batch, and has then reached all that it can.
+        """
+        self._segments += self._ended
+        self._ended = self._queued = False
+        return self._segments == 2
 
     def forget(self) -> None:
         """Other parameters train from now on: start anew, unless the first backward pass has been judged."""
@@ -75,7 +87,7 @@ class GradientWatch:
     def _finish(self) -> None:
         # A checkpointed segment runs a backward pass of its own inside the real one: too early to judge.
         if _inside_backward_function():
-            self._queued = False
+            self._queued, self._ended = False, True
         elif not self.done:
             self._judge()
 

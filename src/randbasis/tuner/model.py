@@ -176,6 +176,7 @@ class RandbasisModel(BaseTuner):
         parts = self._parts(config, current_key, layer.out_features)
         if not adds_to_ours:
             layer.set_adapter(adapter_name)
+            layer.train(target.training)  # PEFT's layers drop inputs in a model that evaluates
             layer.rows_first = layout_of(self.model) == "rows first"
         layer.update_layer(adapter_name, config.method_for(current_key), parts, current_key, options)
         if not adds_to_ours:

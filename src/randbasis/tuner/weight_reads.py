@@ -8,7 +8,7 @@ they compute with.
 
 import dis
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any, cast
@@ -17,12 +17,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 Path = tuple[str, ...]
-"""Names of attributes from a module down to one whose weight is read; ``"*"`` first where it may lie anywhere below."""
+"""Names of attributes from a module down to one whose weight is read.
+
+``"*"`` is first where it may lie anywhere below, and ``"?"`` stands for any one name: an entry of a list.
+"""
 
 _ABOUT = frozenset(
     {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "is_cuda", "is_meta", "requires_grad", "__class__"}
 )
 """What can be asked of a weight without using its numbers."""
+_ATTRIBUTES = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 _QUESTIONS = frozenset({"isinstance", "hasattr", "getattr", "type", "id"})
 
 _NO_COMPUTATION = (
@@ -81,7 +85,7 @@ def weight_reader(model: nn.Module, key: str) -> nn.Module | None:
 def _meets(path: Path, below: Path) -> bool:
     if path[0] == "*":
         return len(path) <= len(below) and below[len(below) - len(path) + 1 :] == path[1:]
-    return path == below
+    return len(path) == len(below) and all(name in ("?", there) for name, there in zip(path, below, strict=True))
 
 
 def _harmless(module: nn.Module, name: str) -> bool:
@@ -144,19 +148,65 @@ def _weights_read(code: CodeType) -> frozenset[Path]:
     for index, step in enumerate(steps):
         if step.opname != "LOAD_ATTR" or step.argval != "weight":
             continue
-        after = steps[index + 1] if index + 1 < len(steps) else step
-        if after.opname in ("LOAD_ATTR", "LOAD_METHOD") and after.argval in _ABOUT:
+        if _only_asked(steps, index):
             continue
         start = index
         while start and steps[start - 1].opname in ("LOAD_ATTR", "LOAD_METHOD"):
             start -= 1
         chain = tuple(cast("str", one.argval) for one in steps[start:index])
         before = steps[start - 2] if start >= 2 else step
+        if not chain and (owner := _owner(steps, index)):
+            found.add(owner)
         if not chain or (before.opname.startswith("LOAD_GLOBAL") and before.argval in _QUESTIONS):
             continue
         of_self = start > 0 and "self" in _names(steps[start - 1].argval)
         found.add(chain if of_self else ("*", *chain))
     return frozenset(found)
+
+
+def _only_asked(steps: Sequence[dis.Instruction], index: int) -> bool:
+    """Whether of a weight that is loaded nothing is used but what it is like, or whether there is one."""
+    after = steps[index + 1 : index + 4]
+    if after and after[0].opname in _ATTRIBUTES and after[0].argval == "data":
+        after = after[1:]
+    if not after:
+        return False
+    if after[0].opname in _ATTRIBUTES:
+        return after[0].argval in _ABOUT
+    compared = len(after) > 1 and after[0].argval is None and after[1].opname == "IS_OP"
+    return compared or after[0].opname.endswith(("_IF_NONE", "_IF_NOT_NONE"))
+
+
+def _owner(steps: Sequence[dis.Instruction], index: int) -> Path | None:
+    """The path below ``self`` of what is loaded before an instruction: by a local name, from a list, in a loop over it.
+
+    None where it is computed in another way, which the first backward pass tells of.
+    """
+    step = steps[index - 1] if index else None
+    if step is None:
+        return None
+    if step.opname in _ATTRIBUTES:
+        return _below(_owner(steps, index - 1), cast("str", step.argval))
+    if step.opname == "BINARY_SUBSCR" or (step.opname == "BINARY_OP" and step.argrepr == "[]"):
+        key = steps[index - 2]
+        name = key.argval if isinstance(key.argval, str) and key.opname == "LOAD_CONST" else "?"
+        return _below(_owner(steps, index - 2), name) if key.opname.startswith("LOAD_") else None
+    if not (step.opname.startswith("LOAD_FAST") or step.opname.endswith("LOAD_FAST") or step.opname == "LOAD_DEREF"):
+        return None
+    variable = _names(step.argval)[-1]
+    if variable == "self":
+        return ()
+    for place in range(index - 1):
+        if steps[place].opname.startswith("STORE_FAST") and _names(steps[place].argval)[0] == variable:
+            loops = place > 1 and steps[place - 1].opname == "FOR_ITER" and steps[place - 2].opname == "GET_ITER"
+            owner = _below(_owner(steps, place - 2), "?") if loops else _owner(steps, place)
+            if owner:
+                return owner
+    return None
+
+
+def _below(owner: Path | None, name: str) -> Path | None:
+    return None if owner is None else (*owner, name)
 
 
 def _names(argument: Any) -> tuple[str, ...]:
