@@ -14,7 +14,7 @@ from randbasis.console import AsJson, Overwrite, answer, answer_table, reported
 from randbasis.export_cli import export
 from randbasis.hub_cli import push
 from randbasis.import_cli import import_
-from randbasis.options import EVALUATE, GENERATE, INSPECT, PLAN, PREDICT, TRAIN, check_options
+from randbasis.options import EVALUATE, GENERATE, INSPECT, PACK, PLAN, PREDICT, TRAIN, check_options
 from randbasis.quantize_cli import quantize
 from randbasis.store_cli import store
 
@@ -129,13 +129,16 @@ def train(
     given = dict(locals())
     with reported(as_json):
         from randbasis.train.adapter import method_words
+        from randbasis.train.images import brings_evaluation
         from randbasis.train.run import train as run
         from randbasis.train.settings import settings_from_words
 
         outcome = run(
             settings_from_words(given),
             console=None if quiet else Console(stderr=True),
-            check=lambda: check_options(context, TRAIN, methods=method_words()),
+            check=lambda: check_options(
+                context, TRAIN, methods=method_words(), own_eval=lambda: brings_evaluation(task, data)
+            ),
         )
         if outcome.first:
             answer({"output": str(output), **outcome.summary}, as_json)
@@ -207,7 +210,7 @@ def predict(
         from randbasis.train.evaluation import predict as run
         from randbasis.train.evaluation import refuse_existing, use_from_words
 
-        refuse_existing(output, overwrite=overwrite)
+        refuse_existing(output, (data, adapter, model), overwrite=overwrite)
         settings = use_from_words(given)
         check_options(context, PREDICT, **settings.facts())
         answer_rows(run(settings), output, as_json, overwrite=overwrite)
@@ -247,7 +250,7 @@ def generate(
         from randbasis.train.evaluation import refuse_existing, use_from_words
 
         check_options(context, GENERATE)
-        refuse_existing(output, overwrite=overwrite)
+        refuse_existing(output, (data, adapter, model), overwrite=overwrite)
         answer_rows(run(use_from_words(given), prompt or []), output, as_json, overwrite=overwrite)
 
 
@@ -296,7 +299,7 @@ def inspect(
         from randbasis.tuner.inspection import inspect_adapter
 
         check_options(context, INSPECT)
-        refuse_existing(plot, overwrite=overwrite)
+        refuse_existing(plot, (adapter, model), overwrite=overwrite)
         progress = partial(track, description="matrices", console=Console(stderr=True), transient=True)
         found = inspect_adapter(adapter, model, track=progress)
         if plot is not None:
@@ -325,6 +328,7 @@ def merge(
 
 @app.command(epilog="Example: randbasis pack runs/e2e e2e.safetensors --bits 4")
 def pack(
+    context: typer.Context,
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
     file: Annotated[str, typer.Argument(help="File to write; or a URL: s3://, hf://, ….")],
     bits: Annotated[int, Option(help="Of a coefficient: 32 (as it is), 16, 8, 4, 3, 2.")] = 16,
@@ -340,6 +344,7 @@ def pack(
     with reported(as_json):
         from randbasis.tuner.packed import pack_adapter
 
+        check_options(context, PACK)
         answer(pack_adapter(adapter, file, **cast(Any, given), overwrite=overwrite).as_json(), as_json)
 
 

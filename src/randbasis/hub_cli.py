@@ -7,9 +7,11 @@ import typer
 from typer import Option
 
 from randbasis.console import AsJson, Overwrite, answer, reported
+from randbasis.options import PUSH, check_options
 
 
 def push(
+    context: typer.Context,
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
     repo_id: Annotated[str, typer.Argument(help="Repository on the hub, such as me/e2e-nola.")],
     base_name: Annotated[str | None, Option(help="Hub name of the base; by default the adapter's.")] = None,
@@ -24,8 +26,9 @@ def push(
 ) -> None:
     """Send an adapter to the hub, with a model card that is filled in. The token is HF_TOKEN's or `hf auth login`'s."""
     with reported(as_json):
-        from randbasis.hub import build_hub_folder, push_to_hub
+        from randbasis.hub import build_hub_folder, has_own_card, push_to_hub
 
+        check_options(context, PUSH, own_card=lambda: has_own_card(adapter))
         given = {"base_name": base_name, "license": license}
         if dry_run is None:
             sent = push_to_hub(

@@ -3,18 +3,21 @@
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from typer import Argument, Option
 
 from randbasis.console import AsJson, Overwrite, answer_table, reported
+from randbasis.options import QUANTIZE, check_options
 
 if TYPE_CHECKING:
     from randbasis.tuner.quantization import Quantization
 
 
 def quantize(
+    context: typer.Context,
     adapter: Annotated[str, Argument(help="Folder of an adapter, or a packed file.")],
     output: Annotated[
         str | None, Argument(help="NAME.safetensors for a packed file, any other name for an adapter folder.")
@@ -34,6 +37,7 @@ def quantize(
         from randbasis.train.adapter_folder import task_of
         from randbasis.tuner.quantization import quantize_adapter
 
+        check_options(context, QUANTIZE)
         progress = partial(track, description="matrices", console=Console(stderr=True), transient=True)
         done = quantize_adapter(
             adapter,

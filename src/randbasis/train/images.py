@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError, MissingPackageError, near
+from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError, near
+from randbasis.optional import needing
 from randbasis.train.base_model import explained, heads_of, read_model
 from randbasis.train.classification import CLASS_METRICS, class_answers, class_scores, classes_of, logits_of
 from randbasis.train.randomness import confined_randomness
@@ -81,6 +82,11 @@ def read_images(path: str | Path) -> dict[str, Table]:
         name: Table(("image", "label"), rows, f"{path.name} ({name})" if split else path.name)
         for name, rows in found.items()
     }
+
+
+def brings_evaluation(task: str, path: str | Path) -> bool:
+    """Whether the data of a task are images with a split to evaluate on, which are then held out."""
+    return task == ImageClassification.name and any(name in EVAL_SPLITS for name in read_images(path))
 
 
 def _entries(path: Path) -> list[tuple[tuple[str, ...], ImageRef]]:
@@ -246,10 +252,8 @@ def _processor(model: str) -> Any:
 
 
 def _decode(reference: ImageRef, archives: dict[Path, zipfile.ZipFile]) -> Any:
-    try:
+    with needing("reading images", "PIL", "train", distribution="pillow"):
         from PIL import Image
-    except ImportError as error:
-        raise MissingPackageError("reading images needs pillow; install randbasis[train]") from error
     try:
         with Image.open(io.BytesIO(reference.read(archives))) as image:
             return image.convert("RGB")

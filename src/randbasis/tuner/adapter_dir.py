@@ -199,7 +199,7 @@ def _own_config(path: Path) -> RandbasisConfig:
         raise
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise AdapterFilesError(
-            f"{path / CONFIG_FILE} must hold the options of an adapter of randbasis, but {error}; "
+            f"{path / CONFIG_FILE} must hold the options of an adapter of randbasis, but {type(error).__name__}: {error}; "
             "take the file from where the adapter was saved"
         ) from error
 
