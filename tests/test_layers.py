@@ -22,6 +22,7 @@ ROWS: dict[str, set[str]] = {
     "methods": {"torch"},
     "contraction": {"torch"},
     "low_rank": {"torch"},
+    "optional": set(),
     "locations": {"fsspec"},
     "adapter_file": {"torch", "numpy", "safetensors"},
     "output_set": {"safetensors"},

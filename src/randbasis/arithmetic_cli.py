@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -11,6 +12,7 @@ from typer import Argument, Option
 
 from randbasis.console import AsJson, Overwrite, answer, answer_table, reported
 from randbasis.errors import WeightsError
+from randbasis.options import AVERAGE, DIFF, check_options
 
 if TYPE_CHECKING:
     from randbasis.arithmetic import Difference
@@ -20,6 +22,7 @@ Base = Annotated[str | None, Option(help="Folder or hub name of the base, for ad
 
 
 def diff(
+    context: typer.Context,
     first: Annotated[str, Argument(help="Folder or packed file of an adapter; a LoRA, VeRA or RandLoRA of PEFT too.")],
     second: Annotated[str, Argument(help="Another one for the same base.")],
     base: Base = None,
@@ -32,11 +35,13 @@ def diff(
     with reported(as_json):
         from randbasis.arithmetic import difference
 
+        check_options(context, DIFF)
         found = difference(first, second, model=base, track=_progress())
         answer_table(found.as_json(), _difference_table(found), as_json)
 
 
 def average(
+    context: typer.Context,
     adapters: Annotated[list[str], Argument(help="Folders or packed files of adapters of one basis.")],
     output: Annotated[Path, Option(help="Folder to write; a packed file if it ends in .safetensors.")],
     weights: Annotated[str | None, Option(help="One for each: 0.5,0.5, or 1,-1; by default the mean.")] = None,
@@ -54,6 +59,7 @@ def average(
         from randbasis.arithmetic import average_adapters
         from randbasis.train.adapter_folder import task_of
 
+        check_options(context, AVERAGE)
         shares = None if weights is None else _numbers(weights)
         options: dict[str, Any] = {"weights": shares, "heads": heads, "base_name": base_name, "model": base}
         options["beside"] = task_of(adapters, "")

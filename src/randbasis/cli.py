@@ -207,7 +207,7 @@ def predict(
         from randbasis.train.evaluation import predict as run
         from randbasis.train.evaluation import refuse_existing, use_from_words
 
-        refuse_existing(output, overwrite=overwrite, sources=(adapter, model, data))
+        refuse_existing(output, (data, adapter, model), overwrite=overwrite)
         settings = use_from_words(given)
         check_options(context, PREDICT, **settings.facts())
         answer_rows(run(settings), output, as_json, overwrite=overwrite)
@@ -247,7 +247,7 @@ def generate(
         from randbasis.train.evaluation import refuse_existing, use_from_words
 
         check_options(context, GENERATE)
-        refuse_existing(output, overwrite=overwrite, sources=(adapter, model, data))
+        refuse_existing(output, (data, adapter, model), overwrite=overwrite)
         answer_rows(run(use_from_words(given), prompt or []), output, as_json, overwrite=overwrite)
 
 
@@ -296,7 +296,7 @@ def inspect(
         from randbasis.tuner.inspection import inspect_adapter
 
         check_options(context, INSPECT)
-        refuse_existing(plot, overwrite=overwrite)
+        refuse_existing(plot, (adapter, model), overwrite=overwrite)
         progress = partial(track, description="matrices", console=Console(stderr=True), transient=True)
         found = inspect_adapter(adapter, model, track=progress)
         if plot is not None:
@@ -339,9 +339,9 @@ def pack(
     """Write an adapter as one file: a seed, a spec and the coefficients."""
     given = {"bits": bits, "group": group, "bfloat16": bfloat16, "model": model, "base_name": base_name}
     with reported(as_json):
-        check_options(context, PACK)
         from randbasis.tuner.packed import pack_adapter
 
+        check_options(context, PACK)
         answer(pack_adapter(adapter, file, **cast(Any, given), overwrite=overwrite).as_json(), as_json)
 
 

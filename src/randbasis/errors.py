@@ -227,7 +227,7 @@ class SaveError(RandbasisError, OSError):
 
 
 class LocationError(RandbasisError, ValueError):
-    """A URL has a scheme that nothing opens, or stands where only a path of this machine can."""
+    """A URL has a scheme that nothing opens, lacks a part, or stands where only a path of this machine can."""
 
 
 class RemoteError(RandbasisError, OSError):
@@ -236,6 +236,10 @@ class RemoteError(RandbasisError, OSError):
 
 class MissingPackageError(RandbasisError, ImportError):
     """An optional dependency is needed for what was asked and is not installed."""
+
+
+class BrokenPackageError(RandbasisError, ImportError):
+    """An optional dependency is installed and cannot be imported."""
 
 
 class RegistrationError(RandbasisError, RuntimeError):
@@ -307,7 +311,7 @@ class ExportSourceError(RandbasisError, FileNotFoundError):
 
 
 class ExportOptionError(RandbasisError, ValueError):
-    """An export is unknown, or an option has no meaning for it."""
+    """An export is unknown."""
 
 
 class ExportRankError(RandbasisError, ValueError):
@@ -335,7 +339,7 @@ class ProjectionsMissingError(RandbasisError, ValueError):
 
 
 class ImportOptionError(RandbasisError, ValueError):
-    """An option of an import is unknown, or has no meaning for what was asked for."""
+    """What an import is to become is unknown."""
 
 
 class ResidualError(RandbasisError, ValueError):

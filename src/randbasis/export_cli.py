@@ -4,12 +4,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import track
 from typer import Argument, Option
 
 from randbasis.console import AsJson, Overwrite, answer, reported
 from randbasis.errors import ExportOptionError, near
+from randbasis.options import EXPORT, check_options
 
 if TYPE_CHECKING:
     from randbasis.export import LoraExport
@@ -18,6 +20,7 @@ KINDS = ("peft-lora", "merged", "gguf-lora")
 
 
 def export(
+    context: typer.Context,
     source: Annotated[str, Argument(help="Folder of an adapter, or packed file, by its path or URL.")],
     output: Annotated[Path, Argument(help="Folder to write; with gguf-lora, file.")],
     to: Annotated[str, Option(help="peft-lora, merged or gguf-lora.")],
@@ -37,8 +40,9 @@ def export(
     with reported(as_json):
         if to not in KINDS:
             raise ExportOptionError(f"to must be one of {', '.join(KINDS)}, got {to!r}; {near(to, KINDS)}")
+        check_options(context, EXPORT, kinds=KINDS)
         if to == "merged":
-            answer(_merged(source, output, base, rank, dtype, overwrite=overwrite), as_json)
+            answer(_merged(source, output, base, dtype, overwrite=overwrite), as_json)
             return
         from randbasis.export import export_gguf_lora, export_peft_lora
 
@@ -49,14 +53,10 @@ def export(
         answer(done.as_json() if as_json else _summary(done), as_json)
 
 
-def _merged(
-    source: str, output: Path, base: str | None, rank: int | None, dtype: str, *, overwrite: bool
-) -> dict[str, Any]:
+def _merged(source: str, output: Path, base: str | None, dtype: str, *, overwrite: bool) -> dict[str, Any]:
     from randbasis.export import export_merged
     from randbasis.train.adapter_folder import read_folder
 
-    if rank is not None:
-        raise ExportOptionError(f"rank has no meaning with --to merged, got {rank}; leave it out")
     labels = read_folder(source).task.get("labels") if Path(source).is_dir() else None
     return export_merged(source, output, base=base, dtype=dtype, overwrite=overwrite, labels=labels).as_json()
 

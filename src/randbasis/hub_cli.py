@@ -26,9 +26,9 @@ def push(
 ) -> None:
     """Send an adapter to the hub, with a model card that is filled in. The token is HF_TOKEN's or `hf auth login`'s."""
     with reported(as_json):
-        check_options(context, PUSH)
-        from randbasis.hub import build_hub_folder, push_to_hub
+        from randbasis.hub import build_hub_folder, has_own_card, push_to_hub
 
+        check_options(context, PUSH, own_card=lambda: has_own_card(adapter))
         given = {"base_name": base_name, "license": license}
         if dry_run is None:
             sent = push_to_hub(

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -11,22 +12,18 @@ from typer import Argument, Option
 
 from randbasis.console import AsJson, Overwrite, answer, answer_table, reported
 from randbasis.errors import ImportOptionError, near
+from randbasis.options import IMPORT, check_options
 
 if TYPE_CHECKING:
     from randbasis.export import LoraExport
     from randbasis.importing import ImportedAdapter
 
 KINDS = ("nola", "vera", "peft-lora", "merged")
-_MEANT = {
-    "nola": {"rank", "basis", "basis_b", "alpha", "parametrization", "unique_basis", "seed", "law", "limit"},
-    "vera": {"rank", "seed", "law", "limit"},
-    "peft-lora": {"rank", "limit"},
-    "merged": {"dtype"},
-}
-"""Options that mean something for each kind, beside those that all have."""
+_HYPERPARAMETERS = ("rank", "basis", "basis_b", "alpha", "parametrization", "unique_basis", "seed", "law")
 
 
 def import_(
+    context: typer.Context,
     source: Annotated[Path, Argument(help="Folder of a LoRA, VeRA or RandLoRA of PEFT.")],
     output: Annotated[Path, Argument(help="Folder to write.")],
     to: Annotated[str, Option(help="nola, vera, peft-lora or merged.")],
@@ -53,7 +50,9 @@ def import_(
     """
     given: dict[str, Any] = dict(locals())
     with reported(as_json):
-        _check_options(to, given)
+        if to not in KINDS:
+            raise ImportOptionError(f"to must be one of {', '.join(KINDS)}, got {to!r}; {near(to, KINDS)}")
+        check_options(context, IMPORT, kinds=KINDS)
         progress: Any = partial(track, description="layers", console=Console(stderr=True), transient=True)
         common: dict[str, Any] = {"model": base, "overwrite": overwrite, "track": progress}
         if to == "merged":
@@ -71,23 +70,10 @@ def import_(
             from randbasis.train.adapter_folder import task_of
             from randbasis.train.settings import AdapterSettings
 
-            options = {option: given[option] for option in _MEANT["nola"] - {"limit"}}
+            options = {option: given[option] for option in _HYPERPARAMETERS}
             config: Any = peft_config(AdapterSettings(to, targets=(), **options), task_type=None, head=[])
             found = import_as_nearest(source, output, config, limit=limit, beside=task_of([source], to), **common)
             answer_table(found.as_json(), _nearest_table(found), as_json)
-
-
-def _check_options(to: str, given: dict[str, Any]) -> None:
-    """Every option must mean something for the kind that was asked for."""
-    if to not in KINDS:
-        raise ImportOptionError(f"to must be one of {', '.join(KINDS)}, got {to!r}; {near(to, KINDS)}")
-    usual = {"seed": 0, "unique_basis": False, "dtype": "auto"}
-    for option in sorted(set[str]().union(*_MEANT.values()) - _MEANT[to]):
-        if given[option] != usual.get(option):
-            taken = ", ".join(sorted(_MEANT[to]))
-            raise ImportOptionError(
-                f"{option} has no meaning with --to {to}, got {given[option]!r}; leave it out, it takes {taken}"
-            )
 
 
 def _nearest_table(found: "ImportedAdapter") -> Table:

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from randbasis.errors import LocationError, MissingPackageError, RandbasisError, RemoteError
+from randbasis.errors import BrokenPackageError, LocationError, MissingPackageError, RandbasisError, RemoteError
+from randbasis.optional import needing
 
 Location = str | Path
 """A path of this machine, or a URL."""
@@ -225,19 +226,25 @@ class Remote:
 
 
 def _connect(url: str) -> tuple[_Files, str]:
-    try:
+    with needing(f"opening {url!r}", "fsspec", "remote"):
         from fsspec.core import url_to_fs  # pyright: ignore[reportUnknownVariableType]
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{url!r} is opened by fsspec, which is missing: pip install 'randbasis[remote]'"
-        ) from error
     try:
         return cast("tuple[_Files, str]", url_to_fs(url, use_listings_cache=False))
     except ImportError as error:
+        cause = error.__cause__ or error  # fsspec's own words say "install" whatever went wrong
+        if not isinstance(cause, ModuleNotFoundError):
+            raise BrokenPackageError(
+                f"{url!r} needs a package that is there and cannot be imported ({type(cause).__name__}: {cause}); mend "
+                "that, or install it anew"
+            ) from error
         scheme = url.partition(":")[0]
         extra = "randbasis[s3]" if scheme in ("s3", "s3a") else f"the fsspec package of {scheme}://"
-        raise MissingPackageError(f"{url!r} needs a package that is missing ({error}): install {extra}") from error
+        raise MissingPackageError(f"{url!r} needs a package that is missing ({cause}): install {extra}") from error
     except ValueError as error:
+        if "Protocol not known" not in str(error):
+            raise LocationError(
+                f"a URL must be one that fsspec opens, got {url!r} ({error}); give all that its scheme needs"
+            ) from error
         raise LocationError(
             f"a URL must have a scheme that fsspec knows, such as s3://, hf://, memory:// or file://, got {url!r} "
             f"({error}); name a path of this machine, or another scheme"

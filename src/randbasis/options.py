@@ -6,14 +6,16 @@ what differs from a default, so that ``--temperature 1`` without ``--sample`` is
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import typer
 
 from randbasis.errors import OptionError
 
 Words = Mapping[str, Any]
-"""Parameter name → value, and what else a rule may ask for, such as the task of an adapter."""
+"""Parameter name → value, and what else a rule may ask for, such as the task of an adapter; what has to be looked up
+is a function, which is called only where the option was given."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,11 @@ class Needs:
 
 
 def given_options(context: typer.Context) -> dict[str, Any]:
-    """Parameter name → value of what stands on the command line; a flag that is switched off asks for nothing."""
+    """Parameter name → value of what stands on the command line, a flag that is switched off by name too."""
     return {
         name: value
         for name, value in context.params.items()
-        if value is not False and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
 
 
@@ -52,13 +54,20 @@ def check_options(context: typer.Context, needs: Sequence[Needs], **facts: Any) 
         OptionError: an option has no meaning beside the others.
     """
     given, words = given_options(context), {**context.params, **facts}
-    spelled = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     for need in needs:
         for name in need.options.split():
             if name in given and not need.condition(words):
                 raise OptionError(
-                    f"{spelled[name]} has no meaning here, got {given[name]!r}: it needs {need.when}; leave it out"
+                    f"{_spelled(context, name)} has no meaning here, got {given[name]!r}: it needs {need.when}; "
+                    "leave it out"
                 )
+
+
+def _spelled(context: typer.Context, name: str) -> str:
+    """An option as it was written: ``--no-flip`` where a flag was switched off."""
+    parameter = next(one for one in context.command.params if one.name == name)
+    off = context.params[name] is False and parameter.secondary_opts
+    return (parameter.secondary_opts if off else parameter.opts)[0]
 
 
 def _task(*names: str) -> Callable[[Words], bool]:
@@ -76,6 +85,20 @@ def _pairs(words: Words) -> bool:
 def _writes(words: Words) -> bool:
     """Whether ``evaluate`` and ``predict`` generate texts."""
     return words["task"] == "causal-lm" and words["prompted"] and words.get("texts") is not False
+
+
+def _to(*kinds: str) -> Callable[[Words], bool]:
+    """Whether that kind of output was asked for; an unknown one is refused elsewhere."""
+    return lambda words: words["to"] in kinds or words["to"] not in words["kinds"]
+
+
+def _folder(*parameters: str) -> Callable[[Words], bool]:
+    """Whether one of these is, or names, a folder."""
+
+    def folder(value: Any) -> bool:
+        return any(map(folder, cast("list[Any]", value))) if isinstance(value, list) else Path(value).is_dir()
+
+    return lambda words: any(folder(words[name]) for name in parameters)
 
 
 def _takes(option: str) -> Callable[[Words], bool]:
@@ -149,16 +172,49 @@ GENERATE = (
     _REPLACED,
 )
 
-PUSH = (
-    Needs("private revision message", lambda words: words["dry_run"] is None, "a push that is sent, not --dry-run"),
-    Needs("overwrite", lambda words: words["dry_run"] is not None, "--dry-run"),
-)
+INSPECT = (Needs("overwrite", lambda words: words["plot"] is not None, "--plot"),)
 
-QUANTIZE = (Needs("base_name overwrite", lambda words: words["output"] is not None, "an output"),)
+_SCALES = "8, 4, 3 or 2 bits, whose codes have scales"
 
 PACK = (
+    Needs("group", lambda words: words["bits"] not in (32, 16), _SCALES),
     Needs("bfloat16", lambda words: words["bits"] == 16, "--bits 16"),
-    Needs("group", lambda words: words["bits"] not in (16, 32), "--bits 8 or fewer"),
 )
 
-INSPECT = (Needs("overwrite", lambda words: words["plot"] is not None, "--plot"),)
+QUANTIZE = (
+    Needs("bits overwrite base_name", lambda words: words["output"] is not None, "an output"),
+    Needs("group_size", lambda words: words["bits"] != 16, _SCALES),
+    Needs("model", _folder("adapter"), "an adapter folder; a packed file tells its shapes"),
+    Needs(
+        "base_name",
+        lambda words: _folder("adapter")(words) or not words["output"].endswith(".safetensors"),
+        "an adapter folder to read or to write; a packed file that is rounded keeps its name of the base",
+    ),
+)
+
+DIFF = (Needs("base", _folder("first", "second"), "an adapter folder; packed files tell their shapes"),)
+AVERAGE = (Needs("base", _folder("adapters"), "an adapter folder; packed files tell their shapes"),)
+
+EXPORT = (Needs("rank", _to("peft-lora", "gguf-lora"), "--to peft-lora or gguf-lora"),)
+"""Of ``export``; ``kinds`` are what ``to`` may be."""
+
+IMPORT = (
+    Needs("basis basis_b alpha parametrization unique_basis", _to("nola"), "--to nola"),
+    Needs("seed law", _to("nola", "vera"), "--to nola or vera"),
+    Needs("rank limit", _to("nola", "vera", "peft-lora"), "--to nola, vera or peft-lora"),
+    Needs("dtype", _to("merged"), "--to merged"),
+)
+"""Of ``import``; ``kinds`` as for ``export``."""
+
+PUSH = (
+    Needs("private revision message", lambda words: words["dry_run"] is None, "no --dry-run beside it"),
+    Needs("overwrite", lambda words: words["dry_run"] is not None, "--dry-run"),
+    Needs("license", lambda words: not words["own_card"](), "a card that is made, and the adapter has a README.md"),
+)
+"""Of ``push``; ``own_card`` tells whether a card lies beside the adapter, which is sent as it stands."""
+
+STORE_GET = (
+    _REPLACED,
+    Needs("version", lambda words: words["digest"] is None, "no --digest beside it"),
+)
+STORE_ADD = (Needs("name", lambda words: len(words["files"]) == 1, "one file alone; add them one by one"),)

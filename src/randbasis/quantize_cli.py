@@ -34,10 +34,10 @@ def quantize(
     Without an output nothing is written.
     """
     with reported(as_json):
-        check_options(context, QUANTIZE)
         from randbasis.train.adapter_folder import task_of
         from randbasis.tuner.quantization import quantize_adapter
 
+        check_options(context, QUANTIZE)
         progress = partial(track, description="matrices", console=Console(stderr=True), transient=True)
         done = quantize_adapter(
             adapter,

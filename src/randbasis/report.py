@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from rich.table import Table
 
-from randbasis.errors import MissingPackageError
+from randbasis.optional import needing
 from randbasis.tuner.base_shapes import generic_path
 from randbasis.tuner.inspection import Inspection, MatrixReport
 from randbasis.tuner.plan import Plan, PlannedMatrix
@@ -79,11 +79,9 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
-    try:
+    with needing("the plot", "matplotlib", "train"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError("the plot needs matplotlib; install randbasis[train]") from error
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     norms, spectra = figure.subplots(1, 2)

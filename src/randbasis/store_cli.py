@@ -14,8 +14,8 @@ from typer import Argument, Option
 
 from randbasis.adapter_file.container import refuse_existing, write
 from randbasis.console import AsJson, Overwrite, answer, answer_table, reported
-from randbasis.errors import StoreOptionError
 from randbasis.methods import method_class
+from randbasis.options import STORE_ADD, STORE_GET, check_options
 
 if TYPE_CHECKING:
     from randbasis.store import Record
@@ -37,6 +37,7 @@ Method = Annotated[str | None, Option(help="Only nola, vera, randlora or pranc."
 
 @store.command(epilog="Example: randbasis store add adapters.db runs/*.safetensors --tag support")
 def add(
+    context: typer.Context,
     store: Store,
     files: Annotated[list[str], Argument(help="Packed files, as `randbasis pack` writes them, or their URLs.")],
     name: Annotated[str | None, Option(help="Name of one adapter; by default the file's, without its suffix.")] = None,
@@ -48,8 +49,7 @@ def add(
     with reported(as_json):
         from randbasis.store import AdapterStore, NewAdapter
 
-        if name is not None and len(files) > 1:
-            raise StoreOptionError(f"name must be given for one file alone, got {len(files)}; add them one by one")
+        check_options(context, STORE_ADD)
         batch = [NewAdapter(name or PurePath(file).stem, file, tuple(tag or ())) for file in files]
         with AdapterStore(store, timeout=timeout) as opened:
             _answer_records(opened.add_many(batch), as_json)
@@ -57,6 +57,7 @@ def add(
 
 @store.command(epilog="Example: randbasis store get adapters.db team/user-1 --output user-1.safetensors")
 def get(
+    context: typer.Context,
     store: Store,
     name: Annotated[str | None, Argument(help="Name of the adapter.")] = None,
     version: Annotated[int | None, Option(help="Of the adapter; by default the newest.")] = None,
@@ -72,6 +73,7 @@ def get(
     with reported(as_json):
         from randbasis.store import AdapterStore
 
+        check_options(context, STORE_GET)
         if output is not None:
             refuse_existing(output, overwrite=overwrite)
         with AdapterStore(store, create=False, timeout=timeout) as opened:

@@ -109,7 +109,11 @@ def test_exit_codes_and_messages(made: Path):
     for words, code, named in (
         ((made / "nola", made / "x", "--to", "peft-lora", "--dtype", "int8"), 2, "dtype must be one of"),
         ((made / "nola", made / "x", "--to", "onnx"), 2, "to must be one of peft-lora, merged, gguf-lora, got 'onnx'"),
-        ((made / "nola", made / "x", "--to", "merged", "--rank", 4), 2, "rank has no meaning with --to merged"),
+        (
+            (made / "nola", made / "x", "--to", "merged", "--rank", 4),
+            2,
+            "--rank has no meaning here, got 4: it needs --to peft-lora",
+        ),
         ((made / "nola", made / "x", "--to", "merged", "--dtype", "int8"), 2, "dtype must be one of"),
         ((made / "nola", made / "x", "--to", "peft-lora", "--rank", 0), 2, "rank must be a positive integer"),
         ((made / "nola", made / "x", "--to", "merged", "--base", made / "gpt2"), 2, "made for another base model"),

@@ -89,10 +89,10 @@ def test_lora_and_merged(folders: Path):
     ("words", "message"),
     [
         (["--to", "lora"], "did you mean peft-lora"),
-        (["--to", "merged", "--basis", "3"], "basis has no meaning with --to merged"),
-        (["--to", "vera", "--alpha", "3"], "alpha has no meaning with --to vera"),
-        (["--to", "nola", "--dtype", "float16"], "dtype has no meaning with --to nola"),
-        (["--to", "peft-lora", "--seed", "3"], "seed has no meaning with --to peft-lora"),
+        (["--to", "merged", "--basis", "3"], "--basis has no meaning here"),
+        (["--to", "vera", "--alpha", "3"], "--alpha has no meaning here"),
+        (["--to", "nola", "--dtype", "float16"], "--dtype has no meaning here"),
+        (["--to", "peft-lora", "--seed", "3"], "--seed has no meaning here"),
         (["--to", "nola", "--rank", "0"], "rank must be at least 1"),
     ],
 )

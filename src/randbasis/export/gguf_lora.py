@@ -22,7 +22,6 @@ from randbasis.errors import (
     ExportArchitectureError,
     ExportBaseError,
     ExportHeadError,
-    MissingPackageError,
     OutputExistsError,
     SaveError,
 )
@@ -30,6 +29,7 @@ from randbasis.export.pairs import LoraPair, lora_pairs
 from randbasis.export.peft_lora import LoraExport, stored_dtype
 from randbasis.export.source import Source, opened
 from randbasis.locations import Location, local_output
+from randbasis.optional import needing
 from randbasis.output_set import check_file_output
 from randbasis.tuner.inspection import Track
 
@@ -201,10 +201,8 @@ def _alpha(pairs: list[LoraPair]) -> float:
 
 
 def _gguf() -> Any:
-    try:
+    with needing("a LoRA in GGUF", "gguf", "gguf"):
         import gguf
-    except ImportError as error:
-        raise MissingPackageError("a LoRA in GGUF needs gguf; install randbasis[gguf]") from error
     return gguf
 
 

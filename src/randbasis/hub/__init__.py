@@ -6,6 +6,6 @@
 """
 
 from randbasis.hub.card import CardFacts, model_card
-from randbasis.hub.push import HubFolder, Pushed, build_hub_folder, push_to_hub
+from randbasis.hub.push import HubFolder, Pushed, build_hub_folder, has_own_card, push_to_hub
 
-__all__ = ["CardFacts", "HubFolder", "Pushed", "build_hub_folder", "model_card", "push_to_hub"]
+__all__ = ["CardFacts", "HubFolder", "Pushed", "build_hub_folder", "has_own_card", "model_card", "push_to_hub"]

@@ -162,6 +162,11 @@ def push_to_hub(
     return Pushed(str(url), commit.oid, built.files, built.own_card)
 
 
+def has_own_card(source: str | Path) -> bool:
+    """Whether a model card lies beside an adapter, which is sent as it stands."""
+    return _own_card(Path(source)) is not None
+
+
 def _files(found: AdapterDir, base: str, repo_id: str, license: str | None, bits: int | None) -> dict[str, bytes]:
     config = _with_base(found.path / CONFIG_FILE, base_model_name_or_path=base)
     files = {CONFIG_FILE: config, WEIGHTS_FILE: found.weights.read_bytes()}
@@ -232,6 +237,8 @@ def _explained(repo_id: str) -> Generator[None]:
     except RandbasisError:
         raise
     except (OSError, _CLIENT_ERROR) as error:
+        if isinstance(error, OSError) and error.filename is not None:  # a file of this machine, not the hub
+            raise
         raise HubError(
             f"{repo_id} could not be sent to the hub ({error}); check the name, the token (HF_TOKEN, or "
             "`hf auth login`) and the network; nothing here was changed"

@@ -45,6 +45,11 @@ def method_words() -> dict[str, set[str]]:
     return {name: {*words.names, "targets"} for name, words in _METHODS.items()} | {"none": set()}
 
 
+def is_of_targets(error: ValueError) -> bool:
+    """Whether PEFT says that a base does not have the modules to adapt, or has others in their place."""
+    return str(error).startswith(("Target module", "No modules were targeted"))
+
+
 def peft_config(settings: AdapterSettings, *, task_type: str | None, head: list[str]) -> PeftConfig | None:
     """The configuration of the adapter.
 

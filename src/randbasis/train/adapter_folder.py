@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from randbasis.errors import AdapterFilesError, BaseMismatchError, RandbasisError
 from randbasis.output_set import check_finished
+from randbasis.train.adapter import is_of_targets
 from randbasis.train.pooled import PooledClassifier
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.task import TASK_FILE
@@ -95,7 +96,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, trainable: bool = False)
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFilesError(
-            f"{folder.path / ADAPTER_CONFIG} is not an adapter configuration that is known here: {error}"
+            f"{folder.path / ADAPTER_CONFIG} is not an adapter configuration that is known here: "
+            f"{type(error).__name__}: {error}"
         ) from error
     try:
         with confined_randomness(0):  # PEFT's own methods draw a start before they read the file
@@ -109,8 +111,10 @@ def load_adapter(model: nn.Module, path: str | Path, *, trainable: bool = False)
 
 
 def _is_misfit(error: Exception) -> bool:
-    """Whether an error tells that weights and modules differ, and not that memory or a device failed."""
-    return not isinstance(error, RuntimeError) or "loading state_dict" in str(error) or "size mismatch" in str(error)
+    """Whether an error tells that weights and modules differ, and not that memory, a device or a setting failed."""
+    if isinstance(error, ValueError):
+        return is_of_targets(error)
+    return "loading state_dict" in str(error) or "size mismatch" in str(error)
 
 
 def restore_parameters(model: nn.Module, path: Path) -> None:

@@ -138,7 +138,7 @@ class CausalLanguage(Task):
             return self._blocks(table.texts(self.columns["text"]))
         prompts = self.prompts(table)
         if not training and self.columns["target"] not in table.columns:
-            return [self.prompt_example(prompt) for prompt in prompts]
+            return self.prompt_examples(prompts)
         examples: list[Example] = []
         for prompt, targets in zip(prompts, table.references(self.columns["target"]), strict=True):
             examples += [self._pair(prompt, target) for target in targets]
@@ -150,10 +150,10 @@ class CausalLanguage(Task):
         """The prompts of a table as texts."""
         return table.texts(self.columns["prompt"] or "")
 
-    def prompt_example(self, prompt: str) -> Example:
-        """A prompt as an example without a target."""
-        ids, cut = self._start(prompt)
-        return {"prompt": prompt, "input_ids": ids, CUT: cut}
+    def prompt_examples(self, prompts: Sequence[str]) -> list[Example]:
+        """Prompts without answers, with what of each is kept."""
+        starts = map(self._start, prompts)
+        return [{"prompt": p, "input_ids": ids, CUT: cut} for p, (ids, cut) in zip(prompts, starts, strict=True)]
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Tokens of a prompt and the separator, as generation starts from them; cut on the left to leave room."""
@@ -165,8 +165,17 @@ class CausalLanguage(Task):
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         if ids and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
             ids = ids[:-1]
-        room = max(1, self.max_length * 3 // 4)
+        room = self._prompt_room
         return ids[-room:], len(ids) > room
+
+    @property
+    def _prompt_room(self) -> int:
+        """Tokens that a prompt may take, so that there is room for an answer."""
+        return max(1, self.max_length * 3 // 4)
+
+    def longest(self) -> str:
+        """See :meth:`Task.longest`."""
+        return f"{super().longest()}, or their prompts than {self._prompt_room},"
 
     def _pair(self, prompt: str, target: str) -> Example:
         start, cut = self._start(prompt)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from randbasis.errors import AdapterFilesError, EmptyDataError, OutputExistsError, SettingError, near
+from randbasis.locations import local_output
 from randbasis.output_set import check_file_output, saving
 from randbasis.train.adapter_folder import load_adapter, read_folder
 from randbasis.train.base_model import read_tokenizer
@@ -172,7 +173,7 @@ def evaluate(settings: UseSettings, *, texts: bool | None = None) -> dict[str, A
             raise SettingError("BLEU and chrF need a prompt column and a target column")
         found.task.with_generation = found.task.prompted if texts is None else texts
     examples = found.task.encode(table, training=False)
-    cut = warn_of_cut(found.task, examples, table.source)
+    cut = warn_of_cut(found.task, examples, f"rows of {table.source}")
     if not {"label", "labels"} & set(examples[0]):
         raise EmptyDataError(f"{table.source} has no column of answers; its columns are {', '.join(table.columns)}")
     with torch_threads(settings.threads):
@@ -194,7 +195,7 @@ def predict(settings: UseSettings) -> list[Row]:
         raise SettingError("predict needs the column of the prompts (prompt_column); generate takes prompts themselves")
     table = read_rows(settings, found.task)
     examples = found.task.encode(_without_answers(table, found.task), training=False)
-    warn_of_cut(found.task, examples, table.source)
+    warn_of_cut(found.task, examples, f"rows of {table.source}")
     with torch_threads(settings.threads):
         answers = found.task.predict(found.load(settings), examples, settings.batch_size)
     return [{**row, **answer} for row, answer in zip(table.rows, answers, strict=True)]
@@ -218,7 +219,7 @@ def generate(settings: UseSettings, prompts: Sequence[str] = ()) -> list[Row]:
         if settings.data is None or task.columns["prompt"] is None:
             raise SettingError("there is nothing to generate from; give a prompt, or data and its prompt column")
         wanted = task.prompts(read_rows(settings, task))
-    warn_of_cut(task, [task.prompt_example(prompt) for prompt in wanted], "the prompts")
+    warn_of_cut(task, task.prompt_examples(wanted), "prompts")
     with torch_threads(settings.threads):
         texts = task.answers(found.load(settings), wanted, settings.batch_size)
     return [{"prompt": prompt, "text": text} for prompt, text in zip(wanted, texts, strict=True)]
@@ -261,10 +262,21 @@ def write_lines(rows: Sequence[Row], path: str | Path, *, overwrite: bool = Fals
         part.replace(path)
 
 
-def refuse_existing(path: Path | None, *, overwrite: bool, sources: Sequence[str | None] = ()) -> None:
-    """Raises OutputExistsError for a file that would be replaced unasked, or that is read; before the work begins."""
+def refuse_existing(path: Path | None, sources: Sequence[str | Path | None] = (), *, overwrite: bool) -> None:
+    """To be called before the work begins whose result goes into a file.
+
+    Args:
+        path: the file; None where nothing is written.
+        sources: what is read.
+        overwrite: whether a file that is there may be replaced.
+
+    Raises:
+        OutputExistsError: a file would be replaced unasked, or is one that is read.
+        LocationError: it is not of this machine.
+    """
     if path is None:
         return
+    path = local_output(path)
     if path.exists() and not overwrite:
         raise OutputExistsError(f"output {str(path)!r} exists; give overwrite to replace it, or another name")
     check_file_output(path, sources, overwrite=overwrite)
@@ -282,6 +294,8 @@ def _described(description: dict[str, Any], name: str) -> TrainedTask:
     try:
         return kind.from_description(description, name)
     except KeyError as error:
+        if error.args and error.args[0] in description:
+            raise
         raise AdapterFilesError(f"the task.json of the adapter lacks {error}; was it edited?") from error
 
 

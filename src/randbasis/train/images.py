@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # its public name may ask for torchvision
 
-from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError, MissingPackageError, near
+from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError, near
+from randbasis.optional import needing
 from randbasis.train.base_model import explained, heads_of, read_model
 from randbasis.train.classification import CLASS_METRICS, class_answers, class_scores, classes_of, logits_of
 from randbasis.train.randomness import confined_randomness
@@ -247,10 +248,8 @@ def _processor(model: str) -> Any:
 
 
 def _decode(reference: ImageRef, archives: dict[Path, zipfile.ZipFile]) -> Any:
-    try:
+    with needing("reading images", "PIL", "train", distribution="pillow"):
         from PIL import Image
-    except ImportError as error:
-        raise MissingPackageError("reading images needs pillow; install randbasis[train]") from error
     try:
         with Image.open(io.BytesIO(reference.read(archives))) as image:
             return image.convert("RGB")

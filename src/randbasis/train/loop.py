@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from randbasis.errors import EmptyDataError, RandbasisError, SettingError, TargetError
+from randbasis.train.adapter import is_of_targets
 from randbasis.train.progress import ProgressReport
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.ranks import Ranks
@@ -157,6 +158,8 @@ def adapt(model: nn.Module, config: PeftConfig | None, head: Sequence[str]) -> n
     except RandbasisError:
         raise
     except ValueError as error:
+        if not is_of_targets(error):
+            raise
         raise TargetError(f"targets {config.to_dict().get('target_modules')!r}: {error}") from error
 
 

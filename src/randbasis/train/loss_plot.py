@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from randbasis.errors import MissingPackageError
+from randbasis.optional import needing
 
 
 def plot_losses(history: Sequence[Mapping[str, Any]], metric: str, path: str | Path, title: str = "") -> None:
@@ -19,11 +19,9 @@ def plot_losses(history: Sequence[Mapping[str, Any]], metric: str, path: str | P
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
-    try:
+    with needing("the loss plot", "matplotlib", "train"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError("the loss plot needs matplotlib; install randbasis[train]") from error
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

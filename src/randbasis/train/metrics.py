@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from randbasis.errors import EmptyDataError, MissingPackageError
+from randbasis.errors import EmptyDataError
+from randbasis.optional import needing
 
 
 def accuracy(predicted: Sequence[int], expected: Sequence[int]) -> float:
@@ -51,7 +52,6 @@ def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
 
 def _package(name: str) -> Any:
     """A package of the extra ``train``, imported when it is first needed."""
-    try:
+    package = name.partition(".")[0]
+    with needing("this metric", package, "train", distribution="scikit-learn" if package == "sklearn" else ""):
         return import_module(name)
-    except ImportError as error:
-        raise MissingPackageError(f"this metric needs {name.partition('.')[0]}; install randbasis[train]") from error

@@ -151,8 +151,8 @@ def prepare(settings: TrainSettings) -> Prepared:
     prepared = Prepared(task, task.encode(train_table, training=True), task.encode(eval_table, training=False))
     if not prepared.train or not prepared.eval:
         raise EmptyDataError(f"{train_table.source} leaves nothing to train on or to evaluate on")
-    warn_of_cut(task, prepared.train, train_table.source)
-    warn_of_cut(task, prepared.eval, f"{eval_table.source} (held out)")
+    warn_of_cut(task, prepared.train, f"rows of {train_table.source}")
+    warn_of_cut(task, prepared.eval, f"rows of {eval_table.source} (held out)")
     return prepared
 
 

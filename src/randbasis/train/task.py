@@ -29,14 +29,13 @@ def count_cut(examples: Sequence[Example]) -> dict[str, int]:
     return {"rows": sum(bool(e.get(CUT)) for e in examples), "targets": gone}
 
 
-def warn_of_cut(task: "Task", examples: Sequence[Example], source: str) -> dict[str, int]:
-    """:func:`count_cut`, said aloud where it is not zero."""
+def warn_of_cut(task: "Task", examples: Sequence[Example], what: str) -> dict[str, int]:
+    """:func:`count_cut`, said aloud where it is not zero; ``what`` the examples are, such as ``"rows of a.csv"``."""
     cut = count_cut(examples)
     if cut["rows"]:
         whole = f", of {cut['targets']} of them the whole target" if cut["targets"] else ""
         warnings.warn(
-            f"{cut['rows']} of {len(examples)} rows of {source} are longer than {getattr(task, 'max_length', '')} "
-            f"tokens (max_length) and were cut{whole}",
+            f"{cut['rows']} of {len(examples)} {what} are longer than {task.longest()} and were cut{whole}",
             stacklevel=3,
         )
     return cut
@@ -97,6 +96,10 @@ class Task(ABC):
     @abstractmethod
     def description(self) -> dict[str, Any]:
         """What :func:`task_from_description` needs, as plain values."""
+
+    def longest(self) -> str:
+        """What of a text is kept, for messages."""
+        return f"{getattr(self, 'max_length', '')} tokens (max_length)"
 
     def items(self, batch: Batch) -> int:
         """How many items the loss of a batch is the mean over: rows here, learned tokens for a language model."""

@@ -199,8 +199,8 @@ def _own_config(path: Path) -> RandbasisConfig:
         raise
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise AdapterFilesError(
-            f"{path / CONFIG_FILE} must hold the options of an adapter of randbasis, but {error}; "
-            "take the file from where the adapter was saved"
+            f"{path / CONFIG_FILE} must hold the options of an adapter of randbasis, but {type(error).__name__}: "
+            f"{error}; take the file from where the adapter was saved"
         ) from error
 
 

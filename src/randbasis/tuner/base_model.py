@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,9 @@ from transformers.utils import logging
 from randbasis.errors import BaseMismatchError, DataMissingError, RandbasisError
 from randbasis.tuner.base_weight import layer_shape
 
+_TOLD = 500
+"""Letters of a message of transformers that are passed on: some list every class that there is."""
+
 
 @contextmanager
 def model_readable(name: str, part: str) -> Generator[None]:
@@ -23,17 +27,25 @@ def model_readable(name: str, part: str) -> Generator[None]:
         part: what is read, for the message.
 
     Raises:
-        DataMissingError: the model, or this part of it, is not there or not readable.
+        DataMissingError: the model, or this part of it, is not there or not as transformers takes it.
+        OSError: the operating system refused.
     """
     try:
         yield
     except RandbasisError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        first = str(error).strip().split("\n")[0]
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+            raise  # no rights, no space, no connection: what the operating system says is the cause
+        told = " ".join(str(error).split())
+        way_out = (
+            "give a folder with config.json and safetensors weights, or a name on the hub"
+            if isinstance(error, OSError)
+            else f"it is not as transformers {version('transformers')} takes it: mend it, or take the version of "
+            "transformers that it was written for"
+        )
         raise DataMissingError(
-            f"model {name!r}: its {part} cannot be read; give a folder with config.json and safetensors weights, or a "
-            f"name on the hub ({type(error).__name__}: {first})"
+            f"model {name!r}: its {part} cannot be read ({type(error).__name__}: {told[:_TOLD]}); {way_out}"
         ) from error
 
 

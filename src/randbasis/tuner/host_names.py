@@ -50,7 +50,9 @@ class HostName:
             found = importlib.import_module(self.module)
             for part in self.name.split("."):
                 found = getattr(found, part)
-        except (ImportError, AttributeError):
+        except (ImportError, AttributeError) as error:
+            if type(error) is ImportError or (error.name or "").partition(".")[0] not in ("", self.package):
+                return f"has a {self.module} that cannot be imported ({error})"
             return f"has no {self.module}.{self.name}"
         if not self.takes:
             return None

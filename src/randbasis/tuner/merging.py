@@ -190,7 +190,10 @@ def load_base(model: str, fit: BaseFit, dtype: str, given: Collection[str]) -> P
             with model_readable(model, "weights"):
                 return _dequantized(base) if getattr(base, "hf_quantizer", None) else base
     except ImportError as error:
-        raise MissingPackageError(f"model {model!r} needs a package that is not installed: {error}") from error
+        raise MissingPackageError(
+            f"model {model!r} needs a package that cannot be imported here ({type(error).__name__}: {error}); "
+            "install or mend it"
+        ) from error
 
 
 def _dequantized(base: PreTrainedModel) -> PreTrainedModel:
@@ -201,7 +204,7 @@ def _dequantized(base: PreTrainedModel) -> PreTrainedModel:
     except NotImplementedError as error:
         raise MergeError(
             f"the base model must be one that transformers can dequantize to be merged into, got weights quantized by "
-            f"{kind}; give the model that it was quantized from"
+            f"{kind} ({error}); give the model that it was quantized from"
         ) from error
     vars(plain).pop("_weight_conversions", None)  # how its file is read: it would be written as quantized weights are
     return cast("Any", plain).to(plain.config.dtype)  # what was not quantized has the dtype of its file

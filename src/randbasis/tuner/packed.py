@@ -379,7 +379,8 @@ def _config_of(spec: Spec, where: str, base_name: str | None) -> RandbasisConfig
         raise type(error)(f"{where}: {error}") from error
     except (TypeError, KeyError, AttributeError, ValueError, re.error) as error:
         raise SpecValueError(
-            f"{where}: peft in the spec must hold options of {common.name}, but {error}; pack the adapter again"
+            f"{where}: peft in the spec must hold options of {common.name}, but {type(error).__name__}: {error}; "
+            "pack the adapter again"
         ) from error
     if not agrees:
         raise SpecValueError(
