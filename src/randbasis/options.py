@@ -34,11 +34,11 @@ class Needs:
 
 
 def given_options(context: typer.Context) -> dict[str, Any]:
-    """Parameter name → value of what stands on the command line, a flag that is switched off by name too."""
+    """Parameter name → value of what stands on the command line; a flag that is switched off asks for nothing."""
     return {
         name: value
         for name, value in context.params.items()
-        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        if value is not False and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
 
 
@@ -54,20 +54,13 @@ def check_options(context: typer.Context, needs: Sequence[Needs], **facts: Any) 
         OptionError: an option has no meaning beside the others.
     """
     given, words = given_options(context), {**context.params, **facts}
+    spelled = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     for need in needs:
         for name in need.options.split():
             if name in given and not need.condition(words):
                 raise OptionError(
-                    f"{_spelled(context, name)} has no meaning here, got {given[name]!r}: it needs {need.when}; "
-                    "leave it out"
+                    f"{spelled[name]} has no meaning here, got {given[name]!r}: it needs {need.when}; leave it out"
                 )
-
-
-def _spelled(context: typer.Context, name: str) -> str:
-    """An option as it was written: ``--no-flip`` where a flag was switched off."""
-    parameter = next(one for one in context.command.params if one.name == name)
-    off = context.params[name] is False and parameter.secondary_opts
-    return (parameter.secondary_opts if off else parameter.opts)[0]
 
 
 def _task(*names: str) -> Callable[[Words], bool]:
