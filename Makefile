@@ -81,11 +81,11 @@ conformance: $(INSTALLED) ## PEFT's own tests on our configurations (ARGS="--met
 RANDBASIS_DATA ?= ../shared/data
 
 results: $(INSTALLED) ## docs/results.md from the raw rows; results-sst2, -vision, -e2e, -quantization make the missing rows first
-	$(BIN)/python -m randbasis.compare report
+	$(BIN)/python -m studies report
 
 results-sst2 results-vision results-e2e results-quantization: results-%: $(INSTALLED)
-	$(BIN)/python -m randbasis.compare run $* --data $(RANDBASIS_DATA)
-	$(BIN)/python -m randbasis.compare report
+	$(BIN)/python -m studies run $* --data $(RANDBASIS_DATA)
+	$(BIN)/python -m studies report
 
 mutants: $(INSTALLED) ## small faults in modules that hold promises: each must fail a test (ARGS="--module tuner/targets.py --each 10 --seed 1")
 	$(BIN)/python tests/mutants/run_mutants.py $(ARGS)

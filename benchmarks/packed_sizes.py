@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from randbasis import NolaConfig
-from randbasis.tuner.packed import pack_adapter
+from randbasis.adapters.packed import pack_adapter
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16

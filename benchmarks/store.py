@@ -29,9 +29,9 @@ from rich.table import Table
 
 from benchmarks import machine
 from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, group_matrices
+from randbasis.adapters.packed import unpack_adapter
 from randbasis.methods import Nola
 from randbasis.store import AdapterStore, NewAdapter
-from randbasis.tuner.packed import unpack_adapter
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = [*machine.COLUMNS, "adapters", "disk", "side", "measure", "value", "unit", "note"]

@@ -24,6 +24,10 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).resolve().parent.parent
 #: Tests of the arithmetic, which has no business with ambient randomness. Layers of torch draw their starts from it.
 CORE_TESTS = ("basis", "ops", "methods", "contraction")
+#: Tests of models so small that more threads than one only wait for each other.
+SMALL_MODELS = ("tuner", "adapters")
+
+pytest_plugins = ["tiny_runs"]
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 # No deadline: a shared machine is slow at times, and a timed test says nothing about the code.
@@ -122,6 +126,17 @@ def memory_folder() -> Iterator[str]:
 def remote_folder(request: pytest.FixtureRequest) -> str:
     """An empty folder behind a URL, in memory and on the server."""
     return request.getfixturevalue(f"{request.param}_folder")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.path.relative_to(ROOT / "tests").parts[0] not in SMALL_MODELS:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

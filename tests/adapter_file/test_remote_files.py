@@ -9,7 +9,7 @@ from packed_cases import CASES
 
 from randbasis import errors
 from randbasis.adapter_file import read, verify
-from randbasis.locations import Remote
+from randbasis.files.locations import Remote
 
 
 @pytest.mark.parametrize("name", ["nola", "vera"])

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from packed_cases import BASE, CASES, METHODS, PRECISIONS, adapter_of, content, heads, matrices, numbers
 
-from randbasis.adapter_file import PackedAdapter, Spec, SpecMatrix, container, group_matrices, read, verify
+from randbasis.adapter_file import PackedAdapter, Spec, SpecMatrix, group_matrices, read, verify
 from randbasis.errors import (
     BaseMismatchError,
     CoefficientCountError,
@@ -21,6 +21,7 @@ from randbasis.errors import (
     SaveError,
     SpecValueError,
 )
+from randbasis.files import whole_file
 from randbasis.methods import Method, Nola, Pranc, RandLora, Vera
 
 SEEDS = st.integers(0, 2**64 - 1)
@@ -203,9 +204,9 @@ def test_a_write_that_stops_leaves_the_old_file_or_the_new(tmp_path, monkeypatch
     elif step == "replace":
         monkeypatch.setattr(Path, "replace", stop)
     else:
-        monkeypatch.setattr(container, "flush_directory", stop)
+        monkeypatch.setattr(whole_file, "flush_directory", stop)
     with pytest.raises(SaveError if isinstance(error, OSError) else KeyboardInterrupt):
-        container.write(path, new, overwrite=True)
+        whole_file.write(path, new, overwrite=True)
     monkeypatch.undo()
     assert [file.name for file in tmp_path.iterdir()] == (["a"] if old or step == "flush_directory" else [])
     if path.exists():
@@ -236,9 +237,9 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path):
     CASES["nola"].write(path)
     before = path.read_bytes()
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom randbasis.adapter_file import container\n"
+        "import os, sys\nfrom pathlib import Path\nfrom randbasis.files import whole_file\n"
         "Path.replace = lambda *_: os._exit(9)\n"
-        "container.write(sys.argv[1], b'new' * 1000, overwrite=True)\n"
+        "whole_file.write(sys.argv[1], b'new' * 1000, overwrite=True)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 9
     assert path.read_bytes() == before
@@ -248,9 +249,9 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path):
 
 def test_bytes_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch):
     calls: list[str] = []
-    fsync, replace, flush = os.fsync, Path.replace, container.flush_directory
+    fsync, replace, flush = os.fsync, Path.replace, whole_file.flush_directory
     monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), fsync(handle))[1])
     monkeypatch.setattr(Path, "replace", lambda self, to: (calls.append("rename"), replace(self, to))[1])
-    monkeypatch.setattr(container, "flush_directory", lambda path: (calls.append("directory"), flush(path))[1])
-    container.write(tmp_path / "a", b"x")
+    monkeypatch.setattr(whole_file, "flush_directory", lambda path: (calls.append("directory"), flush(path))[1])
+    whole_file.write(tmp_path / "a", b"x")
     assert calls == ["fsync", "rename", "directory", "fsync"]

@@ -14,6 +14,7 @@ from tuner_cases import CASES, Case, add_adapter, bits, fill, make_config, naive
 
 from randbasis import NolaConfig
 from randbasis.adapter_file import read
+from randbasis.adapters.packed import load_packed, pack_adapter
 from randbasis.arithmetic import average_adapters
 from randbasis.errors import (
     BaseMismatchError,
@@ -24,7 +25,6 @@ from randbasis.errors import (
     OutputExistsError,
     WeightsError,
 )
-from randbasis.tuner.packed import load_packed, pack_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -14,9 +14,9 @@ from tuner_cases import CASES, Case, coefficients_of, naive_deltas, seeded, tiny
 
 from randbasis import Nola, Vera
 from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, group_matrices
+from randbasis.adapters.packed import pack_adapter
 from randbasis.arithmetic import difference
 from randbasis.errors import AdapterFilesError, BaseMismatchError, PackedFileMissingError
-from randbasis.tuner.packed import pack_adapter
 
 
 def saved(case: Case, folder: Path, fill_seed: int = 1, **options: Any) -> dict[str, Tensor]:

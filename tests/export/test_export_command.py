@@ -10,10 +10,10 @@ from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from randbasis import NolaConfig, RandLoraConfig, VeraConfig
+from randbasis.adapters.packed import pack_adapter
 from randbasis.cli import app
 from randbasis.export import export_peft_lora
-from randbasis.locations import Remote
-from randbasis.tuner.packed import pack_adapter
+from randbasis.files.locations import Remote
 
 RUNNER = CliRunner()
 

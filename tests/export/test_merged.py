@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from randbasis import NolaConfig, RandLoraConfig, VeraConfig
+from randbasis.adapters.packed import load_packed, pack_adapter
 from randbasis.errors import ExportBaseError, ExportSourceError, MergeError, OutputExistsError
 from randbasis.export import export_merged
 from randbasis.train.pooled import PooledClassifier
-from randbasis.tuner.packed import load_packed, pack_adapter
 
 TOKENS = torch.arange(24).view(2, 12)
 SIZES = {"hidden_size": 64, "intermediate_size": 128}

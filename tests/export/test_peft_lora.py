@@ -28,6 +28,8 @@ from transformers import (
 )
 
 from randbasis import NolaConfig, PrancConfig, RandbasisConfig, RandLoraConfig, VeraConfig
+from randbasis.adapters.adapter_dir import read_adapter_dir
+from randbasis.adapters.packed import load_packed, pack_adapter, packed_of
 from randbasis.errors import (
     AdapterFilesError,
     BaseMismatchError,
@@ -40,8 +42,6 @@ from randbasis.errors import (
 )
 from randbasis.export import export_peft_lora
 from randbasis.train.pooled import PooledClassifier
-from randbasis.tuner.adapter_dir import read_adapter_dir
-from randbasis.tuner.packed import load_packed, pack_adapter, packed_of
 
 TOKENS = torch.arange(24).view(2, 12)
 

@@ -22,6 +22,8 @@ from transformers import (
 
 from randbasis import NolaConfig, PrancConfig, RandbasisConfig, RandbasisLinear, VeraConfig
 from randbasis.adapter_file import read
+from randbasis.adapters.merging import HEAD_FILE
+from randbasis.adapters.packed import pack_adapter
 from randbasis.arithmetic import difference
 from randbasis.errors import (
     BaseMismatchError,
@@ -37,8 +39,6 @@ from randbasis.errors import (
 from randbasis.export import export_peft_lora
 from randbasis.importing import import_as_lora, import_as_merged, import_as_nearest
 from randbasis.methods import Matrix
-from randbasis.tuner.merging import HEAD_FILE
-from randbasis.tuner.packed import pack_adapter
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 OURS: dict[str, RandbasisConfig] = {

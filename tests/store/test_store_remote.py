@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from randbasis import errors
 from randbasis.adapter_file import read
 from randbasis.cli import app
-from randbasis.locations import Remote
+from randbasis.files.locations import Remote
 from randbasis.store import AdapterStore, NewAdapter, transfer
 from randbasis.store.manifest import MANIFEST, content_name
 

@@ -18,14 +18,11 @@ from randbasis.train import (
     GenerationSettings,
     LoopSettings,
     TrainSettings,
-    UseSettings,
-    evaluate,
-    generate,
-    predict,
     prepare,
     train,
 )
 from randbasis.train.metrics import bleu, chrf
+from randbasis.use import UseSettings, evaluate, generate, predict
 
 
 def settings_of(model: str, data: DataSettings, **rest: object) -> TrainSettings:

@@ -11,18 +11,10 @@ from PIL import Image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError, SettingError
-from randbasis.train import (
-    AdapterSettings,
-    DataSettings,
-    LoopSettings,
-    TrainSettings,
-    UseSettings,
-    predict,
-    prepare,
-    train,
-)
+from randbasis.train import AdapterSettings, DataSettings, LoopSettings, TrainSettings, prepare, train
 from randbasis.train import images as images_module
 from randbasis.train.images import ImageClassification, read_images
+from randbasis.use import UseSettings, predict
 
 
 @pytest.fixture

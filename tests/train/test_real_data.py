@@ -10,12 +10,11 @@ from randbasis.train import (
     LoopSettings,
     TextClassification,
     TrainSettings,
-    UseSettings,
-    evaluate,
     prepare,
     read_table,
     train,
 )
+from randbasis.use import UseSettings, evaluate
 
 
 def text_run(data_dir: Path, output: Path, data: DataSettings, **rest: object) -> TrainSettings:

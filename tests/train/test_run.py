@@ -33,18 +33,9 @@ from randbasis.errors import (
     TargetError,
     UnknownMethodError,
 )
-from randbasis.train import (
-    AdapterSettings,
-    DataSettings,
-    LoopSettings,
-    TextClassification,
-    TrainSettings,
-    UseSettings,
-    evaluate,
-    predict,
-    train,
-)
+from randbasis.train import AdapterSettings, DataSettings, LoopSettings, TextClassification, TrainSettings, train
 from randbasis.train.trainer import last_checkpoint
+from randbasis.use import UseSettings, evaluate, predict
 
 LORA = AdapterSettings(method="lora", rank=2)
 NOLA = AdapterSettings(method="nola", rank=2, basis=8, seed=5)

@@ -33,10 +33,10 @@ from tuner_cases import (
 
 from randbasis import Nola, RandbasisConfig, RandLora, Vera
 from randbasis.adapter_file import SpecMatrix
+from randbasis.adapters.inspection import inspect_adapter
+from randbasis.adapters.packed import load_packed, pack_adapter, unpack_adapter
 from randbasis.errors import AdapterFilesError, BaseMismatchError, MeaningError, StreamValueError
-from randbasis.tuner.inspection import inspect_adapter
 from randbasis.tuner.meaning import WIDTH, meaning_of
-from randbasis.tuner.packed import load_packed, pack_adapter, unpack_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 PLACED = [pytest.param(Case(place, method), id=f"{place}-{method}") for place in PLACES for method in ONE_EACH]

@@ -11,10 +11,10 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from tuner_cases import ONE_EACH, Case, outputs, seeded, snapshot, tiny_llama
 
+from randbasis.adapters.inspection import inspect_adapter
+from randbasis.adapters.merging import merge_adapter
+from randbasis.adapters.packed import pack_adapter
 from randbasis.errors import AdapterFilesError
-from randbasis.tuner.inspection import inspect_adapter
-from randbasis.tuner.merging import merge_adapter
-from randbasis.tuner.packed import pack_adapter
 
 PICKLE = "adapter_model.bin"
 WEIGHTS = "adapter_model.safetensors"

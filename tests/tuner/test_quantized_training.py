@@ -28,10 +28,10 @@ from tuner_cases import (
 from randbasis import NolaConfig
 from randbasis.adapter_file import read
 from randbasis.adapter_file.codec import rounded
+from randbasis.adapters.inspection import inspect_adapter
+from randbasis.adapters.packed import load_packed, pack_adapter, unpack_adapter
 from randbasis.errors import PrecisionError
 from randbasis.tuner.coefficients import straight_through
-from randbasis.tuner.inspection import inspect_adapter
-from randbasis.tuner.packed import load_packed, pack_adapter, unpack_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -1,7 +1,7 @@
 """LAYERS → FILE: a fine-tune is a seed, a method and a few thousand numbers; the file holds those and nothing else.
 
 A packed file is a safetensors file with one flat tensor of coefficients and one metadata record, the spec. It knows
-specs and named tensors and no layer: :mod:`randbasis.tuner.packed` is the bridge to PEFT directories and models. The
+specs and named tensors and no layer: :mod:`randbasis.adapters.packed` is the bridge to PEFT directories and models. The
 format, byte by byte, is docs/adapter-file.md.
 """
 

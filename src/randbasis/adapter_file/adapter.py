@@ -35,7 +35,8 @@ from randbasis.errors import (
     NotPackedError,
     SpecKeyError,
 )
-from randbasis.locations import Location, local_path
+from randbasis.files.locations import Location, local_path
+from randbasis.files.whole_file import write
 from randbasis.methods import Matrix
 
 FORMAT = "randbasis"
@@ -158,7 +159,7 @@ class PackedAdapter:
             SaveError: it could not be written.
             RemoteError: it is behind a URL that could not be written.
         """
-        container.write(path, self.to_bytes(), overwrite=overwrite)
+        write(path, self.to_bytes(), overwrite=overwrite)
 
 
 def read(path: Location) -> PackedAdapter:

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from randbasis.adapter_file import PackedAdapter
-from randbasis.adapter_file.container import refuse_existing
+from randbasis.adapters.inspection import Track
+from randbasis.adapters.packed import write_adapter_dir
 from randbasis.arithmetic.changes import OurChanges, read_packed
 from randbasis.arithmetic.same_basis import check_same_basis
 from randbasis.errors import HeadMismatchError, WeightsError, near
-from randbasis.locations import local_output
+from randbasis.files.locations import local_output
+from randbasis.files.output_set import check_file_output, check_output
+from randbasis.files.whole_file import refuse_existing
 from randbasis.low_rank import distance, norm, weighted_sum
-from randbasis.output_set import check_file_output, check_output
-from randbasis.tuner.adapter_dir import check_adapter_files
-from randbasis.tuner.inspection import Track
-from randbasis.tuner.packed import write_adapter_dir
+from randbasis.tuner.saved_files import check_adapter_files
 
 HEADS = ("average", "first")
 SUFFIX = ".safetensors"

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from randbasis.adapter_file import PackedAdapter, SpecMatrix, read
+from randbasis.adapters.adapter_dir import read_adapter_dir
+from randbasis.adapters.packed import packed_of
 from randbasis.importing import PeftAdapter, read_peft_adapter
 from randbasis.methods import Coefficients, Factors, Matrix
-from randbasis.tuner.adapter_dir import check_adapter_files, natural_order, read_adapter_dir
-from randbasis.tuner.packed import packed_of
 from randbasis.tuner.registration import TYPE_NAME
+from randbasis.tuner.saved_files import check_adapter_files, natural_order
 
 _Part = tuple[SpecMatrix, Matrix, Coefficients]
 

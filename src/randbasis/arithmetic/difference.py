@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from randbasis.adapters.inspection import Track
 from randbasis.arithmetic.changes import Changes, OurChanges, read_changes
 from randbasis.arithmetic.same_basis import check_same_basis
 from randbasis.errors import BaseMismatchError, BasisMismatchError, MatrixMismatchError
 from randbasis.low_rank import cores, norm
-from randbasis.tuner.inspection import Track
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from randbasis.adapter_file.container import flush_directory
+from randbasis.adapters.inspection import Track
 from randbasis.errors import (
     ExportArchitectureError,
     ExportBaseError,
@@ -28,10 +28,10 @@ from randbasis.errors import (
 from randbasis.export.pairs import LoraPair, lora_pairs
 from randbasis.export.peft_lora import LoraExport, stored_dtype
 from randbasis.export.source import Source, opened
-from randbasis.locations import Location, local_output
+from randbasis.files.locations import Location, local_output
+from randbasis.files.output_set import check_file_output
+from randbasis.files.whole_file import flush_directory
 from randbasis.optional import needing
-from randbasis.output_set import check_file_output
-from randbasis.tuner.inspection import Track
 
 
 @dataclass(frozen=True, slots=True)

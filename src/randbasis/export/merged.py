@@ -1,14 +1,14 @@
-"""ADAPTER + BASE → MODEL: :func:`randbasis.tuner.merging.merge_adapter` for directories and packed files alike."""
+"""ADAPTER + BASE → MODEL: :func:`randbasis.adapters.merging.merge_adapter` for directories and packed files alike."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from randbasis.adapters.adapter_dir import read_adapter_dir
+from randbasis.adapters.merging import Merged, merge_adapter
 from randbasis.errors import ExportBaseError
 from randbasis.export.source import adapter_directory
-from randbasis.locations import Location
-from randbasis.output_set import check_output
-from randbasis.tuner.adapter_dir import read_adapter_dir
-from randbasis.tuner.merging import Merged, merge_adapter
+from randbasis.files.locations import Location
+from randbasis.files.output_set import check_output
 
 
 def export_merged(
@@ -33,7 +33,7 @@ def export_merged(
     Raises:
         ExportSourceError: there is no adapter.
         ExportBaseError: neither the caller nor the adapter names a base.
-        RandbasisError: as :func:`randbasis.tuner.merging.merge_adapter`.
+        RandbasisError: as :func:`randbasis.adapters.merging.merge_adapter`.
     """
     check_output(output, (source,), overwrite=overwrite, model=True)
     with adapter_directory(source) as path:

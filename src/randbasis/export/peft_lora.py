@@ -12,16 +12,16 @@ from peft.tuners.tuners_utils import check_target_module_exists  # pyright: igno
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
+from randbasis.adapters.base_fit import BaseFit
+from randbasis.adapters.base_model import meta_model
+from randbasis.adapters.inspection import Track
+from randbasis.adapters.merging import DTYPES, save_head
 from randbasis.errors import HyperparameterError, near
 from randbasis.export.pairs import LoraPair, lora_pairs, total_error
 from randbasis.export.source import Source, opened
-from randbasis.locations import Location
-from randbasis.output_set import check_output, replaced_set
-from randbasis.tuner.adapter_dir import SAVED_PREFIX, WEIGHTS_FILE, anchored
-from randbasis.tuner.base_fit import BaseFit
-from randbasis.tuner.base_model import meta_model
-from randbasis.tuner.inspection import Track
-from randbasis.tuner.merging import DTYPES, save_head
+from randbasis.files.locations import Location
+from randbasis.files.output_set import check_output, replaced_set
+from randbasis.tuner.saved_files import SAVED_PREFIX, WEIGHTS_FILE, anchored
 
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 """``model_type`` of the bases whose linear layers are ``Conv1D``, with a weight of ``[in, out]``."""

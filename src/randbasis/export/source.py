@@ -12,12 +12,13 @@ from transformers import CONFIG_MAPPING
 
 from randbasis.adapter_file import PackedAdapter
 from randbasis.adapter_file.paths import split_path
+from randbasis.adapters.adapter_dir import AdapterDir, read_adapter_dir
+from randbasis.adapters.base_fit import BaseFit, auto_classes, find_fit
+from randbasis.adapters.base_model import linear_shapes, meta_model, read_config
+from randbasis.adapters.packed import packed_of, unpack_adapter
 from randbasis.errors import DataMissingError, ExportBaseError, ExportSourceError
-from randbasis.locations import Location, local_path
-from randbasis.tuner.adapter_dir import SAVED_PREFIX, AdapterDir, plain_path, read_adapter_dir
-from randbasis.tuner.base_fit import BaseFit, auto_classes, find_fit
-from randbasis.tuner.base_model import linear_shapes, meta_model, read_config
-from randbasis.tuner.packed import packed_of, unpack_adapter
+from randbasis.files.locations import Location, local_path
+from randbasis.tuner.saved_files import SAVED_PREFIX, plain_path
 
 
 @dataclass(frozen=True)

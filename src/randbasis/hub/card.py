@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from randbasis.tuner.adapter_dir import AdapterDir
+from randbasis.adapters.adapter_dir import AdapterDir
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.meaning import MEANING
 from randbasis.tuner.registration import PREFIX
@@ -144,7 +144,7 @@ def _task_snippet(facts: CardFacts) -> str:
         "With its head and its task, as it was trained by `randbasis train`:\n\n"
         "```python\n"
         "from huggingface_hub import snapshot_download\n"
-        "from randbasis.train import UseSettings, find\n\n"
+        "from randbasis.use import UseSettings, find\n\n"
         f'settings = UseSettings(adapter=snapshot_download("{facts.repo_id}"))\n'
         "model = find(settings).load(settings)\n"
         "```\n\n"

@@ -12,14 +12,15 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from randbasis.adapters.adapter_dir import AdapterDir, read_adapter_dir
+from randbasis.adapters.packed import packed_of
 from randbasis.errors import AdapterFilesError, HubError, HubNameError, RandbasisError
+from randbasis.files.output_set import check_output, replaced_set
 from randbasis.hub.card import CardFacts, model_card
-from randbasis.output_set import check_output, replaced_set
 from randbasis.train.adapter_folder import read_folder
 from randbasis.train.run import SUMMARY_FILE
 from randbasis.train.task import TASK_FILE
-from randbasis.tuner.adapter_dir import CONFIG_FILE, WEIGHTS_FILE, AdapterDir, read_adapter_dir
-from randbasis.tuner.packed import packed_of
+from randbasis.tuner.saved_files import CONFIG_FILE, WEIGHTS_FILE
 
 CARD_FILE = "README.md"
 PACKED_FILE = "packed.safetensors"

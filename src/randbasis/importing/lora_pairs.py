@@ -8,17 +8,17 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
+from randbasis.adapters.inspection import Track
 from randbasis.errors import ExportRankError
 from randbasis.export.pairs import LoraPair, total_error, truncated
 from randbasis.export.peft_lora import LoraExport, lora_tensors, rank_pattern
+from randbasis.files.output_set import check_output, replaced_set
 from randbasis.importing.nearest_adapter import check_limit, finite_factors, target_words
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
 from randbasis.low_rank import distance, norm
 from randbasis.methods import Factors
 from randbasis.methods.method import check_positive
-from randbasis.output_set import check_output, replaced_set
-from randbasis.tuner.adapter_dir import WEIGHTS_FILE
-from randbasis.tuner.inspection import Track
+from randbasis.tuner.saved_files import WEIGHTS_FILE
 
 
 def import_as_lora(

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from randbasis.adapters.base_fit import BaseFit, choose, placements, under_prefix
+from randbasis.adapters.base_model import linear_shapes, read_config
+from randbasis.adapters.inspection import Track
+from randbasis.adapters.merging import DTYPES, Merged, load_base, write_model
 from randbasis.errors import BaseMismatchError, DataMissingError, HyperparameterError, MergeError, near
+from randbasis.files.output_set import check_output
 from randbasis.importing.nearest_adapter import finite_factors
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
 from randbasis.low_rank import sides
-from randbasis.output_set import check_output
-from randbasis.tuner.adapter_dir import SAVED_PREFIX
-from randbasis.tuner.base_fit import BaseFit, choose, placements, under_prefix
-from randbasis.tuner.base_model import linear_shapes, read_config
-from randbasis.tuner.inspection import Track
-from randbasis.tuner.merging import DTYPES, Merged, load_base, write_model
+from randbasis.tuner.saved_files import SAVED_PREFIX
 
 _T = TypeVar("_T")
 
@@ -74,7 +74,7 @@ def import_as_merged(
 
 
 def _fit(found: PeftAdapter, config: PreTrainedConfig) -> BaseFit:
-    """The class of transformers that has the adapter's layers; see :func:`randbasis.tuner.base_fit.choose`."""
+    """The class of transformers that has the adapter's layers; see :func:`randbasis.adapters.base_fit.choose`."""
     head = _head({name: found.stored[name] for name in found.head})
     missing = ""
     fitting: list[tuple[BaseFit, PreTrainedModel]] = []

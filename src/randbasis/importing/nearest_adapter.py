@@ -13,18 +13,18 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 
 from randbasis.adapter_file import SpecMatrix
+from randbasis.adapters.base_model import linear_shapes, meta_model, read_config, shape_of
+from randbasis.adapters.inspection import Track
 from randbasis.errors import BaseMismatchError, CoefficientValueError, ResidualError, UnknownMethodError
+from randbasis.files.output_set import check_output, replaced_set
 from randbasis.importing.least_squares import Bases, Fit, Stop, nearest, relative
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
 from randbasis.methods import Factors, Matrix, Method, Nola, Vera
-from randbasis.output_set import check_output, replaced_set
-from randbasis.tuner.adapter_dir import SAVED_PREFIX, WEIGHTS_FILE
-from randbasis.tuner.base_model import linear_shapes, meta_model, read_config, shape_of
 from randbasis.tuner.base_shapes import compress_shapes
 from randbasis.tuner.config import NolaConfig, RandbasisConfig
-from randbasis.tuner.inspection import Track
 from randbasis.tuner.meaning import meaning_tensor
 from randbasis.tuner.registration import PREFIX
+from randbasis.tuner.saved_files import SAVED_PREFIX, WEIGHTS_FILE
 
 TARGET_WORDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Options of PEFT that pick the layers."""

@@ -16,6 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
+from randbasis.adapters.base_model import linear_shapes, meta_model, read_config, shape_of
 from randbasis.errors import (
     AdapterFilesError,
     BaseMismatchError,
@@ -24,7 +25,8 @@ from randbasis.errors import (
     UnsupportedAdapterError,
 )
 from randbasis.methods import Factors
-from randbasis.tuner.adapter_dir import (
+from randbasis.tuner.registration import TYPE_NAME
+from randbasis.tuner.saved_files import (
     CONFIG_FILE,
     SAVED_PREFIX,
     WEIGHTS_FILE,
@@ -32,8 +34,6 @@ from randbasis.tuner.adapter_dir import (
     natural_order,
     tensor_shapes,
 )
-from randbasis.tuner.base_model import linear_shapes, meta_model, read_config, shape_of
-from randbasis.tuner.registration import TYPE_NAME
 
 REPLACED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Starts of LoRA that put other weights in the place of the base model's."""

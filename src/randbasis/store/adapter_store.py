@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from randbasis.errors import NotStoredError, StoreOptionError, near
-from randbasis.locations import Location
+from randbasis.files.locations import Location
 from randbasis.store import tables, transfer, verification
 from randbasis.store.contents import check_content
 from randbasis.store.database import Database

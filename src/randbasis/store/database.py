@@ -8,7 +8,6 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from randbasis.adapter_file.container import flush_directory
 from randbasis.errors import (
     LocationError,
     RandbasisError,
@@ -22,7 +21,8 @@ from randbasis.errors import (
     StoreOptionError,
     StoreVersionError,
 )
-from randbasis.locations import local_path
+from randbasis.files.locations import local_path
+from randbasis.files.whole_file import flush_directory
 
 APPLICATION = int.from_bytes(b"rbas")
 """``PRAGMA application_id``: what tells a store from any other SQLite file."""

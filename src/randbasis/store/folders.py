@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Protocol, TextIO
 
 from randbasis.errors import ManifestError, OutputExistsError, RandbasisError, SaveError
-from randbasis.locations import Remote
+from randbasis.files.locations import Remote
 from randbasis.store.manifest import MANIFEST, content_name, read_manifest
 from randbasis.store.records import Record
 

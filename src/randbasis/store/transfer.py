@@ -6,9 +6,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
 
-from randbasis.adapter_file.container import refuse_existing
 from randbasis.errors import ManifestError, StoreFormatError, StoreMissingError, StoreVersionError
-from randbasis.locations import Location, Remote, local_path
+from randbasis.files.locations import Location, Remote, local_path
+from randbasis.files.whole_file import refuse_existing
 from randbasis.store import tables
 from randbasis.store.contents import check_content
 from randbasis.store.database import Database

@@ -18,12 +18,12 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from randbasis.errors import AdapterFilesError, BaseMismatchError, RandbasisError
-from randbasis.output_set import check_finished
+from randbasis.files.output_set import check_finished
 from randbasis.train.adapter import is_of_targets
 from randbasis.train.pooled import PooledClassifier
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.task import TASK_FILE
-from randbasis.tuner.adapter_dir import anchored
+from randbasis.tuner.saved_files import anchored
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -132,7 +132,7 @@ def restore_parameters(model: nn.Module, path: Path) -> None:
 
 
 def save_parameters(model: nn.Module, path: Path) -> None:
-    """Write adapter and head of a model into a folder; see :func:`randbasis.output_set.replaced_set`."""
+    """Write adapter and head of a model into a folder; see :func:`randbasis.files.output_set.replaced_set`."""
     path.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         with _own_targets(model):

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from randbasis.adapters.base_model import model_readable
+from randbasis.adapters.whole_model import load_whole
 from randbasis.errors import SettingError
-from randbasis.tuner.base_model import model_readable
-from randbasis.tuner.whole_model import load_whole
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from randbasis.adapters.base_model import read_config
 from randbasis.errors import EmptyDataError, SettingError, near
 from randbasis.train.base_model import read_model, read_tokenizer
 from randbasis.train.classification import allowed_length, pad_batch, pad_id
@@ -18,7 +19,6 @@ from randbasis.train.randomness import confined_randomness
 from randbasis.train.settings import TrainSettings
 from randbasis.train.tabular import Table
 from randbasis.train.task import CUT, Batch, Example, Task, inference
-from randbasis.tuner.base_model import read_config
 
 DEFAULT_MAX_LENGTH = 512
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoModelForSequenceClassification
 
+from randbasis.adapters.base_model import read_config
 from randbasis.errors import EmptyDataError, LabelError, SettingError, near
 from randbasis.train.base_model import heads_of, read_model, read_tokenizer
 from randbasis.train.metrics import accuracy, matthews, pearson, spearman
@@ -17,7 +18,6 @@ from randbasis.train.randomness import confined_randomness
 from randbasis.train.settings import DataSettings, TrainSettings
 from randbasis.train.tabular import Table
 from randbasis.train.task import CUT, Batch, Example, Task, inference
-from randbasis.tuner.base_model import read_config
 
 MISSING_NAMES = ("nan", "NaN", "None", "<NA>", "NaT")
 """How Python and pandas write a value that is not there."""

@@ -12,8 +12,8 @@ from rich.console import Console
 from torch import nn
 
 from randbasis.errors import CheckpointError, EmptyDataError, SettingError
-from randbasis.locations import local_output
-from randbasis.output_set import check_output, replaced_set, saving
+from randbasis.files.locations import local_output
+from randbasis.files.output_set import check_output, replaced_set, saving
 from randbasis.train.adapter import peft_config
 from randbasis.train.adapter_folder import ADAPTER_WEIGHTS, HEAD_WEIGHTS, save_parameters
 from randbasis.train.causal_lm import CausalLanguage

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from randbasis.errors import CheckpointError, NonFiniteLossError, SaveError
-from randbasis.output_set import saving
+from randbasis.files.output_set import saving
 from randbasis.train.adapter_folder import restore_parameters, save_parameters
 from randbasis.train.host_names import TRAINER_NAMES
 from randbasis.train.ranks import Ranks

@@ -16,13 +16,13 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from randbasis.adapter_file import SpecMatrix
 from randbasis.errors import AdapterFilesError, BaseMismatchError, CoefficientCountError, CoefficientValueError
-from randbasis.tuner.adapter_dir import CONFIG_FILE, check_adapter_files, read_config_file
 from randbasis.tuner.adapter_names import adapter_of, belongs_to
 from randbasis.tuner.coefficients import check_streams
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.meaning import MEANING, HeldMeaning, holder_of, meaning_of, warn_of_no_meaning
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
+from randbasis.tuner.saved_files import CONFIG_FILE, check_adapter_files, read_config_file
 
 _STREAMS = f".{PREFIX}streams."
 

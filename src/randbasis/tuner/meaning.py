@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from randbasis.adapter_file import SpecMatrix
 from randbasis.errors import AdapterFilesError, MeaningError
 from randbasis.methods import Method
-from randbasis.tuner.adapter_dir import SAVED_PREFIX, natural_order
 from randbasis.tuner.registration import PREFIX
+from randbasis.tuner.saved_files import SAVED_PREFIX, natural_order
 
 MEANING = f"{PREFIX}meaning"
 """Name of the attribute of a layer, and so of the tensor, that holds the meaning."""

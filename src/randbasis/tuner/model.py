@@ -33,7 +33,6 @@ from randbasis.errors import (
     near,
 )
 from randbasis.tuner.adapted_matrix import BASE, AdapterOptions
-from randbasis.tuner.adapter_dir import PICKLE_FILE, WEIGHTS_FILE, check_adapter_files, tensor_shapes
 from randbasis.tuner.adapter_names import adapter_of, belongs_to, check_name, path_words, without_adapter
 from randbasis.tuner.base_shapes import compress_shapes, expected_shape
 from randbasis.tuner.base_weight import layer_shape
@@ -49,6 +48,7 @@ from randbasis.tuner.mixed_batch import MixedBatch, given_rows, layout_of, pass_
 from randbasis.tuner.pickles import refuse_pickles
 from randbasis.tuner.places import check_places
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
+from randbasis.tuner.saved_files import PICKLE_FILE, WEIGHTS_FILE, check_adapter_files, tensor_shapes
 from randbasis.tuner.switching import activate
 from randbasis.tuner.targets import Part, parts_of, resolve_parts
 

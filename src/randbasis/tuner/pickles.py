@@ -15,8 +15,8 @@ from peft.utils import save_and_load
 from transformers import modeling_utils
 
 from randbasis.errors import AdapterFilesError
-from randbasis.tuner.adapter_dir import CONFIG_FILE, WEIGHTS_FILE
 from randbasis.tuner.registration import TYPE_NAME
+from randbasis.tuner.saved_files import CONFIG_FILE, WEIGHTS_FILE
 
 _READERS: tuple[tuple[Any, str], ...] = ((save_and_load, "torch_load"), (modeling_utils, "load_state_dict"))
 

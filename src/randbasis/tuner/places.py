@@ -9,8 +9,8 @@ from typing import cast
 from torch import nn
 
 from randbasis.errors import BaseMismatchError
-from randbasis.tuner.adapter_dir import plain_path
 from randbasis.tuner.registration import PREFIX
+from randbasis.tuner.saved_files import plain_path
 
 
 def check_places(

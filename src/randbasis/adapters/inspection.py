@@ -1,0 +1,244 @@
+"""What an adapter directory holds: counts, and norm and spectrum of each ΔW, without the base model's weights."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import set_peft_model_state_dict  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor, nn
+
+from randbasis.adapters.adapter_dir import AdapterDir, read_adapter_dir
+from randbasis.adapters.base_model import hollow_model, linear_shapes, meta_model, read_config, shape_of
+from randbasis.errors import AdapterFilesError
+from randbasis.methods import Factors
+from randbasis.tuner.adapted_matrix import AdaptedMatrix
+from randbasis.tuner.base_shapes import expected_shape
+from randbasis.tuner.config import RandbasisConfig
+from randbasis.tuner.layer import RandbasisLinear
+from randbasis.tuner.registration import PREFIX
+
+FULL_SPECTRUM_SIDE = 4096
+"""Smaller side up to which the spectrum of a ΔW that is not of low rank is computed, by default."""
+
+Track = Callable[[Sequence[Any]], Iterable[Any]]
+"""Wraps a sequence to show how far the work has come."""
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One adapted matrix.
+
+    Attributes:
+        name: module path in the base model.
+        part: part of a fused projection, empty for the whole layer.
+        out_features: rows of ΔW.
+        in_features: columns of ΔW.
+        coefficients: how many it has.
+        norm: Frobenius norm of ΔW.
+        singular_values: of ΔW, largest first, as many as its factors allow; None where ΔW was too large for them.
+    """
+
+    name: str
+    part: str
+    out_features: int
+    in_features: int
+    coefficients: int
+    norm: float
+    singular_values: tuple[float, ...] | None
+
+    @property
+    def spectral_norm(self) -> float | None:
+        """The largest singular value."""
+        return None if self.singular_values is None else max(self.singular_values, default=0.0)
+
+    @property
+    def effective_rank(self) -> float | None:
+        """``exp(−Σ pᵢ ln pᵢ)``, ``pᵢ = σᵢ / Σ σ`` (Roy and Vetterli, EUSIPCO 2007); 0 for ΔW = 0."""
+        if self.singular_values is None:
+            return None
+        total = math.fsum(self.singular_values)
+        shares = [value / total for value in self.singular_values if value > 0]
+        return math.exp(-math.fsum(share * math.log(share) for share in shares)) if shares else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        values = self.singular_values
+        return {
+            "name": self.name,
+            "part": self.part,
+            "out": self.out_features,
+            "in": self.in_features,
+            "coefficients": self.coefficients,
+            "norm": self.norm,
+            "spectral_norm": self.spectral_norm,
+            "effective_rank": self.effective_rank,
+            "singular_values": None if values is None else [float(f"{value:.6g}") for value in values],
+        }
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What an adapter directory holds.
+
+    Attributes:
+        path: the directory.
+        base_model: folder or hub name of the base that it names.
+        config: its configuration.
+        head_parameters: what was trained whole beside the adapter.
+        bytes: size of the file of tensors.
+        matrices: one entry for each adapted matrix, in the model's order.
+    """
+
+    path: Path
+    base_model: str
+    config: RandbasisConfig
+    head_parameters: int
+    bytes: int
+    matrices: tuple[MatrixReport, ...]
+
+    @property
+    def coefficients(self) -> int:
+        """All coefficients."""
+        return sum(matrix.coefficients for matrix in self.matrices)
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The hyper-parameters of the method, seed and law first."""
+        options = self.config.hyperparameters()
+        return {"seed": options.pop("seed"), "law": options.pop("law"), **options}
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, one row a matrix."""
+        return {
+            "adapter": str(self.path),
+            "base_model": self.base_model,
+            "method": self.config.method,
+            "seed": self.config.seed,
+            "law": self.config.law,
+            "options": self.hyperparameters,
+            "coefficients": self.coefficients,
+            "head_parameters": self.head_parameters,
+            "bytes": self.bytes,
+            "matrices": len(self.matrices),
+            "rows": [matrix.as_json() for matrix in self.matrices],
+        }
+
+
+def inspect_adapter(
+    path: str | Path,
+    model: str | None = None,
+    *,
+    full_spectrum_side: int = FULL_SPECTRUM_SIDE,
+    track: Track = iter,
+) -> Inspection:
+    """Read an adapter directory and look at each of its ΔW.
+
+    Args:
+        path: the directory.
+        model: folder or hub name of the base, of which only the configuration is read. None takes the shapes that the
+            adapter was saved with; slices of attention projections need the configuration all the same.
+        full_spectrum_side: smaller side up to which a ΔW that is not of low rank gets a spectrum.
+        track: shows the progress over the adapted matrices, such as ``rich.progress.track``.
+
+    Raises:
+        AdapterFilesError: a file is missing, damaged or foreign.
+        BaseMismatchError: the adapter was made for another base model.
+        CoefficientCountError: coefficients do not fit the configuration.
+        CoefficientValueError: coefficients are not finite.
+        DataMissingError: the configuration of the base model is needed and cannot be read.
+    """
+    found = read_adapter_dir(path)
+    adapted = _restored(found, model)
+    entries = [(key, layer, one) for key, layer in _layers(adapted) for one in layer.matrices("default")]
+    reports: list[MatrixReport] = []
+    for key, layer, one in track(entries):
+        norm, values = _spectrum(layer, one, full_spectrum_side)
+        out, in_ = one.matrix.out_features, one.matrix.in_features
+        reports.append(MatrixReport(key, one.part.name, out, in_, one.method.count(out, in_), norm, values))
+    return Inspection(
+        found.path,
+        model or found.config.base_model_name_or_path or "",
+        found.config,
+        sum(torch.Size(shape).numel() for shape in found.head.values()),
+        found.weights.stat().st_size,
+        tuple(reports),
+    )
+
+
+def spectrum(factors: Factors) -> Tensor:
+    """Singular values of ``ΔW = up @ down``, largest first: by two thin QR decompositions where the rank is low.
+
+    Args:
+        factors: ``[out, q]`` and ``[q, in]``.
+    """
+    up, down = factors.up, factors.down
+    if up is None or up.shape[1] >= min(up.shape[0], down.shape[1]):
+        return _singular_values(factors.delta())
+    qr = cast("Callable[[Tensor], tuple[Tensor, Tensor]]", torch.linalg.qr)
+    return _singular_values(qr(up)[1] @ qr(down.T)[1].T)
+
+
+def _singular_values(matrix: Tensor) -> Tensor:
+    return cast("Any", torch.linalg.svdvals)(matrix)
+
+
+def _numbers(values: Tensor) -> tuple[float, ...]:
+    return tuple(cast("list[float]", values.tolist()))
+
+
+def _spectrum(layer: RandbasisLinear, one: AdaptedMatrix, side: int) -> tuple[float, tuple[float, ...] | None]:
+    """Norm and singular values of one ΔW in float64."""
+    out, in_ = one.matrix.out_features, one.matrix.in_features
+    coefficients = {name: c.detach().double() for name, c in layer.coefficients("default", one).items()}
+    if one.method.rank(out, in_) < min(out, in_):
+        values = _numbers(spectrum(one.method.factors(coefficients, one.matrix)))
+        return math.hypot(*values), values
+    delta = one.method.delta(coefficients, one.matrix)
+    norm = math.sqrt(float(delta.square().sum()))
+    return norm, _numbers(_singular_values(delta)) if min(out, in_) <= side else None
+
+
+def _restored(found: AdapterDir, model: str | None) -> PeftModel:
+    """The adapter with its coefficients, on a model that has only the layers it adapts."""
+    hollow = hollow_model(_shapes(found, model), _model_config(found, model))
+    adapted = cast("PeftModel", get_peft_model(cast("Any", hollow), found.bare_config()))
+    tensors = {name: tensor for name, tensor in found.load().items() if f".{PREFIX}" in name}
+    set_peft_model_state_dict(adapted, tensors)
+    return adapted
+
+
+def _shapes(found: AdapterDir, model: str | None) -> dict[str, tuple[int, int]]:
+    if model is not None:
+        known: Mapping[str, tuple[int, int]] = linear_shapes(meta_model(read_config(model)))
+        return {key: shape_of(key, known) for key in found.modules}
+    shapes = {key: expected_shape(found.config.base_shapes, key) for key in found.modules}
+    unknown = next((key for key, shape in shapes.items() if shape is None), None)
+    if unknown is not None:
+        raise AdapterFilesError(
+            f"{found.path} does not say which shape {unknown!r} has (base_shapes in its configuration); "
+            "name the base model that it was made for"
+        )
+    return {key: shape for key, shape in shapes.items() if shape is not None}
+
+
+def _model_config(found: AdapterDir, model: str | None) -> dict[str, Any]:
+    """The configuration of the base, which alone knows how many rows the q of a fused projection has."""
+    if model is None and not found.config.target_slices:
+        return {}
+    name = model or found.config.base_model_name_or_path
+    if not name:
+        raise AdapterFilesError(
+            f"{found.path} adapts slices of fused projections and does not name its base model, whose configuration "
+            "tells where they lie; name the base model"
+        )
+    return read_config(name).to_dict()
+
+
+def _layers(adapted: PeftModel) -> Iterator[tuple[str, RandbasisLinear]]:
+    for key, module in cast("Iterator[tuple[str, nn.Module]]", adapted.get_base_model().named_modules()):
+        if isinstance(module, RandbasisLinear):
+            yield key, module

@@ -1,0 +1,1 @@
+"""Where a file is, and one way to write it."""

@@ -1,0 +1,333 @@
+"""Using what a run left: scores, answers and texts from an adapter folder."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from randbasis.adapters.base_model import read_config
+from randbasis.errors import AdapterFilesError, EmptyDataError, OutputExistsError, SettingError, near
+from randbasis.files.locations import local_output
+from randbasis.files.output_set import check_file_output, saving
+from randbasis.train.adapter_folder import load_adapter, read_folder
+from randbasis.train.base_model import read_tokenizer
+from randbasis.train.causal_lm import CausalLanguage, end_token_id
+from randbasis.train.classification import TextClassification, allowed_length
+from randbasis.train.generation import GenerationSettings
+from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
+from randbasis.train.loop import torch_threads
+from randbasis.train.run import TASK_CLASSES
+from randbasis.train.settings import DTYPES, check_distinct
+from randbasis.train.splits import sample
+from randbasis.train.tabular import Row, Table, read_table
+from randbasis.train.task import Task, warn_of_cut
+
+COLUMN_KEYS = ("text", "text_pair", "label", "prompt", "target")
+
+TrainedTask = CausalLanguage | TextClassification | ImageClassification
+
+
+@dataclass(frozen=True)
+class UseSettings:
+    """How a trained adapter is used.
+
+    Args:
+        adapter: folder of a run, or of a PEFT adapter of a causal language model; ``None`` for the base alone, which
+            must be one.
+        model: folder or hub name of the base; ``None`` for the one that the adapter names.
+        data: rows, or images; not needed to generate from prompts.
+        kind: kind of the file when its name does not tell.
+        split: which split of an archive of images; ``None``: the first that is not for training.
+        columns: other names for the columns of the task (``text``, ``text_pair``, ``label``, ``prompt``, ``target``).
+        limit: use that many rows, drawn by seed 0.
+        batch_size: rows at a time.
+        dtype: of the base.
+        device: ``"auto"`` or ``"cpu"``.
+        threads: threads of torch; ``None`` leaves them.
+        generation: how texts are generated.
+    """
+
+    adapter: str | Path | None = None
+    model: str | None = None
+    data: str | Path | None = None
+    kind: str | None = None
+    split: str | None = None
+    columns: dict[str, str] = field(default_factory=dict[str, str])
+    limit: int | None = None
+    batch_size: int = 32
+    dtype: str = "float32"
+    device: str = "auto"
+    threads: int | None = None
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+
+    def check(self) -> None:
+        """Refuse what cannot be used.
+
+        Raises:
+            SettingError: a value is out of range; the message names it.
+        """
+        if self.adapter is None and self.model is None:
+            raise SettingError("neither an adapter nor a model was given; name at least one")
+        for name, number in (("batch_size", self.batch_size), ("limit", self.limit), ("threads", self.threads)):
+            if number is not None and number < 1:
+                raise SettingError(f"{name} must be at least 1, got {number}")
+        for name, value, known in (("dtype", self.dtype, DTYPES), ("device", self.device, ("auto", "cpu"))):
+            if value not in known:
+                raise SettingError(f"{name} {value!r} is unknown; {near(value, known)}")
+        self.generation.check()
+
+    def facts(self) -> dict[str, Any]:
+        """``task`` of the adapter and whether its rows have prompts (``prompted``), before any weights are read.
+
+        Raises:
+            SettingError: a value is out of range.
+            AdapterFilesError: the adapter folder lacks what is needed.
+        """
+        self.check()
+        task = read_folder(self.adapter).task if self.adapter is not None else {}
+        columns: dict[str, str | None] = task.get("columns") or {}
+        prompted = self.columns.get("prompt") is not None or columns.get("prompt") is not None
+        return {"task": task.get("task", CausalLanguage.name), "prompted": prompted}
+
+
+def use_from_words(words: Mapping[str, Any]) -> UseSettings:
+    """The settings from one flat mapping, as the command gives them; words that mean nothing here are left out."""
+    columns = {key: words[f"{key}_column"] for key in COLUMN_KEYS if words.get(f"{key}_column") is not None}
+    generation = {part.name: words[part.name] for part in fields(GenerationSettings) if part.name in words}
+    own = {part.name: words[part.name] for part in fields(UseSettings) if part.name in words}
+    return UseSettings(**own, columns=columns, generation=GenerationSettings(**generation))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is to be used, before any weights are read.
+
+    Args:
+        task: what the adapter was trained for.
+        base: folder or hub name of the base.
+        adapter: the adapter, ``None`` for the base alone.
+    """
+
+    task: TrainedTask
+    base: str
+    adapter: Path | None
+
+    def load(self, settings: UseSettings) -> nn.Module:
+        """Base and adapter, ready to answer.
+
+        Raises:
+            AdapterFilesError: the files of the adapter cannot be read.
+            BaseMismatchError: the adapter was made for another base.
+        """
+        model = self.task.load_model(self.base, dtype=settings.dtype, seed=0)
+        if self.adapter is not None:
+            model = load_adapter(model, self.adapter)
+        use_gpu = settings.device == "auto" and torch.cuda.is_available()
+        return model.to("cuda" if use_gpu else "cpu").eval()
+
+
+def find(settings: UseSettings) -> Found:
+    """Look at the adapter folder and the base's tokenizer.
+
+    Raises:
+        AdapterFilesError: the adapter folder lacks what is needed, or its task is not described.
+        SettingError: no base is named, or a column is given that the task has not.
+    """
+    settings.check()
+    folder = read_folder(settings.adapter) if settings.adapter is not None else None
+    base = settings.model or (folder.base_model if folder else "")
+    if not base:
+        raise SettingError(f"the adapter {str(settings.adapter)!r} does not name its base; give model")
+    if folder and folder.task:
+        task = _described(folder.task, base)
+    else:
+        task = _language_task(folder is not None, base, settings)
+    _rename_columns(task, settings.columns)
+    if isinstance(task, CausalLanguage):
+        task.generation = settings.generation
+    return Found(task, base, folder.path if folder else None)
+
+
+def evaluate(settings: UseSettings, *, texts: bool | None = None) -> dict[str, Any]:
+    """Score an adapter on a file of rows.
+
+    Args:
+        settings: which adapter and rows.
+        texts: generate texts for BLEU and chrF; ``None``: where the task has prompts and targets. Rows of the same
+            prompt are references of one text.
+
+    Returns:
+        ``{"task", "rows", "cut", "metrics"}``; ``cut`` counts the rows, and the whole targets, above the length.
+
+    Raises:
+        RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
+    """
+    found = find(settings)
+    table = read_rows(settings, found.task)
+    if isinstance(found.task, CausalLanguage):
+        if texts and not found.task.prompted:
+            raise SettingError("BLEU and chrF need a prompt column and a target column")
+        found.task.with_generation = found.task.prompted if texts is None else texts
+    examples = found.task.encode(table, training=False)
+    cut = warn_of_cut(found.task, examples, f"rows of {table.source}")
+    if not {"label", "labels"} & set(examples[0]):
+        raise EmptyDataError(f"{table.source} has no column of answers; its columns are {', '.join(table.columns)}")
+    with torch_threads(settings.threads):
+        metrics = found.task.score(found.load(settings), examples, settings.batch_size)
+    return {"task": found.task.name, "rows": len(table.rows), "cut": cut, "metrics": metrics}
+
+
+def predict(settings: UseSettings) -> list[Row]:
+    """Answer a file of rows.
+
+    Returns:
+        The rows with ``prediction`` added, and ``probability`` for classes.
+
+    Raises:
+        RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
+    """
+    found = find(settings)
+    if isinstance(found.task, CausalLanguage) and not found.task.prompted:
+        raise SettingError("predict needs the column of the prompts (prompt_column); generate takes prompts themselves")
+    table = read_rows(settings, found.task)
+    examples = found.task.encode(_without_answers(table, found.task), training=False)
+    warn_of_cut(found.task, examples, f"rows of {table.source}")
+    with torch_threads(settings.threads):
+        answers = found.task.predict(found.load(settings), examples, settings.batch_size)
+    return [{**row, **answer} for row, answer in zip(table.rows, answers, strict=True)]
+
+
+def generate(settings: UseSettings, prompts: Sequence[str] = ()) -> list[Row]:
+    """Texts from prompts, given or in the prompt column of the rows.
+
+    Returns:
+        ``{"prompt", "text"}`` for each.
+
+    Raises:
+        RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
+    """
+    found = find(settings)
+    task = found.task
+    if not isinstance(task, CausalLanguage):
+        raise SettingError(f"the adapter was trained for {task.name}; only causal-lm generates texts, use predict")
+    wanted = list(prompts)
+    if not wanted:
+        if settings.data is None or task.columns["prompt"] is None:
+            raise SettingError("there is nothing to generate from; give a prompt, or data and its prompt column")
+        wanted = task.prompts(read_rows(settings, task))
+    warn_of_cut(task, task.prompt_examples(wanted), "prompts")
+    with torch_threads(settings.threads):
+        texts = task.answers(found.load(settings), wanted, settings.batch_size)
+    return [{"prompt": prompt, "text": text} for prompt, text in zip(wanted, texts, strict=True)]
+
+
+def read_rows(settings: UseSettings, task: Task) -> Table:
+    """The rows that the settings name, as many as they ask for.
+
+    Raises:
+        SettingError: no data were named.
+        EmptyDataError: an archive has no such split.
+    """
+    if settings.data is None:
+        raise SettingError("data is needed: a file of rows, or a folder or zip of images")
+    if isinstance(task, ImageClassification):
+        splits = read_images(settings.data)
+        name = settings.split or next((split for split in EVAL_SPLITS if split in splits), next(iter(splits)))
+        if name not in splits:
+            raise EmptyDataError(f"{settings.data} has no split {name!r}; {near(name, splits)}")
+        table = splits[name]
+    else:
+        assert isinstance(task, CausalLanguage | TextClassification)
+        wanted = [name for name in task.columns.values() if name is not None]
+        table = read_table(settings.data, kind=settings.kind, wanted=wanted)
+    return table if settings.limit is None else table.subset(sample(len(table.rows), settings.limit, 0))
+
+
+def write_lines(rows: Sequence[Row], path: str | Path, *, overwrite: bool = False) -> None:
+    """Write rows as JSON lines, complete or not at all.
+
+    Raises:
+        OutputExistsError: the file exists and ``overwrite`` was not given.
+        SaveError: the operating system refused.
+    """
+    path = Path(path)
+    refuse_existing(path, overwrite=overwrite)
+    part = path.with_name(path.name + ".part")
+    with saving(path, undo=lambda: part.unlink(missing_ok=True)):
+        part.write_text("".join(json_line(row) + "\n" for row in rows), encoding="utf-8")
+        part.replace(path)
+
+
+def refuse_existing(path: Path | None, sources: Sequence[str | Path | None] = (), *, overwrite: bool) -> None:
+    """To be called before the work begins whose result goes into a file.
+
+    Args:
+        path: the file; None where nothing is written.
+        sources: what is read.
+        overwrite: whether a file that is there may be replaced.
+
+    Raises:
+        OutputExistsError: a file would be replaced unasked, or is one that is read.
+        LocationError: it is not of this machine.
+    """
+    if path is None:
+        return
+    path = local_output(path)
+    if path.exists() and not overwrite:
+        raise OutputExistsError(f"output {str(path)!r} exists; give overwrite to replace it, or another name")
+    check_file_output(path, sources, overwrite=overwrite)
+
+
+def json_line(row: Row) -> str:
+    """A row as one line of JSON; what JSON has no form for, such as an image, is written as text."""
+    return json.dumps(row, ensure_ascii=False, default=str)
+
+
+def _described(description: dict[str, Any], name: str) -> TrainedTask:
+    kind = TASK_CLASSES.get(description.get("task", ""))
+    if kind is None:
+        raise AdapterFilesError(f"task {description.get('task')!r} of the adapter is unknown; {near('', TASK_CLASSES)}")
+    try:
+        return kind.from_description(description, name)
+    except KeyError as error:
+        if error.args and error.args[0] in description:
+            raise
+        raise AdapterFilesError(f"the task.json of the adapter lacks {error}; was it edited?") from error
+
+
+def _language_task(adapted: bool, name: str, settings: UseSettings) -> CausalLanguage:
+    """The task of a base language model, or of an adapter that another tool wrote for one."""
+    config = read_config(name)
+    architectures: list[str] = config.architectures or []
+    if not any(architecture.endswith("ForCausalLM") for architecture in architectures):
+        raise AdapterFilesError(
+            f"{'the adapter has no task.json, and ' if adapted else ''}the base {name!r} is not a causal language "
+            "model, so labels and columns are not known; give the output folder of a training run"
+        )
+    tokenizer = read_tokenizer(name)
+    columns: dict[str, str | None] = {key: settings.columns.get(key) for key in ("prompt", "target", "text")}
+    separator = " => " if columns["target"] else ""
+    limit = allowed_length(tokenizer, config)
+    return CausalLanguage(tokenizer, columns, limit, separator, end_token_id(tokenizer, None))
+
+
+def _rename_columns(task: TrainedTask, names: dict[str, str]) -> None:
+    if not names:
+        return
+    known = {} if isinstance(task, ImageClassification) else task.columns
+    for key, value in names.items():
+        if key not in known:
+            raise SettingError(f"{task.name} has no {key}_column; {near(key, known)}")
+        known[key] = value
+    check_distinct({f"{key}_column": name for key, name in known.items()})
+
+
+def _without_answers(table: Table, task: TrainedTask) -> Table:
+    """The table without the column of answers, whose values need not be known labels."""
+    answer = {"causal-lm": "target", "sequence-classification": "label"}.get(task.name)
+    name = "label" if isinstance(task, ImageClassification) else task.columns[answer or "label"]
+    return replace(table, columns=tuple(column for column in table.columns if column != name))

@@ -1,0 +1,44 @@
+"""Studies on real data: ``run`` makes the runs that are missing, ``report`` writes the page of results."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from studies.pool import run_study
+from studies.report import write_report
+from studies.studies import STUDIES, study_named
+
+EXAMPLE = "example: python -m studies run sst2 --data DATA --workers 4 && python -m studies report"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a study, or write the report.
+
+    Args:
+        arguments: of the command, ``None`` for those of the process.
+    """
+    parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__, epilog=EXAMPLE)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="make the runs that are missing", epilog=EXAMPLE)
+    run.add_argument("study", choices=STUDIES)
+    run.add_argument("--data", type=Path, required=True, help="folder of data sets and models")
+    run.add_argument("--workers", type=int, default=4, help="processes of one thread each; 0 for none but this one")
+    report = commands.add_parser("report", help="write the page of results from the raw rows", epilog=EXAMPLE)
+    report.add_argument("--page", type=Path, default=Path("docs/results.md"), help="the page to write")
+    for command in (run, report):
+        command.add_argument(
+            "--results", type=Path, default=Path("benchmarks/results"), help="folder of the raw rows and comments"
+        )
+    given = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    if given.command == "report":
+        write_report([study_named(name) for name in STUDIES], given.results, given.page)
+        console.print(f"wrote {given.page}")
+        return
+    study = study_named(given.study, given.data)
+    run_study(study, given.results / f"{study.name}.jsonl", workers=given.workers, console=console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The rows that a setting trains on, chooses learning rates by, and is tested on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from randbasis.errors import EmptyDataError
+from randbasis.train import CausalLanguage, ImageClassification, Table, Task, TextClassification, read_images
+from randbasis.train.images import EVAL_SPLITS
+from randbasis.train.splits import few_shot, sample
+from randbasis.train.tabular import read_table
+from randbasis.train.task import Example
+from studies.study import LANGUAGE, Setting
+
+SPLIT_SEED = 20_000
+"""Of every draw of rows that does not depend on the run."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A setting with its rows read.
+
+    Args:
+        task: the task, shared by all runs.
+        train: examples to learn from.
+        dev: held-out examples, for the sweep.
+        test: examples that final runs are scored on.
+    """
+
+    task: Task
+    train: Sequence[Example]
+    dev: Sequence[Example]
+    test: Sequence[Example]
+
+
+@lru_cache(maxsize=4)
+def read_cell(setting: Setting, sample_set: int) -> Cell:
+    """Read the rows of a setting; the same ones in every process.
+
+    Args:
+        setting: which.
+        sample_set: which draw of the training rows.
+
+    Raises:
+        EmptyDataError: there are fewer rows than the setting asks for.
+    """
+    if setting.base.task == LANGUAGE:
+        return _language(setting, sample_set)
+    if setting.base.task == ImageClassification.name:
+        return _images(setting, sample_set)
+    return _text(setting, sample_set)
+
+
+def _text(setting: Setting, sample_set: int) -> Cell:
+    """Whole held-out texts, and training texts of which none is a part of one of them, nor the other way round."""
+    data = setting.base.data
+    table = read_table(data.train, kind=data.kind, wanted=data.columns)
+    texts = [str(text) for text in table.column(data.text_column or "")]
+    long_enough = [i for i, text in enumerate(texts) if len(text.split()) >= setting.dev_words]
+    dev = [long_enough[i] for i in sample(len(long_enough), setting.dev_rows, SPLIT_SEED)]
+    apart = apart_from([texts[i] for i in dev], texts)
+    if data.limit is not None and len(apart) < data.limit:
+        raise EmptyDataError(f"{table.source} leaves {len(apart)} training rows, {data.limit} are asked for")
+    train = [apart[i] for i in sample(len(apart), data.limit or len(apart), SPLIT_SEED + sample_set)]
+    test = read_table(data.eval or "", kind=data.kind, wanted=data.columns)
+    task = TextClassification.prepare(setting.base, table)
+    return Cell(
+        task,
+        task.encode(table.subset(train), training=True),
+        task.encode(table.subset(dev), training=False),
+        task.encode(_limited(test, data.eval_limit), training=False),
+    )
+
+
+def apart_from(held: Sequence[str], texts: Sequence[str]) -> list[int]:
+    """Places of the texts that neither contain a held-out text nor are contained in one."""
+    held = [text.strip() for text in held]
+    joined = "\n".join(held)
+    rest = [i for i, text in enumerate(texts) if text.strip() not in joined]
+    whole = "\n".join(texts[i] for i in rest)
+    within = [text for text in held if text in whole]
+    return [i for i in rest if not any(text in texts[i] for text in within)]
+
+
+def _images(setting: Setting, sample_set: int) -> Cell:
+    """``shots`` images a class to train on, ``dev_rows`` others a class held out, the test split of the archive."""
+    splits = read_images(setting.base.data.train)
+    table = next(rows for name, rows in splits.items() if name not in EVAL_SPLITS)
+    test = next(rows for name, rows in splits.items() if name in EVAL_SPLITS)
+    labels = [str(label) for label in table.column("label")]
+    dev = few_shot(labels, setting.dev_rows, SPLIT_SEED)
+    rest = sorted(set(range(len(labels))) - set(dev))
+    shots = setting.base.data.shots or 1
+    train = [rest[i] for i in few_shot([labels[i] for i in rest], shots, SPLIT_SEED + sample_set)]
+    task = ImageClassification.prepare(setting.base, table)
+    return Cell(
+        task,
+        task.encode(table.subset(train), training=True),
+        task.encode(table.subset(dev), training=False),
+        task.encode(_limited(test, setting.base.data.eval_limit), training=False),
+    )
+
+
+def _language(setting: Setting, sample_set: int) -> Cell:
+    """Pairs that fit into ``max_length`` whole; test prompts with all their references."""
+    data = setting.base.data
+    table = read_table(data.train, kind=data.kind, wanted=data.columns)
+    task = CausalLanguage.prepare(setting.base, table)
+    drawn = table.subset(_drawn(len(table.rows), 2 * (data.limit or len(table.rows)), SPLIT_SEED + sample_set))
+    train = _fitting(task, task.encode(drawn, training=True))[: data.limit]
+    task.answer_length = max(sum(label != -100 for label in example["labels"]) for example in train)
+    return Cell(
+        task,
+        train,
+        _references(setting, task, setting.dev or "", setting.dev_rows),
+        _references(setting, task, data.eval or "", data.eval_limit),
+    )
+
+
+def _references(setting: Setting, task: CausalLanguage, path: str | Path, limit: int | None) -> list[Example]:
+    """Examples of ``limit`` prompts, one for each reference, of the prompts whose references all fit."""
+    data = setting.base.data
+    table = read_table(path, kind=data.kind, wanted=data.columns)
+    examples = task.encode(table, training=False)
+    fitting = {id(example) for example in _fitting(task, examples)}
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example["prompt"], []).append(example)
+    whole = [group for group in groups.values() if all(id(example) in fitting for example in group)]
+    chosen = sample(len(whole), limit or len(whole), SPLIT_SEED)
+    return [example for i in chosen for example in whole[i]]
+
+
+def _fitting(task: CausalLanguage, examples: list[Example]) -> list[Example]:
+    """Examples that were not cut; one as long as ``max_length`` may have been."""
+    return [example for example in examples if len(example["input_ids"]) < task.max_length]
+
+
+def _drawn(count: int, limit: int, seed: int) -> list[int]:
+    """Up to ``limit`` row indices in the order of the draw."""
+    return [int(i) for i in np.random.default_rng(seed).permutation(count)[:limit]]
+
+
+def _limited(table: Table, limit: int | None) -> Table:
+    return table if limit is None else table.subset(sample(len(table.rows), limit, SPLIT_SEED))

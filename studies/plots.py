@@ -1,0 +1,47 @@
+"""Records to a picture: one panel a setting, one line a row, the frozen base as a mark to beat."""
+
+from pathlib import Path
+from typing import Any
+
+from studies.study import Record, Study
+from studies.tables import PERCENT, Line, line_names, lines_of
+
+COLOURS = {"lora": "tab:gray", "nola": "tab:blue", "vera": "tab:green", "randlora": "tab:orange"}
+DOTS_AN_INCH = 110
+
+
+def plot_study(study: Study, records: list[Record], path: Path) -> None:
+    """Write a PNG; error bars are one standard deviation, the dashed line is the frozen base.
+
+    Args:
+        study: what was compared.
+        records: usable ones.
+        path: the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count, names = len(study.settings), line_names(study)
+    figure = Figure(figsize=(2.2 + 2.9 * count, 0.8 + 0.36 * len(names)), layout="constrained")
+    axes: Any = figure.subplots(1, count, squeeze=False, sharey=True)[0]
+    for panel, setting in zip(axes, study.settings, strict=True):
+        lines = lines_of(study, setting, records)
+        metric = next((m for m in study.metrics if any(line.scores.get(m) for line in lines)), study.metrics[0])
+        _draw(panel, lines, metric, names)
+        panel.set_title(setting.name, fontsize=10)
+        panel.set_xlabel(metric + (", %" if metric in PERCENT else ""))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_figure(path, dpi=DOTS_AN_INCH, metadata={"Software": None})
+
+
+def _draw(panel: Any, lines: list[Line], metric: str, names: list[str]) -> None:
+    factor = 100 if metric in PERCENT else 1
+    panel.set_yticks(range(len(names)), names, fontsize=9)
+    panel.set_ylim(len(names) - 0.5, -0.5)
+    panel.grid(alpha=0.3)
+    for line in lines:
+        mean, deviation = factor * line.mean(metric), factor * line.deviation(metric)
+        colour = COLOURS.get(line.row.method, "black")
+        panel.errorbar(mean, names.index(line.name), xerr=deviation, marker="o", capsize=3, color=colour)
+        if not line.row.adapted:
+            panel.axvline(mean, color="black", linestyle="--", linewidth=1)
