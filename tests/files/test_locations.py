@@ -9,7 +9,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from randbasis import errors, locations
+from randbasis import errors
+from randbasis.files import locations
 from randbasis.files.locations import Remote, local_path, reading
 
 
