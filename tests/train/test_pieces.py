@@ -200,9 +200,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
         raise ModuleNotFoundError(name, name=name)
 
     monkeypatch.setattr(metrics_module, "import_module", missing)
-    with pytest.raises(
-        MissingPackageError, match=r"needs sacrebleu, which is not installed; install randbasis\[train\]"
-    ):
+    with pytest.raises(MissingPackageError, match=r"sacrebleu, which is not .*install randbasis\[train\]"):
         metrics_module.bleu(["x"], [["x"]])
 
 
