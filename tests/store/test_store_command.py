@@ -129,7 +129,7 @@ def test_verify_exits_with_1_where_something_is_damaged(path: Path):
         (["export", "out", "--method", "nolla"], "UnknownMethodError"),
         (["add", "absent.safetensors"], "PackedFileMissingError"),
         (["add", __file__], "HeaderSizeError"),
-        (["add", "a.safetensors", "b.safetensors", "--name", "x"], "StoreOptionError"),
+        (["add", "a.safetensors", "b.safetensors", "--name", "x"], "OptionError"),
         (["import", "absent"], "StoreMissingError"),
     ],
 )

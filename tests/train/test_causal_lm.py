@@ -195,4 +195,4 @@ def test_prompts_that_are_cut_are_counted(trained: Path):
         warnings.simplefilter("always")
         generate(use, ["a", "abcdefghij" * 10])
     (told,) = (str(one.message) for one in caught if "(max_length)" in str(one.message))
-    assert told.startswith("1 of 2 rows of the prompts are longer than")
+    assert told.startswith("1 of 2 prompts are longer than 48 tokens (max_length), of which a prompt may take 36, and")

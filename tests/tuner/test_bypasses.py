@@ -156,7 +156,7 @@ def test_targets_that_are_read_and_not_called_are_refused(name, method):
 )
 def test_classes_of_transformers_that_read_a_weight(kind, attribute):
     module, _, name = f"transformers.models.{kind}".rpartition(".")
-    if attribute == "dt_proj" and transformers.__version__.startswith("5.0."):
+    if attribute == "dt_proj" and transformers.__version__.startswith("5.14."):
         pytest.skip("called there, with its bias taken off")
     owner = nn.Module.__new__(getattr(pytest.importorskip(module), name))
     nn.Module.__init__(owner)

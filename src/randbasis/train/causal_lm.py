@@ -175,7 +175,7 @@ class CausalLanguage(Task):
 
     def longest(self) -> str:
         """See :meth:`Task.longest`."""
-        return f"{super().longest()}, or their prompts than {self._prompt_room},"
+        return f"{super().longest()}, of which a prompt may take {self._prompt_room},"
 
     def _pair(self, prompt: str, target: str) -> Example:
         start, cut = self._start(prompt)

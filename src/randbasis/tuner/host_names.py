@@ -50,10 +50,12 @@ class HostName:
             found = importlib.import_module(self.module)
             for part in self.name.split("."):
                 found = getattr(found, part)
-        except (ImportError, AttributeError) as error:
-            if type(error) is ImportError or (error.name or "").partition(".")[0] not in ("", self.package):
-                return f"has a {self.module} that cannot be imported ({error})"
+        except AttributeError:
             return f"has no {self.module}.{self.name}"
+        except ImportError as error:
+            if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == self.package:
+                return f"has no {self.module}.{self.name}"
+            return f"has a {self.module} that cannot be imported ({error})"
         if not self.takes:
             return None
         parameters = inspect.signature(found).parameters
