@@ -15,7 +15,8 @@ from torch import Tensor
 from benchmarks.case import Built, Case, CheckFailed, Side
 from benchmarks.published_nola import draw
 from benchmarks.reference_run import OUTPUT, plain_torch
-from randbasis.methods import Matrix, Nola
+from randbasis.methods import Nola, Site
+from randbasis.methods.nola import BoundNola
 
 RANK = 16
 PUBLISHED = "published NOLA"
@@ -88,20 +89,17 @@ def _expander(name: str, shape: Shape, coefficients: Tensor) -> Callable[[], lis
     if name == PUBLISHED:
         return partial(_published, shape, coefficients)
     method = Nola(r=RANK, num_basis=shape.basis, alpha=8.0, basis_storage="packed" if name == STORED else "recompute")
-    matrices = [Matrix(out, in_, method.streams()) for out, in_ in shape.block]
-    kept = [method.hold(matrix) for matrix in matrices]
-    return partial(_ours, method, matrices, coefficients, kept)
+    return partial(_ours, [method.bind(Site(out, in_, method.streams())) for out, in_ in shape.block], coefficients)
 
 
 @torch.no_grad()
-def _ours(method: Nola, matrices: list[Matrix], coefficients: Tensor, kept: object) -> list[tuple[Tensor, Tensor]]:
+def _ours(bounds: list[BoundNola], coefficients: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The factors of the last block; those of the others were made and let go."""
-    del kept  # what keeps the stored basis alive is the caller's reference
     block: list[tuple[Tensor, Tensor]] = []
     for layer in coefficients:
         block = []
-        for matrix, (a, b) in zip(matrices, layer, strict=True):
-            factors = method.factors({"nola_a": a, "nola_b": b}, matrix)
+        for bound, (a, b) in zip(bounds, layer, strict=True):
+            factors = bound.factors({"nola_a": a, "nola_b": b})
             assert factors.up is not None
             block.append((factors.up, factors.down))
     return block
@@ -124,7 +122,7 @@ def _check(shape: Shape, coefficients: Tensor, ours: list[str]) -> str:
     method = Nola(r=RANK, num_basis=shape.basis, alpha=8.0, basis_storage="recompute")
     worst = 0.0
     with plain_torch():
-        (wanted,) = [_ours(method, [_smallest(shape, method)], coefficients[:, 1:2].double(), None)]
+        (wanted,) = [_ours([method.bind(_smallest(shape, method))], coefficients[:, 1:2].double())]
     for name in ours:
         up, down = _expander(name, shape, coefficients)()[1]
         for own, reference in zip((up, down), wanted[0], strict=True):
@@ -134,6 +132,6 @@ def _check(shape: Shape, coefficients: Tensor, ours: list[str]) -> str:
     return f"float64 reference: factors of one matrix within {worst:.1e}; {math.prod(coefficients.shape)} coefficients"
 
 
-def _smallest(shape: Shape, method: Nola) -> Matrix:
+def _smallest(shape: Shape, method: Nola) -> Site:
     out, in_ = shape.block[1]
-    return Matrix(out, in_, method.streams())
+    return Site(out, in_, method.streams())

@@ -18,8 +18,9 @@ from benchmarks.case import Built, Case, CheckFailed, Side
 from benchmarks.expansion import RANK, SHAPES, Shape
 from benchmarks.gpu import device, wall_seconds
 from benchmarks.reference_run import OUTPUT, plain_torch
-from randbasis.methods import Matrix, Nola
-from randbasis.ops import Slab, combine_each
+from randbasis.methods import Nola, Site
+from randbasis.methods.nola import BoundNola
+from randbasis.ops import Stored, combine_each
 
 REDRAWN, GRAPH = "all layers, basis redrawn", "all layers, basis redrawn, in a CUDA graph"
 STORED, ONE_BY_ONE, OWN = "all layers, basis packed", "matrix by matrix, basis redrawn", "all layers, own bases redrawn"
@@ -77,31 +78,29 @@ def _expander(name: str, shape: Shape, drawn: list[Tensor]) -> Callable[[], Fact
     if name == OWN:
         return partial(_own, shape, drawn)
     method = _method(shape, "packed" if name == STORED else "recompute")
-    matrices = [Matrix(out, in_, method.streams()) for (out, in_), _ in _groups(shape)]
-    kept = [method.hold(matrix) for matrix in matrices]
+    bounds = [method.bind(Site(out, in_, method.streams())) for (out, in_), _ in _groups(shape)]
     if name == ONE_BY_ONE:
-        return partial(_one_by_one, method, matrices, drawn)
-    together = partial(_together, method, matrices, drawn, kept)
+        return partial(_one_by_one, bounds, drawn)
+    together = partial(_together, bounds, drawn)
     return _captured(together) if name == GRAPH else together
 
 
 @torch.no_grad()
-def _together(method: Nola, matrices: list[Matrix], drawn: list[Tensor], kept: object) -> Factors:
-    del kept  # what keeps the stored basis alive is the caller's reference
-    return [_factors(method, matrix, a, b) for matrix, (a, b) in zip(matrices, drawn, strict=True)]
+def _together(bounds: list[BoundNola], drawn: list[Tensor]) -> Factors:
+    return [_factors(bound, a, b) for bound, (a, b) in zip(bounds, drawn, strict=True)]
 
 
 @torch.no_grad()
-def _one_by_one(method: Nola, matrices: list[Matrix], drawn: list[Tensor]) -> Factors:
+def _one_by_one(bounds: list[BoundNola], drawn: list[Tensor]) -> Factors:
     return [
-        _factors(method, matrix, a, b)
-        for matrix, coefficients in zip(matrices, drawn, strict=True)
+        _factors(bound, a, b)
+        for bound, coefficients in zip(bounds, drawn, strict=True)
         for a, b in zip(*coefficients, strict=True)
     ]
 
 
-def _factors(method: Nola, matrix: Matrix, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    factors = method.factors({"nola_a": a, "nola_b": b}, matrix)
+def _factors(bound: BoundNola, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    factors = bound.factors({"nola_a": a, "nola_b": b})
     assert factors.up is not None
     return factors.up, factors.down
 
@@ -111,15 +110,15 @@ def _own(shape: Shape, drawn: list[Tensor]) -> Factors:
     """Sums alone, without the frozen offset."""
     found: Factors = []
     for ((out, in_), many), (a, b) in zip(_groups(shape), drawn, strict=True):
-        up = combine_each(b, _own_slabs(shape, "B", out, many), "recompute")
-        found.append((up, combine_each(a, _own_slabs(shape, "A", in_, many), "recompute")))
+        up = combine_each(b, _own_bases(shape, "B", out, many))
+        found.append((up, combine_each(a, _own_bases(shape, "A", in_, many))))
     return found
 
 
-def _own_slabs(shape: Shape, role: str, width: int, many: int) -> list[Slab]:
+def _own_bases(shape: Shape, role: str, width: int, many: int) -> list[Stored]:
     method = _method(shape, "recompute", share=False)
-    matrices = [Matrix(width, width, method.streams(f"{width}.{number}")) for number in range(many)]
-    return [method.slab(matrix, role, shape.basis, _rank(shape), width) for matrix in matrices]
+    sites = [Site(width, width, method.streams(f"{width}.{number}")) for number in range(many)]
+    return [method.bind(site).bases[method.roles.index(role)] for site in sites]
 
 
 def _captured(call: Callable[[], Factors]) -> Callable[[], Factors]:
@@ -145,9 +144,9 @@ def _check(shape: Shape, drawn: list[Tensor], made: dict[str, Callable[[], Facto
     method = _method(shape, "recompute")
     ((out, in_), many), (a, b) = _groups(shape)[-1], drawn[-1].double()[:, -1:]
     with plain_torch():
-        shared = _factors(method, Matrix(out, in_, method.streams()), a[0], b[0])
-        slabs = [_own_slabs(shape, role, width, many)[-1:] for role, width in (("B", out), ("A", in_))]
-        own = tuple(combine_each(c, slab, "recompute")[0] for c, slab in zip((b, a), slabs, strict=True))
+        shared = _factors(method.bind(Site(out, in_, method.streams())), a[0], b[0])
+        bases = [_own_bases(shape, role, width, many)[-1:] for role, width in (("B", out), ("A", in_))]
+        own = tuple(combine_each(c, base)[0] for c, base in zip((b, a), bases, strict=True))
     worst = 0.0
     for name, call in made.items():
         for got, wanted in zip(call()[-1], own if name == OWN else shared, strict=True):

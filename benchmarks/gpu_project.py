@@ -64,7 +64,7 @@ def _product(x: Tensor, slab: Slab, storage: BasisStorage, transpose: bool, way:
     before = os.environ.get(PROJECT_ENVIRONMENT)
     os.environ[PROJECT_ENVIRONMENT] = way
     try:
-        return project(x, slab, storage, transpose=transpose)
+        return project(x, hold(slab, storage), transpose=transpose)
     finally:
         if before is None:
             del os.environ[PROJECT_ENVIRONMENT]
@@ -73,7 +73,7 @@ def _product(x: Tensor, slab: Slab, storage: BasisStorage, transpose: bool, way:
 
 
 def _check(x: Tensor, slab: Slab, transpose: bool, made: dict[str, Callable[[], Tensor]]) -> str:
-    matrix = entries(slab, "recompute", torch.float32, x.device).flatten(0, 1)
+    matrix = entries(hold(slab, "recompute"), torch.float32, x.device).flatten(0, 1)
     wanted = x[:64].double() @ (matrix if transpose else matrix.T).double()
     worst = 0.0
     for name, call in made.items():

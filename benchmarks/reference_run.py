@@ -129,7 +129,7 @@ def _reference_changes(model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[
             (one,) = layer.matrices("default")
             coefficients = {name: widened(c) for name, c in layer.coefficients("default", one).items()}
             with plain_torch():
-                change = one.method.factors(coefficients, one.matrix).delta()
+                change = one.bound.factors(coefficients).matrix()
         elif isinstance(layer, PublishedNolaLinear):
             down, up = (factor.reference(widened(factor.coefficients)) for factor in (layer.lora_A, layer.lora_B))
             change = layer.scale * up @ down

@@ -17,8 +17,7 @@ from randbasis.contraction import (
     weight_order,
 )
 from randbasis.errors import ContractionError
-from randbasis.methods import Coefficients, Matrix, Method, Nola, Pranc, RandLora, Vera
-from randbasis.ops import Stored
+from randbasis.methods import Coefficients, Method, Nola, Pranc, RandLora, Site, Vera
 
 METHODS: dict[str, Callable[..., Method]] = {
     "nola": lambda **options: Nola(r=3, num_basis=6, alpha=4.0, **options),
@@ -58,8 +57,8 @@ def name(request: pytest.FixtureRequest) -> str:
 def test_orders_agree(name: str, law: str, storage: str, shape: tuple[int, int], leading: tuple[int, ...]) -> None:
     """h and the gradients of tokens, coefficients and base weight: token, weight, fused weight and fused pair order."""
     method = METHODS[name](law=law, basis_storage=storage, seed=5)
-    matrix = Matrix(*shape, method.streams())
-    held: tuple[Stored, ...] = method.hold(matrix)
+    site = Site(*shape, method.streams())
+    bound = method.bind(site)
     shapes = method.coefficient_shapes(*shape)
     values = {key: draw(*size, seed=place) for place, (key, size) in enumerate(shapes.items())}
     weight, bias, x = draw(*shape, seed=10), draw(shape[0], seed=11), draw(*leading, shape[1], seed=12)
@@ -67,16 +66,15 @@ def test_orders_agree(name: str, law: str, storage: str, shape: tuple[int, int],
     for order in ("token", "weight", "fused", "pair"):
         coefficients, w, tokens = leaves(values), weight.clone().requires_grad_(), x.clone().requires_grad_()
         if order == "token":
-            prepared = method.prepare(coefficients, matrix)
-            h = functional.linear(tokens, w, bias) + token_order(tokens, prepared, method, matrix)
+            h = functional.linear(tokens, w, bias) + bound.delta(coefficients).apply(tokens)
         elif order == "weight":
-            h = functional.linear(tokens, w, bias) + weight_order(tokens, method.delta(coefficients, matrix))
+            h = functional.linear(tokens, w, bias) + weight_order(tokens, method.bind(site).matrix(coefficients))
         elif order == "fused":
-            h = fused_weight_order(tokens, w, bias, method.delta(coefficients, matrix))
+            h = fused_weight_order(tokens, w, bias, method.bind(site).matrix(coefficients))
         elif isinstance(method, Pranc):
             continue  # no pair
         else:
-            factors = method.factors(coefficients, matrix)
+            factors = method.bind(site).factors(coefficients)
             assert factors.up is not None
             h = fused_pair_order(tokens, w.detach(), bias, [(0, factors.up, factors.down)])
         assert h.shape == (*leading, shape[0])
@@ -85,14 +83,14 @@ def test_orders_agree(name: str, law: str, storage: str, shape: tuple[int, int],
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=len(other) == len(found[0])):
             torch.testing.assert_close(two, one, rtol=0, atol=1e-12 * max(1.0, one.abs().max().item()))
-    assert bool(held) == (storage != "recompute")
+    assert {one.storage for one in bound.bases} == {storage}
 
 
 def test_token_order_of_no_tokens(name: str) -> None:
     method = METHODS[name]()
-    matrix = Matrix(12, 33, method.streams())
+    site = Site(12, 33, method.streams())
     coefficients = {key: draw(*size) for key, size in method.coefficient_shapes(12, 33).items()}
-    h = token_order(draw(0, 33), method.prepare(coefficients, matrix), method, matrix)
+    h = method.bind(site).delta(coefficients).apply(draw(0, 33))
     assert h.shape == (0, 12)
 
 
@@ -151,34 +149,34 @@ def count(run: Callable[[], object]) -> int:
 def test_costs_are_the_multiply_adds_that_run(method: Method, shape: tuple[int, int], training: bool) -> None:
     """(19) and (20) as estimated, against the products of one pass; NOLA's basis is not among them."""
     tokens, (out, in_) = 100, shape
-    matrix = Matrix(out, in_, method.streams())
+    site = Site(out, in_, method.streams())
     shapes = method.coefficient_shapes(out, in_)
     coefficients = {key: draw(*size).requires_grad_(training) for key, size in shapes.items()}
     x = draw(tokens, in_, seed=1).requires_grad_(training)
-    prepared = method.prepare(coefficients, matrix)
+    prepared = method.bind(site).prepare(coefficients)
     if training:
         prepared = {key: value.detach().requires_grad_() for key, value in prepared.items()}
 
     def by_token() -> None:
-        h = token_order(x, prepared, method, matrix)
+        h = token_order(x, {key: value.unsqueeze(0) for key, value in prepared.items()}, method.bind(site))
         if training:
             h.backward(torch.ones_like(h))
 
     # RandLoRA projects each token once for each of its terms on the narrow side.
     terms = method.rank(out, in_) // method.r if isinstance(method, RandLora) else 1
     assert count(by_token) == pytest.approx(
-        method.token_cost(tokens, matrix, training=training), rel=0.01 if terms == 1 else 0.2
+        method.bind(site).token_cost(tokens, training=training), rel=0.01 if terms == 1 else 0.2
     )
     if isinstance(method, Nola):
         return
 
     def by_weight() -> None:
-        delta = method.delta(coefficients, matrix)
+        delta = method.bind(site).matrix(coefficients)
         h = weight_order(x, delta)
         if training:
             h.backward(torch.ones_like(h))
 
-    cost = method.weight_cost(tokens, matrix, training=training, fused=False)
+    cost = method.bind(site).weight_cost(tokens, training=training, fused=False)
     # Without training ΔW is formed once and kept, so its making is not counted.
     making = 0 if training else method.rank(out, in_) * out * in_
     assert count(by_weight) == pytest.approx(cost + making, rel=0.05)
@@ -209,17 +207,17 @@ LAYER = (768, 768)
     ids=str,
 )
 def test_auto_takes_the_cheaper(method: Method, tokens: int, training: bool, fused: bool, order: str) -> None:
-    matrix = Matrix(*LAYER, method.streams())
-    assert choose_order("auto", method, matrix, tokens, training=training, fused=fused) == order
+    site = Site(*LAYER, method.streams())
+    assert choose_order("auto", method.bind(site), tokens, training=training, fused=fused) == order
 
 
 def test_a_change_that_is_not_kept_pays_for_its_forming() -> None:
     """Rank 768 and 700 tokens: one product of ΔW saves less than forming it in every pass costs."""
     method = RandLora(r=32)
-    matrix = Matrix(*LAYER, method.streams())
+    site = Site(*LAYER, method.streams())
     options = {"training": False, "fused": False}
-    assert choose_order("auto", method, matrix, 700, **options, kept=True) == "weight"
-    assert choose_order("auto", method, matrix, 700, **options, kept=False) == "token"
+    assert choose_order("auto", method.bind(site), 700, **options, kept=True) == "weight"
+    assert choose_order("auto", method.bind(site), 700, **options, kept=False) == "token"
 
 
 @pytest.mark.parametrize("wanted", ["token", "weight"])
@@ -227,15 +225,15 @@ def test_a_change_that_is_not_kept_pays_for_its_forming() -> None:
 def test_a_forced_order_stands(wanted: str, tokens: int) -> None:
     for make in METHODS.values():
         method = make()
-        matrix = Matrix(*LAYER, method.streams())
-        found = choose_order(wanted, method, matrix, tokens, training=True, fused=True)  # type: ignore[arg-type]
+        site = Site(*LAYER, method.streams())
+        found = choose_order(wanted, method.bind(site), tokens, training=True, fused=True)  # type: ignore[arg-type]
         assert (found == "token") == (wanted == "token")
 
 
 def test_more_tokens_never_lead_back_to_token_order(name: str) -> None:
     method = METHODS[name]()
-    matrix = Matrix(*LAYER, method.streams())
-    orders = [choose_order("auto", method, matrix, 2**n, training=True, fused=True) for n in range(18)]
+    site = Site(*LAYER, method.streams())
+    orders = [choose_order("auto", method.bind(site), 2**n, training=True, fused=True) for n in range(18)]
     assert orders == sorted(orders, key=lambda order: order != "token")
 
 
@@ -275,18 +273,18 @@ def test_pairs_pass_gradcheck() -> None:
 @pytest.mark.parametrize("method", [Vera(r=48), Nola(r=4, num_basis=3, alpha=1.0)], ids=str)
 def test_pairs_keep_nothing_as_long_as_the_tokens_but_them(method: Method) -> None:
     """No tensor beside the input itself holds a number for each token; PEFT's VeRA keeps three."""
-    matrix = Matrix(24, 16, method.streams())
-    held = method.hold(matrix)
+    site = Site(24, 16, method.streams())
+    bound = method.bind(site)
     coefficients = {key: draw(*size).requires_grad_() for key, size in method.coefficient_shapes(24, 16).items()}
     x, weight = draw(2000, 16, seed=1).requires_grad_(), draw(24, 16, seed=2)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor
     ):
-        factors = method.factors(coefficients, matrix)
+        factors = method.bind(site).factors(coefficients)
         assert factors.up is not None
         fused_pair_order(x, weight, None, [(0, factors.up, factors.down)])
-    assert held
+    assert bound.bases
     assert [tensor.data_ptr() for tensor in kept if tensor.numel() >= 2000] == [x.data_ptr()]
 
 

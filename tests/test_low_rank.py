@@ -21,7 +21,7 @@ CASES = {
     "thin": (factors(20, 30, 3, 0), factors(20, 30, 5, 1)),
     "tall": (factors(30, 9, 3, 0), factors(30, 9, 5, 1)),
     "full": (factors(20, 30, 12, 0), factors(20, 30, 9, 1)),
-    "whole": (factors(20, 30, 3, 0), Factors(None, factors(20, 30, 5, 1).delta())),
+    "whole": (factors(20, 30, 3, 0), Factors(None, factors(20, 30, 5, 1).matrix())),
 }
 
 
@@ -32,7 +32,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Factors, Factors]:
 
 def test_norms_and_products_of_the_cores_against_the_matrices(pair: tuple[Factors, Factors]):
     one, two = cores(*pair)
-    first, second = (change.delta() for change in pair)
+    first, second = (change.matrix() for change in pair)
     torch.testing.assert_close((one * two).sum(), (first * second).sum())
     assert norm(pair[0]) == pytest.approx(float(first.norm()), rel=1e-12)
     assert distance(*pair) == pytest.approx(float((first - second).norm()), rel=1e-12)
@@ -40,7 +40,7 @@ def test_norms_and_products_of_the_cores_against_the_matrices(pair: tuple[Factor
 
 def test_weighted_sum_against_the_matrices(pair: tuple[Factors, Factors]):
     total = weighted_sum([(0.25, pair[0]), (-2.0, pair[1])])
-    torch.testing.assert_close(total.delta(), 0.25 * pair[0].delta() - 2 * pair[1].delta())
+    torch.testing.assert_close(total.matrix(), 0.25 * pair[0].delta() - 2 * pair[1].delta())
     assert (total.up is None) == (not is_low_rank(*pair))
 
 

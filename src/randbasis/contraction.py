@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from randbasis.errors import ContractionError, near
-from randbasis.methods import Matrix, Method
-from randbasis.ops import check_differentiated_once, traced, transformed
+from randbasis.methods import Bound
+from randbasis.ops import check_differentiated_once, recorded
 
 Order = Literal["token", "weight", "pair"]
 OrderChoice = Literal["auto", "token", "weight"]
@@ -44,8 +44,7 @@ def check_order(name: str) -> OrderChoice:
 
 def choose_order(
     wanted: OrderChoice,
-    method: Method,
-    matrix: Matrix,
+    bound: Bound[Any],
     tokens: int,
     *,
     training: bool,
@@ -63,8 +62,7 @@ def choose_order(
 
     Args:
         wanted: what the user allows.
-        method: the method.
-        matrix: shape and streams.
+        bound: the method there.
         tokens: rows of x.
         training: whether the coefficients get gradients.
         fused: whether ``W0 + ΔW`` may be one matrix.
@@ -72,40 +70,34 @@ def choose_order(
         kept: whether, without training, ΔW is there for the passes to come; otherwise forming it counts.
     """
     costs: dict[Order, float] = {}
-    out, in_, rank = matrix.out_features, matrix.in_features, method.rank(matrix.out_features, matrix.in_features)
+    out, in_, rank = bound.out_features, bound.in_features, bound.rank
     fused = fused and training
     if wanted != "weight":
         saved = tokens * (rank + out + in_) if training else 0
-        costs["token"] = method.token_cost(tokens, matrix, training=training) + WORK_OF_A_NUMBER * saved
+        costs["token"] = bound.token_cost(tokens, training=training) + WORK_OF_A_NUMBER * saved
     if wanted != "token":
         saved = (out * in_ + (0 if fused else tokens * (out + in_))) if training else 0
-        costs["weight"] = method.weight_cost(tokens, matrix, training=training, fused=fused) + WORK_OF_A_NUMBER * saved
+        costs["weight"] = bound.weight_cost(tokens, training=training, fused=fused) + WORK_OF_A_NUMBER * saved
         if not training and not kept:
             costs["weight"] += rank * out * in_
     if wanted != "token" and fused and pairs:
-        costs["pair"] = method.pair_cost(tokens, matrix) + min(rank, WORK_OF_A_NUMBER) * out * in_
+        costs["pair"] = bound.pair_cost(tokens) + min(rank, WORK_OF_A_NUMBER) * out * in_
     return min(costs, key=lambda order: costs[order])
 
 
-def token_order(x: Tensor, prepared: Mapping[str, Tensor], method: Method, matrix: Matrix) -> Tensor:
+def token_order(x: Tensor, prepared: Mapping[str, Tensor], bound: Bound[Any]) -> Tensor:
     """``ΔW x`` by the factors, math (19), the same coefficients for every row.
 
     Args:
         x: ``[..., in]``.
-        prepared: from :meth:`Method.prepare`, without a batch dimension.
-        method: the method.
-        matrix: shape and streams.
+        prepared: from :meth:`Bound.prepare`, with a leading dimension of 1.
+        bound: the method there.
 
     Returns:
         ``[..., out]``.
     """
-    return token_order_of_rows(x, {name: value.unsqueeze(0) for name, value in prepared.items()}, method, matrix)
-
-
-def token_order_of_rows(x: Tensor, prepared: Mapping[str, Tensor], method: Method, matrix: Matrix) -> Tensor:
-    """As :func:`token_order`, with a leading dimension of 1 on all that was prepared."""
-    h = method.apply(x.reshape(1, -1, matrix.in_features), prepared, matrix)
-    return h.view(*x.shape[:-1], matrix.out_features)
+    h = bound.apply(x.reshape(1, -1, bound.in_features), prepared)
+    return h.view(*x.shape[:-1], bound.out_features)
 
 
 def weight_order(x: Tensor, delta: Tensor) -> Tensor:
@@ -125,7 +117,7 @@ def fused_weight_order(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Te
     Raises:
         DifferentiationError: in the backward pass, when a graph of it is wanted.
     """
-    if transformed() or traced():
+    if recorded():
         return functional.linear(x, weight + delta, bias)
     return cast("Tensor", _FusedSum.apply(x, weight, bias, delta))  # pyright: ignore[reportUnknownMemberType]
 
@@ -164,16 +156,18 @@ class _FusedPairs(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, starts: tuple[int, ...], *factors: Tensor
     ) -> Tensor:
         total = _summed(weight, starts, factors)
-        ctx.formed_again = sum(down.shape[0] for down in factors[1::2]) <= WORK_OF_A_NUMBER
-        ctx.starts = starts
-        ctx.ranges = tuple((start, start + up.shape[0]) for start, up in zip(starts, factors[::2], strict=True))
-        # The gradient of a factor is made with the other one of its pair.
-        partners = (place + 1 - 2 * (place % 2) for place in range(len(factors)))
-        kept = [
-            factor if ctx.formed_again or ctx.needs_input_grad[4 + partner] else None
-            for factor, partner in zip(factors, partners, strict=True)
-        ]
-        ctx.save_for_backward(x, weight if ctx.formed_again else total, *kept)
+        rank, ranges = 0, list[tuple[int, int]]()
+        for start, up, down in zip(starts, factors[::2], factors[1::2], strict=True):
+            rank += down.shape[0]
+            ranges.append((start, start + up.shape[0]))
+        again = rank <= WORK_OF_A_NUMBER
+        ctx.formed_again, ctx.starts, ctx.ranges = again, starts, ranges
+        kept: list[Tensor | None] = []
+        wanted = ctx.needs_input_grad[4:]
+        for place, factor in enumerate(factors):
+            partner = place + 1 - 2 * (place % 2)  # the gradient of a factor is made with the other one of its pair
+            kept.append(factor if again or wanted[partner] else None)
+        ctx.save_for_backward(x, weight if again else total, *kept)
         return functional.linear(x, total, bias)
 
     @staticmethod
@@ -230,11 +224,13 @@ def fused_pair_order(
     Raises:
         DifferentiationError: in the backward pass, when a graph of it is wanted.
     """
-    if transformed() or traced():
+    if recorded():
         return functional.linear(x, _plain_sum(weight, pairs), bias)
-    starts = tuple(start for start, _, _ in pairs)
-    factors = (factor for _, up, down in pairs for factor in (up, down))
-    return cast("Tensor", _FusedPairs.apply(x, weight, bias, starts, *factors))  # pyright: ignore[reportUnknownMemberType]
+    starts, factors = list[int](), list[Tensor]()
+    for start, up, down in pairs:
+        starts.append(start)
+        factors += up, down
+    return cast("Tensor", _FusedPairs.apply(x, weight, bias, tuple(starts), *factors))  # pyright: ignore[reportUnknownMemberType]
 
 
 def fusing_refusal(weight: Tensor, dtype: torch.dtype) -> str | None:

@@ -42,7 +42,7 @@ def weighted_sum(terms: Sequence[tuple[float, Factors]]) -> Factors:
     if not is_low_rank(*changes):
         total = torch.zeros(sides(changes[0]), dtype=changes[0].down.dtype)
         for weight, change in terms:
-            total.add_(change.delta(), alpha=weight)
+            total.add_(change.matrix(), alpha=weight)
         return Factors(None, total)
     ups = [weight * change.up for weight, change in terms if change.up is not None]
     return Factors(torch.cat(ups, 1), torch.cat([change.down for change in changes]))
@@ -55,7 +55,7 @@ def cores(*changes: Factors) -> list[Tensor]:
         changes: factors of one shape ``out × in``.
     """
     if not is_low_rank(*changes):
-        return [change.delta() for change in changes]
+        return [change.matrix() for change in changes]
     ranks = [change.down.shape[0] for change in changes]
     split = cast("Callable[[Tensor, list[int], int], tuple[Tensor, ...]]", torch.split)
     left = triangular(torch.cat([change.up for change in changes if change.up is not None], 1))[1]

@@ -43,7 +43,7 @@ def deltas(packed: PackedAdapter) -> dict[str, Tensor]:
     for one, matrix, coefficients in packed.matrices():
         target = whole.setdefault(one.name, torch.zeros(one.out_features, one.in_features, dtype=torch.float64))
         wide = {name: value.double() for name, value in coefficients.items()}
-        target[one.start : one.start + one.rows] = one.method.delta(wide, matrix)
+        target[one.start : one.start + one.rows] = one.method.bind(matrix).matrix(wide)
     return whole
 
 

@@ -38,7 +38,7 @@ from randbasis.errors import (
 )
 from randbasis.export import export_peft_lora
 from randbasis.importing import import_as_lora, import_as_merged, import_as_nearest
-from randbasis.methods import Matrix
+from randbasis.methods import Site
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 OURS: dict[str, RandbasisConfig] = {
@@ -66,10 +66,10 @@ def lora_of(config: RandbasisConfig, folder: Path, alpha: float = 3.0) -> None:
         if not isinstance(layer, peft.tuners.lora.Linear):
             continue
         method = config.method_for(name)
-        matrix = Matrix(layer.out_features, layer.in_features, method.streams(name))
+        matrix = Site(layer.out_features, layer.in_features, method.streams(name))
         shapes = method.coefficient_shapes(layer.out_features, layer.in_features)
         values = {n: 0.3 * torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
-        factors = method.factors(values, matrix)
+        factors = method.bind(matrix).factors(values)
         assert factors.up is not None
         layer.lora_A["default"].weight.data = factors.down.float()
         layer.lora_B["default"].weight.data = (factors.up * layer.r["default"] / alpha).float()

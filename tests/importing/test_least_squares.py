@@ -11,7 +11,7 @@ from randbasis.errors import HyperparameterError, UnknownMethodError
 from randbasis.importing.least_squares import Bases, Fit, Stop, nearest
 from randbasis.importing.nola_problem import NolaProblem
 from randbasis.importing.vera_problem import VeraProblem
-from randbasis.methods import Factors, Matrix, Method
+from randbasis.methods import Factors, Method, Site
 
 OUT, IN = 24, 20
 METHODS: dict[str, Method] = {
@@ -30,15 +30,15 @@ def method(request: pytest.FixtureRequest) -> Method:
     return request.param
 
 
-def place(method: Method, out: int = OUT, in_: int = IN) -> Matrix:
-    return Matrix(out, in_, method.streams("layer"))
+def place(method: Method, out: int = OUT, in_: int = IN) -> Site:
+    return Site(out, in_, method.streams("layer"))
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def trained(method: Method, matrix: Matrix) -> dict[str, Tensor]:
+def trained(method: Method, matrix: Site) -> dict[str, Tensor]:
     shapes = method.coefficient_shapes(matrix.out_features, matrix.in_features)
     return {name: drawn(*shape, seed=place) for place, (name, shape) in enumerate(shapes.items())}
 
@@ -66,7 +66,7 @@ def dense_half(method: Method, fixed: dict[str, Tensor], free: str, wanted: Tens
     shape = method.coefficient_shapes(OUT, IN)[free]
 
     def delta(values: Tensor) -> Tensor:
-        return method.factors(fixed | {free: values}, matrix).delta().flatten()
+        return method.bind(matrix).factors(fixed | {free: values}).matrix().flatten()
 
     constant = delta(torch.zeros(shape, dtype=torch.float64))
     columns = [delta(one) - constant for one in torch.eye(shape[0], dtype=torch.float64)]
@@ -79,29 +79,29 @@ def test_both_halves_of_a_turn_against_a_dense_solver(method: Method):
     first, second = names(method)
     start = next(problem(method, wanted).starts())
     new_first, new_second, residual = problem(method, wanted).turn(start)
-    expected = dense_half(method, {first: start}, second, wanted.delta())
+    expected = dense_half(method, {first: start}, second, wanted.matrix())
     torch.testing.assert_close(new_second, expected, rtol=1e-6, atol=1e-8)
-    best = method.factors({first: new_first, second: new_second}, place(method)).delta()
-    again = dense_half(method, {second: new_second}, first, wanted.delta())
-    against = method.factors({first: again, second: new_second}, place(method)).delta()
+    best = method.bind(place(method)).factors({first: new_first, second: new_second}).matrix()
+    again = dense_half(method, {second: new_second}, first, wanted.matrix())
+    against = method.bind(place(method)).factors({first: again, second: new_second}).matrix()
     torch.testing.assert_close(best, against, rtol=1e-6, atol=1e-8)
-    assert residual == pytest.approx(float((wanted.delta() - best).square().sum()), rel=1e-9)
+    assert residual == pytest.approx(float((wanted.matrix() - best).square().sum()), rel=1e-9)
 
 
 def test_what_the_method_can_say_is_found_again(method: Method):
     matrix = place(method)
-    wanted = method.factors(trained(method, matrix), matrix)
+    wanted = method.bind(matrix).factors(trained(method, matrix))
     fit = nearest(method, matrix, wanted)
     # With r above both sides the rows of A span everything, so no start finds them, and turns come near slowly.
     spans_all = isinstance(method, Nola) and method.r > min(OUT, IN)
     assert fit.residual < (1e-2 if spans_all else 1e-6)
-    assert fit.norm == pytest.approx(float(wanted.delta().norm()), rel=1e-12)
+    assert fit.norm == pytest.approx(float(wanted.matrix().norm()), rel=1e-12)
 
 
 def test_of_an_offset_the_coefficients_themselves_are_found_again():
     method = METHODS["nola"]
     values = trained(method, place(method))
-    fit = nearest(method, place(method), method.factors(values, place(method)))
+    fit = nearest(method, place(method), method.bind(place(method)).factors(values))
     for name, expected in values.items():
         torch.testing.assert_close(fit.coefficients[name].double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -109,8 +109,8 @@ def test_of_an_offset_the_coefficients_themselves_are_found_again():
 def test_what_it_cannot_say_is_left_near_1_and_told_exactly(method: Method):
     wanted = any_lora()
     fit = nearest(method, place(method), wanted)
-    reached = method.delta({name: values.double() for name, values in fit.coefficients.items()}, place(method))
-    assert fit.distance == pytest.approx(float((wanted.delta() - reached).norm()), rel=1e-6)
+    reached = method.bind(place(method)).matrix({name: values.double() for name, values in fit.coefficients.items()})
+    assert fit.distance == pytest.approx(float((wanted.matrix() - reached).norm()), rel=1e-6)
     assert 0.5 < fit.residual < 1.0
     assert all(values.dtype == torch.float32 for values in fit.coefficients.values())
 

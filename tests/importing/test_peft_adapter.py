@@ -52,7 +52,7 @@ def test_delta_against_peft(name: str, tmp_path: Path):
     for key, delta in expected.items():
         assert found.shape(key) == tuple(delta.shape)
         assert delta.abs().max() > 1e-3
-        torch.testing.assert_close(found.factors(key).delta(), delta, rtol=1e-4, atol=1e-4 * float(delta.abs().max()))
+        torch.testing.assert_close(found.factors(key).matrix(), delta, rtol=1e-4, atol=1e-4 * float(delta.abs().max()))
 
 
 def test_layers_are_in_their_order_and_heads_apart(tmp_path: Path):

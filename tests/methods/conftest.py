@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from torch import Tensor
 
-from randbasis.methods import Matrix, Method
-from randbasis.ops import Stored, hold
+from randbasis.methods import Method, Site
+from randbasis.ops import Stored
 
 
 @pytest.fixture
@@ -17,12 +17,11 @@ def inject() -> Iterator[Callable[..., None]]:
     """
     kept: list[Stored] = []
 
-    def put(method: Method, matrix: Matrix, *tensors: Tensor) -> None:
+    def put(method: Method, site: Site, *tensors: Tensor) -> None:
         assert method.law == "sign"
         assert method.basis_storage == "dense"
-        for slab, tensor in zip(method.slabs(matrix), tensors, strict=True):
-            assert tensor.shape == (slab.count, slab.rows, slab.cols)
-            stored = hold(slab, "dense")
+        for stored, tensor in zip(method.bind(site).bases, tensors, strict=True):
+            assert tensor.shape == (stored.slab.count, stored.slab.rows, stored.slab.cols)
             stored._tensors[tensor.device, tensor.dtype] = tensor
             kept.append(stored)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randbasis.methods import Coefficients, Matrix, Method, Nola, Pranc, RandLora, Vera
+from randbasis.methods import Coefficients, Method, Nola, Pranc, RandLora, Site, Vera
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Maker:
     def method(self, **more: Any) -> Method:
         return self.make(**{"seed": 2**35 + 3, **self.options, **more})
 
-    def matrix(self, method: Method) -> Matrix:
-        return Matrix(self.out, self.in_, method.streams("blocks.3.attention"))
+    def site(self, method: Method) -> Site:
+        return Site(self.out, self.in_, method.streams("blocks.3.attention"))
 
 
 MAKERS = {
@@ -57,9 +57,9 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def trained(method: Method, matrix: Matrix, *batch: int, seed: int = 0) -> dict[str, Tensor]:
+def trained(method: Method, site: Site, *batch: int, seed: int = 0) -> dict[str, Tensor]:
     """Coefficients as if trained: their starts and some noise, with leading batch dimensions."""
-    out, in_ = matrix.out_features, matrix.in_features
+    out, in_ = site.out_features, site.in_features
     starts = method.starts(out, in_)
     return {
         name: starts[name] + 0.3 * draw(*batch, *shape, seed=seed + place)

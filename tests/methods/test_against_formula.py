@@ -10,8 +10,7 @@ from method_cases import LAWS, draw, leaves, trained
 from torch import Tensor
 
 from randbasis.basis import basis_entries
-from randbasis.contraction import token_order
-from randbasis.methods import Coefficients, Matrix, Method, Nola, Pranc, RandLora, Vera
+from randbasis.methods import Coefficients, Method, Nola, Pranc, RandLora, Site, Vera
 
 SEED = 987654321987654321
 VARIANCE = {"sign": 1.0, "uniform": 21845.0, "normal": 4.0, "sparse(3)": 2 * 21845 / 65536, "sparse(6)": 21846 / 65536}
@@ -118,18 +117,18 @@ SHAPES = [(30, 30), (24, 140), (131, 20)]
 def test_value_and_gradient_against_formula(name: str, law: str, shape: tuple[int, int]) -> None:
     make, options, formula, facts = CASES[name]
     method = make(seed=SEED, law=law, **options)
-    matrix = Matrix(*shape, method.streams(PATH[1:]))
-    values = trained(method, matrix)
+    site = Site(*shape, method.streams(PATH[1:]))
+    values = trained(method, site)
     naive, ours, token = leaves(values), leaves(values), leaves(values)
     expected = formula(naive, law, *shape, **facts)
     weights = draw(*shape, seed=40)
     wanted = torch.autograd.grad(expected, list(naive.values()), weights)
     scale = expected.abs().max().item()
 
-    delta = method.delta(ours, matrix)
+    delta = method.bind(site).matrix(ours)
     torch.testing.assert_close(delta, expected, rtol=0, atol=1e-12 * scale)
-    torch.testing.assert_close(method.factors(values, matrix).delta(), expected, rtol=0, atol=1e-12 * scale)
-    by_token = token_order(torch.eye(shape[1], dtype=torch.float64), method.prepare(token, matrix), method, matrix).T
+    torch.testing.assert_close(method.bind(site).factors(values).matrix(), expected, rtol=0, atol=1e-12 * scale)
+    by_token = method.bind(site).delta(token).apply(torch.eye(shape[1], dtype=torch.float64)).T
     torch.testing.assert_close(by_token, expected, rtol=0, atol=1e-12 * scale)
     for found in (
         torch.autograd.grad(delta, list(ours.values()), weights),
@@ -186,39 +185,39 @@ def test_published_counts(method: Method, shapes: list[tuple[int, int]], count: 
 def test_randlora_has_full_rank(law: str, shape: tuple[int, int], r: int) -> None:
     """(16): n_b · r >= min. Discrete laws need an r at which A has few equal columns and none of zeros."""
     method = RandLora(seed=SEED, r=r, law=law)
-    matrix = Matrix(*shape, method.streams())
-    delta = method.delta(trained(method, matrix), matrix)
+    site = Site(*shape, method.streams())
+    delta = method.bind(site).matrix(trained(method, site))
     assert int(torch.linalg.matrix_rank(delta)) == min(shape)
 
 
 def test_ranks_of_the_others() -> None:
     for method, rank in [(Nola(r=3, num_basis=50, alpha=1.0), 3), (Vera(r=4), 4), (Pranc(num_basis=1), 12)]:
-        matrix = Matrix(12, 30, method.streams())
-        assert int(torch.linalg.matrix_rank(method.delta(trained(method, matrix), matrix))) == rank
+        site = Site(12, 30, method.streams())
+        assert int(torch.linalg.matrix_rank(method.bind(site).matrix(trained(method, site)))) == rank
 
 
 def test_standard_deviation_of_a_randlora_step() -> None:
     """(15): std(ΔW) = scaling · ε / √min for λ = ε and γ at its start."""
     method = RandLora(seed=SEED, r=16, alpha=32.0, law="normal")
     out, in_, epsilon = 96, 128, 1e-2
-    matrix = Matrix(out, in_, method.streams())
+    site = Site(out, in_, method.streams())
     shapes = method.coefficient_shapes(out, in_)
     gamma = torch.full(shapes["randlora_gamma"], method.starts(out, in_)["randlora_gamma"], dtype=torch.float64)
     coefficients = {
         "randlora_lambda": torch.full(shapes["randlora_lambda"], epsilon, dtype=torch.float64),
         "randlora_gamma": gamma,
     }
-    assert method.delta(coefficients, matrix).std().item() == pytest.approx(2 * epsilon / math.sqrt(96), rel=0.05)
+    assert method.bind(site).matrix(coefficients).std().item() == pytest.approx(2 * epsilon / math.sqrt(96), rel=0.05)
 
 
 def test_variance_of_vera_does_not_depend_on_rank() -> None:
     """Var(ΔW) = 4 b² d² / in, whatever r: the reason why one learning rate fits all ranks."""
     for r in (16, 64, 512):
         method = Vera(seed=SEED, r=r, law="uniform")
-        matrix = Matrix(200, 100, method.streams())
+        site = Site(200, 100, method.streams())
         coefficients = {
             "vera_d": torch.full((r,), 0.1, dtype=torch.float64),
             "vera_b": torch.full((200,), 0.5, dtype=torch.float64),
         }
-        variance = method.delta(coefficients, matrix).square().mean().item()
+        variance = method.bind(site).matrix(coefficients).square().mean().item()
         assert variance == pytest.approx(4 * 0.25 * 0.01 / 100, rel=0.05)

@@ -13,8 +13,8 @@ import torch
 from method_cases import draw, trained
 from torch import Tensor, nn
 
-from randbasis.contraction import token_order, weight_order
-from randbasis.methods import Matrix, RandLora
+from randbasis.contraction import weight_order
+from randbasis.methods import RandLora, Site
 
 peft = pytest.importorskip("peft")
 SHAPES = {"square": (24, 24), "tall": (40, 24), "wide": (20, 36), "ragged": (26, 22), "r>min": (9, 4)}
@@ -52,32 +52,32 @@ def their_matrices(layer: Any, *, as_they_pair: bool) -> tuple[Tensor, Tensor]:
 def pair(request: pytest.FixtureRequest, inject: Callable[..., None]) -> tuple[Any, ...]:
     layer = their_layer(request.param)
     method = RandLora(r=RANK, alpha=ALPHA, basis_storage="dense")
-    matrix = Matrix(*request.param, method.streams())
-    inject(method, matrix, *their_matrices(layer, as_they_pair=True))
+    site = Site(*request.param, method.streams())
+    inject(method, site, *their_matrices(layer, as_they_pair=True))
     coefficients = {
         "randlora_lambda": layer.randlora_lambda["default"].detach().T.contiguous().requires_grad_(),
         "randlora_gamma": layer.randlora_gamma["default"].detach().clone().requires_grad_(),
     }
-    return layer, method, matrix, coefficients
+    return layer, method, site, coefficients
 
 
 def test_delta(pair: tuple[Any, ...]) -> None:
-    layer, method, matrix, coefficients = pair
+    layer, method, site, coefficients = pair
     expected = layer.get_delta_weight("default")
-    torch.testing.assert_close(method.delta(coefficients, matrix), expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(method.factors(coefficients, matrix).delta(), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(method.bind(site).matrix(coefficients), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(method.bind(site).factors(coefficients).matrix(), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("order", ["token", "weight"])
 def test_output_and_gradients(pair: tuple[Any, ...], order: str) -> None:
-    layer, method, matrix, coefficients = pair
-    x = draw(3, 5, matrix.in_features, seed=50)
+    layer, method, site, coefficients = pair
+    x = draw(3, 5, site.in_features, seed=50)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected = layer(theirs) - layer.base_layer(theirs)
     h = (
-        token_order(ours, method.prepare(coefficients, matrix), method, matrix)
+        method.bind(site).delta(coefficients).apply(ours)
         if order == "token"
-        else weight_order(ours, method.delta(coefficients, matrix))
+        else weight_order(ours, method.bind(site).matrix(coefficients))
     )
     torch.testing.assert_close(h, expected, rtol=1e-10, atol=1e-9)
     weights = draw(*h.shape, seed=51)
@@ -102,9 +102,9 @@ def test_counts_and_starts_are_theirs() -> None:
 def test_default_scaling_is_theirs() -> None:
     default = peft.RandLoraConfig()
     ours, explicit = RandLora(r=default.r), RandLora(r=default.r, alpha=default.randlora_alpha)
-    matrix = Matrix(40, 36, ours.streams())
-    values = trained(ours, matrix)
-    torch.testing.assert_close(ours.delta(values, matrix), explicit.delta(values, matrix), rtol=1e-12, atol=0)
+    site = Site(40, 36, ours.streams())
+    values = trained(ours, site)
+    torch.testing.assert_close(ours.bind(site).matrix(values), explicit.bind(site).matrix(values), rtol=1e-12, atol=0)
 
 
 def test_their_matrices_have_unit_variance_as_ours() -> None:
@@ -118,15 +118,15 @@ def test_where_they_differ_from_the_paper(inject: Callable[..., None]) -> None:
     shape = SHAPES["tall"]
     layer = their_layer(shape)
     method = RandLora(r=RANK, alpha=ALPHA, basis_storage="dense", seed=1)
-    matrix = Matrix(*shape, method.streams())
+    site = Site(*shape, method.streams())
     a, b = their_matrices(layer, as_they_pair=False)
-    inject(method, matrix, a, b)
+    inject(method, site, a, b)
     lam = layer.randlora_lambda["default"].detach().T
     gamma = layer.randlora_gamma["default"].detach()
     paper = sum(b[j].T @ torch.diag(lam[j]) @ a[0] @ torch.diag(gamma[j]) for j in range(method.terms(*shape))) * (
         ALPHA / RANK
     )
-    ours = method.delta({"randlora_lambda": lam, "randlora_gamma": gamma}, matrix)
+    ours = method.bind(site).matrix({"randlora_lambda": lam, "randlora_gamma": gamma})
     theirs = layer.get_delta_weight("default").detach()
     torch.testing.assert_close(ours, paper, rtol=1e-10, atol=1e-10)
     assert (ours - theirs).abs().max().item() > 0.1 * theirs.abs().max().item()

@@ -9,8 +9,8 @@ import torch
 from method_cases import draw
 from torch import Tensor, nn
 
-from randbasis.contraction import token_order, weight_order
-from randbasis.methods import Matrix, Vera
+from randbasis.contraction import weight_order
+from randbasis.methods import Site, Vera
 
 peft = pytest.importorskip("peft")
 WIDE, NARROW = (40, 56), (24, 32)
@@ -36,36 +36,36 @@ def pair(request: pytest.FixtureRequest, layers: dict[str, Any], inject: Callabl
     """PEFT's layer, and our method with that layer's slices of PEFT's matrices injected."""
     layer = layers[request.param]
     method = Vera(r=RANK, basis_storage="dense")
-    matrix = Matrix(layer.out_features, layer.in_features, method.streams())
+    site = Site(layer.out_features, layer.in_features, method.streams())
     # Ours are of unit variance and scaled by √(2/in) and √(2/r) of the layer; theirs have a scale already.
     a = layer.vera_A["default"][:, : layer.in_features].double() / math.sqrt(2 / layer.in_features)
     b = layer.vera_B["default"][: layer.out_features].double() / math.sqrt(2 / RANK)
-    inject(method, matrix, a.unsqueeze(0), b.T.contiguous().unsqueeze(0))
+    inject(method, site, a.unsqueeze(0), b.T.contiguous().unsqueeze(0))
     coefficients = {
         "vera_d": layer.vera_lambda_d["default"].detach().clone().requires_grad_(),
         "vera_b": layer.vera_lambda_b["default"].detach().clone().requires_grad_(),
     }
-    return layer, method, matrix, coefficients
+    return layer, method, site, coefficients
 
 
 def test_delta(pair: tuple[Any, ...]) -> None:
-    layer, method, matrix, coefficients = pair
+    layer, method, site, coefficients = pair
     expected = layer.get_delta_weight("default")
     assert expected.abs().max().item() > 0.01
-    torch.testing.assert_close(method.delta(coefficients, matrix), expected, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(method.factors(coefficients, matrix).delta(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(method.bind(site).matrix(coefficients), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(method.bind(site).factors(coefficients).matrix(), expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("order", ["token", "weight"])
 def test_output_and_gradients(pair: tuple[Any, ...], order: str) -> None:
-    layer, method, matrix, coefficients = pair
-    x = draw(3, 5, matrix.in_features, seed=50)
+    layer, method, site, coefficients = pair
+    x = draw(3, 5, site.in_features, seed=50)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected = layer(theirs) - layer.base_layer(theirs)
     h = (
-        token_order(ours, method.prepare(coefficients, matrix), method, matrix)
+        method.bind(site).delta(coefficients).apply(ours)
         if order == "token"
-        else weight_order(ours, method.delta(coefficients, matrix))
+        else weight_order(ours, method.bind(site).matrix(coefficients))
     )
     torch.testing.assert_close(h, expected, rtol=1e-6, atol=1e-6)
     weights = draw(*h.shape, seed=51)
@@ -93,7 +93,7 @@ def test_where_we_differ_a_narrow_layer_keeps_its_own_scale(layers: dict[str, An
     deviation = layers["narrow"].vera_A["default"][:, : NARROW[1]].std().item()
     assert deviation == pytest.approx(math.sqrt(2 / WIDE[1]), rel=0.1)
     ours = Vera(r=200, law="uniform")
-    matrix = Matrix(*NARROW, ours.streams())
+    site = Site(*NARROW, ours.streams())
     ones = {"vera_d": torch.ones(200), "vera_b": torch.ones(NARROW[0])}
-    assert ours.factors(ones, matrix).down.std().item() * ours.unit == pytest.approx(1, rel=0.1)
-    assert ours.delta(ones, matrix).square().mean().item() == pytest.approx(4 / NARROW[1], rel=0.15)
+    assert ours.bind(site).factors(ones).down.std().item() * ours.unit == pytest.approx(1, rel=0.1)
+    assert ours.bind(site).matrix(ones).square().mean().item() == pytest.approx(4 / NARROW[1], rel=0.15)

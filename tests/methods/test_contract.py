@@ -8,11 +8,10 @@ import torch
 from method_cases import LAWS, MAKERS, STORAGES, Maker, draw, leaves, trained
 from torch import Tensor
 
-from randbasis.contraction import token_order, weight_order
-from randbasis.methods import METHODS, Matrix, Method
-from randbasis.ops import Stored
+from randbasis.contraction import weight_order
+from randbasis.methods import METHODS, Bound, Method, Site
 
-Case = tuple[Method, Matrix, tuple[Stored, ...]]
+Case = tuple[Method, Site, Bound]
 
 
 @pytest.fixture(params=MAKERS.values(), ids=MAKERS.keys())
@@ -26,10 +25,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def case(maker: Maker, **options: str) -> Case:
-    """A method, its matrix, and what keeps its frozen matrices stored."""
+    """A method, its place, and the method there."""
     method = maker.method(**options)
-    matrix = maker.matrix(method)
-    return method, matrix, method.hold(matrix)
+    site = maker.site(method)
+    return method, site, method.bind(site)
 
 
 def gradients(h: Tensor, coefficients: dict[str, Tensor], *more: Tensor) -> list[Tensor]:
@@ -45,20 +44,20 @@ def test_every_method_has_a_maker() -> None:
 
 
 def test_coefficients_are_counted_and_started(maker: Maker) -> None:
-    method, matrix, _ = case(maker)
+    method, site, _ = case(maker)
     shapes = method.coefficient_shapes(maker.out, maker.in_)
     assert list(shapes) == list(method.starts(maker.out, maker.in_))
     assert all(name.startswith(f"{method.name}_") for name in shapes)
     assert method.count(maker.out, maker.in_) == sum(math.prod(shape) for shape in shapes.values())
-    assert len(matrix.streams) == len(method.roles)
+    assert len(site.streams) == len(method.roles)
 
 
 def test_starts_change_nothing_but_for_plain_nola(maker: Maker) -> None:
-    method, matrix, _held = case(maker)
+    method, _site, bound = case(maker)
     starts = method.starts(maker.out, maker.in_)
     shapes = method.coefficient_shapes(maker.out, maker.in_)
     coefficients = {name: torch.full(shape, starts[name]).requires_grad_() for name, shape in shapes.items()}
-    delta = method.delta(coefficients, matrix)
+    delta = bound.matrix(coefficients)
     if maker.options.get("parametrization") == "plain":
         assert 0 < delta.abs().max().item() < 1
     else:
@@ -75,21 +74,21 @@ def test_starts_change_nothing_but_for_plain_nola(maker: Maker) -> None:
 @pytest.mark.parametrize("storage", STORAGES[1:])
 def test_factors_delta_and_apply_are_the_same_change(maker: Maker, law: str, storage: str) -> None:
     """In value and in every gradient, that of the tokens included: token order equals weight order."""
-    method, matrix, _held = case(maker, law=law, basis_storage=storage)
-    values = trained(method, matrix)
+    method, site, bound = case(maker, law=law, basis_storage=storage)
+    values = trained(method, site)
     x = draw(2, 3, maker.in_, seed=5)
     found = []
     for face in ("factors", "delta", "apply"):
         coefficients, tokens = leaves(values), x.clone().requires_grad_()
         if face == "apply":
-            h = token_order(tokens, method.prepare(coefficients, matrix), method, matrix)
+            h = bound.delta(coefficients).apply(tokens)
         elif face == "delta":
-            h = weight_order(tokens, method.delta(coefficients, matrix))
+            h = weight_order(tokens, bound.matrix(coefficients))
         else:
-            factors = method.factors(coefficients, matrix)
+            factors = bound.factors(coefficients)
             assert factors.down.shape == (method.rank(maker.out, maker.in_), maker.in_)
             assert factors.up is None or factors.up.shape == (maker.out, method.rank(maker.out, maker.in_))
-            h = weight_order(tokens, factors.delta())
+            h = weight_order(tokens, factors.matrix())
         assert h.shape == (2, 3, maker.out)
         assert h.dtype == torch.float64
         found.append([h, *gradients(h, coefficients, tokens)])
@@ -102,10 +101,10 @@ def test_factors_delta_and_apply_are_the_same_change(maker: Maker, law: str, sto
 def test_storage_changes_no_number(maker: Maker, law: str) -> None:
     found = []
     for storage in STORAGES:
-        method, matrix, held = case(maker, law=law, basis_storage=storage)
-        assert bool(held) == (storage != "recompute")
-        coefficients = leaves(trained(method, matrix))
-        delta = method.delta(coefficients, matrix)
+        method, site, bound = case(maker, law=law, basis_storage=storage)
+        assert all((one.storage == "recompute") == (storage == "recompute") for one in bound.bases)
+        coefficients = leaves(trained(method, site))
+        delta = bound.matrix(coefficients)
         found.append([delta, *gradients(delta, coefficients)])
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
@@ -116,17 +115,17 @@ def test_storage_changes_no_number(maker: Maker, law: str) -> None:
 @pytest.mark.parametrize(("law", "storage"), [("sign", "packed"), ("normal", "dense"), ("sparse(3)", "recompute")])
 @pytest.mark.parametrize("face", ["factors", "delta", "apply"])
 def test_gradcheck(maker: Maker, law: str, storage: str, face: str) -> None:
-    method, matrix, _held = case(maker, law=law, basis_storage=storage)
-    values = leaves(trained(method, matrix))
+    method, site, bound = case(maker, law=law, basis_storage=storage)
+    values = leaves(trained(method, site))
     x = draw(2, maker.in_, seed=5).requires_grad_()
 
     def run(x: Tensor, *coefficients: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(values, coefficients, strict=True))
         if face == "apply":
-            return (token_order(x, method.prepare(named, matrix), method, matrix),)
+            return (bound.delta(named).apply(x),)
         if face == "delta":
-            return (weight_order(x, method.delta(named, matrix)),)
-        factors = method.factors(named, matrix)
+            return (weight_order(x, bound.matrix(named)),)
+        factors = bound.factors(named)
         return tuple(factor for factor in (factors.up, factors.down) if factor is not None and factor.requires_grad)
 
     assert torch.autograd.gradcheck(run, (x, *values.values()))
@@ -135,15 +134,15 @@ def test_gradcheck(maker: Maker, law: str, storage: str, face: str) -> None:
 @pytest.mark.parametrize("face", ["factors", "apply"])
 def test_gradgradcheck(maker: Maker, face: str) -> None:
     """Second derivatives exist wherever ΔW is made of products."""
-    method, matrix, _held = case(maker, basis_storage="recompute")
-    values = leaves(trained(method, matrix))
+    method, site, bound = case(maker, basis_storage="recompute")
+    values = leaves(trained(method, site))
     x = draw(1, 2, maker.in_, seed=5).requires_grad_()
 
     def run(x: Tensor, *coefficients: Tensor) -> Tensor:
         named = dict(zip(values, coefficients, strict=True))
         if face == "factors":
-            return weight_order(x, method.factors(named, matrix).delta())
-        return token_order(x, method.prepare(named, matrix), method, matrix)
+            return weight_order(x, bound.factors(named).matrix())
+        return bound.delta(named).apply(x)
 
     weights = draw(1, 2, maker.out, seed=6).requires_grad_()
     assert torch.autograd.gradgradcheck(run, (x, *values.values()), weights)
@@ -155,11 +154,11 @@ def test_gradgradcheck(maker: Maker, face: str) -> None:
 @pytest.mark.parametrize("batch", [(4,), (2, 3)], ids=str)
 @pytest.mark.parametrize("face", ["factors", "delta"])
 def test_batched_coefficients_are_a_loop(maker: Maker, batch: tuple[int, ...], face: str) -> None:
-    method, matrix, _held = case(maker)
-    values = trained(method, matrix, *batch)
+    method, site, bound = case(maker)
+    values = trained(method, site, *batch)
 
     def run(coefficients: dict[str, Tensor]) -> Tensor:
-        return method.delta(coefficients, matrix) if face == "delta" else method.factors(coefficients, matrix).delta()
+        return bound.matrix(coefficients) if face == "delta" else bound.factors(coefficients).matrix()
 
     together = leaves(values)
     delta = run(together)
@@ -176,28 +175,27 @@ def test_batched_coefficients_are_a_loop(maker: Maker, batch: tuple[int, ...], f
 @pytest.mark.parametrize("storage", ["dense", "recompute"])
 def test_rows_of_a_mixed_batch_are_each_alone(maker: Maker, storage: str) -> None:
     """Coefficients for each row, math (21)-(24): the numbers and gradients of one row at a time."""
-    method, matrix, _held = case(maker, basis_storage=storage)
-    values, x = trained(method, matrix, 3), draw(3, 4, maker.in_, seed=9)
+    method, site, bound = case(maker, basis_storage=storage)
+    values, x = trained(method, site, 3), draw(3, 4, maker.in_, seed=9)
     together = leaves(values)
-    h = method.apply(x, method.prepare(together, matrix), matrix)
+    h = bound.apply(x, bound.prepare(together))
     assert h.shape == (3, 4, maker.out)
     alone = leaves(values)
     rows = []
     for row in range(3):
-        prepared = method.prepare({name: value[row] for name, value in alone.items()}, matrix)
-        rows.append(token_order(x[row], prepared, method, matrix))
+        rows.append(bound.delta({name: value[row] for name, value in alone.items()}).apply(x[row]))
     torch.testing.assert_close(h, torch.stack(rows), rtol=1e-11, atol=1e-11)
     for one, two in zip(gradients(h, together), gradients(torch.stack(rows), alone), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
 
 
 def test_one_coefficient_set_for_all_rows(maker: Maker) -> None:
-    method, matrix, _held = case(maker)
-    prepared = method.prepare(trained(method, matrix), matrix)
+    method, site, bound = case(maker)
+    prepared = bound.prepare(trained(method, site))
     x = draw(3, 4, maker.in_, seed=9)
     once = {name: value.unsqueeze(0) for name, value in prepared.items()}
     thrice = {name: value.expand(3, *value.shape) for name, value in prepared.items()}
-    torch.testing.assert_close(method.apply(x, once, matrix), method.apply(x, thrice, matrix), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(bound.apply(x, once), bound.apply(x, thrice), rtol=1e-12, atol=1e-12)
 
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------
@@ -209,11 +207,11 @@ def test_one_coefficient_set_for_all_rows(maker: Maker) -> None:
 )
 def test_narrow_dtypes(maker: Maker, law: str, dtype: torch.dtype, tolerance: float) -> None:
     """Coefficients and tokens of a narrow dtype give results of that dtype, as near as it allows."""
-    method, matrix, _held = case(maker, law=law)
-    values, x = trained(method, matrix), draw(1, 4, maker.in_, seed=9)
-    exact = weight_order(x, method.delta(values, matrix))
+    method, site, bound = case(maker, law=law)
+    values, x = trained(method, site), draw(1, 4, maker.in_, seed=9)
+    exact = weight_order(x, bound.matrix(values))
     narrow = {name: value.to(dtype) for name, value in values.items()}
-    h = token_order(x.to(dtype), method.prepare(narrow, matrix), method, matrix)
+    h = bound.delta(narrow).apply(x.to(dtype))
     assert h.dtype == dtype
     torch.testing.assert_close(h.double(), exact, rtol=0, atol=tolerance * exact.abs().max().item())
 
@@ -225,16 +223,16 @@ def test_token_order_of_a_wide_layer_fits_float16(law: str, name: str) -> None:
     maker = MAKERS[name]
     method = maker.method(r=64, law=law)
     out, in_ = (512, 2048) if maker.out < maker.in_ else (2048, 512)
-    matrix = Matrix(out, in_, method.streams())
+    site = Site(out, in_, method.streams())
     starts = method.starts(out, in_)
     values = {
         key: starts[key] + (starts[key] or 0.1) * 0.3 * draw(*shape, seed=len(key))
         for key, shape in method.coefficient_shapes(out, in_).items()
     }
     x = 8 * draw(1, 4, in_, seed=9)
-    exact = weight_order(x, method.delta(values, matrix))
+    exact = weight_order(x, method.bind(site).matrix(values))
     narrow = {key: value.half() for key, value in values.items()}
-    h = token_order(x.half(), method.prepare(narrow, matrix), method, matrix)
+    h = method.bind(site).delta(narrow).apply(x.half())
     torch.testing.assert_close(h.double(), exact, rtol=0, atol=5e-3 * exact.abs().max().item())
 
 
@@ -243,10 +241,10 @@ def test_token_order_of_a_wide_layer_fits_float16(law: str, name: str) -> None:
 
 def test_ambience_changes_nothing(maker: Maker) -> None:
     def run() -> list[Tensor]:
-        method, matrix, _held = case(maker)
+        _method, _site, bound = case(maker)
         coefficients = leaves(values)
-        delta = method.delta(coefficients, matrix)
-        h = token_order(x, method.prepare(coefficients, matrix), method, matrix)
+        delta = bound.matrix(coefficients)
+        h = bound.delta(coefficients).apply(x)
         return [delta, h, *torch.autograd.grad(delta.sum() + h.square().sum(), list(coefficients.values()))]
 
     first, first_matrix, _ = case(maker)
@@ -275,13 +273,13 @@ def test_streams_depend_on_the_path_only_when_the_basis_is_not_shared(maker: Mak
 
 def test_seed_law_and_stream_each_change_the_matrices(maker: Maker) -> None:
     method = maker.method()
-    matrix = maker.matrix(method)
-    values = trained(method, matrix)
-    delta = method.delta(values, matrix)
-    other_streams = Matrix(maker.out, maker.in_, tuple(stream ^ 1 for stream in matrix.streams))
-    assert not torch.allclose(delta, maker.method(seed=1).delta(values, matrix))
-    assert not torch.allclose(delta, maker.method(law="normal").delta(values, matrix))
-    assert not torch.allclose(delta, method.delta(values, other_streams))
+    site = maker.site(method)
+    values = trained(method, site)
+    delta = method.bind(site).matrix(values)
+    other_streams = Site(maker.out, maker.in_, tuple(stream ^ 1 for stream in site.streams))
+    assert not torch.allclose(delta, maker.method(seed=1).bind(site).matrix(values))
+    assert not torch.allclose(delta, maker.method(law="normal").bind(site).matrix(values))
+    assert not torch.allclose(delta, method.bind(other_streams).matrix(values))
 
 
 def test_a_method_is_a_value(maker: Maker) -> None:
@@ -292,12 +290,10 @@ def test_a_method_is_a_value(maker: Maker) -> None:
     assert not any(isinstance(value, Tensor) for value in vars(maker.method()).values())
 
 
-FACES: dict[str, Callable[[Method, Matrix, dict[str, Tensor]], Tensor]] = {
-    "delta": lambda method, matrix, values: method.delta(values, matrix),
-    "token": lambda method, matrix, values: (
-        token_order(
-            torch.eye(matrix.in_features, dtype=torch.float64), method.prepare(values, matrix), method, matrix
-        ).T
+FACES: dict[str, Callable[[Method, Site, dict[str, Tensor]], Tensor]] = {
+    "delta": lambda method, site, values: method.bind(site).matrix(values),
+    "token": lambda method, site, values: (
+        method.bind(site).delta(values).apply(torch.eye(site.in_features, dtype=torch.float64)).T
     ),
 }
 
@@ -307,16 +303,16 @@ FACES: dict[str, Callable[[Method, Matrix, dict[str, Tensor]], Tensor]] = {
 def test_a_narrow_matrix_is_a_corner_of_a_wide_one(name: str, face: str) -> None:
     """A larger layer does not redraw what a smaller one sees; only the scale depends on the shape."""
     maker = MAKERS[name]
-    method, matrix, _held = case(maker)
-    wide = Matrix(2 * maker.out, 3 * maker.in_, matrix.streams)
-    values = trained(method, matrix)
+    method, site, _bound = case(maker)
+    wide = Site(2 * maker.out, 3 * maker.in_, site.streams)
+    values = trained(method, site)
     if maker.options.get("parametrization", "offset") == "offset" and name.startswith("nola"):
         # A⁰ alone is scaled by the width: take it away by a difference of two coefficient sets with the same b.
         second = {**values, "nola_a": values["nola_a"] + 1}
-        small = FACES[face](method, matrix, second) - FACES[face](method, matrix, values)
+        small = FACES[face](method, site, second) - FACES[face](method, site, values)
         large = FACES[face](method, wide, second) - FACES[face](method, wide, values)
     else:
-        small, large = FACES[face](method, matrix, values), FACES[face](method, wide, values)
+        small, large = FACES[face](method, site, values), FACES[face](method, wide, values)
     corner = large[: maker.out, : maker.in_]
     scale = (corner * small).sum() / small.square().sum()
     assert 0 < scale <= 1

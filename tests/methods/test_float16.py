@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from randbasis.basis import Basis, basis_entries
-from randbasis.methods import Matrix, Nola, Pranc, RandLora, Vera
+from randbasis.methods import Nola, Pranc, RandLora, Site, Vera
 from randbasis.ops import Slab, entries, hold, project
 
 LAWS = ("sign", "uniform", "normal", "sparse(3)", "sparse(40)")
@@ -43,24 +43,24 @@ def test_token_order_in_float16_is_the_float64_product(name: str, law: str, stor
     """Tokens of a size of 1e-4 lose nothing to the subnormal numbers, large ones do not overflow."""
     made, options = METHODS[name]
     method = made(law=law, basis_storage=storage, seed=3, **options)
-    matrix = Matrix(*shape, method.streams("a.layer"))
-    held = method.hold(matrix)
+    site = Site(*shape, method.streams("a.layer"))
+    bound = method.bind(site)
     coefficients = {
         key: 0.5 * draw(*size, seed=place)
         for place, (key, size) in enumerate(method.coefficient_shapes(*shape).items())
     }
     if name == "randlora":  # its full-rank change would leave float16 by itself
         coefficients["randlora_gamma"] = coefficients["randlora_gamma"] / 16
-    delta = method.delta({key: value.double() for key, value in coefficients.items()}, matrix)
-    prepared = {key: value.half().unsqueeze(0) for key, value in method.prepare(coefficients, matrix).items()}
+    delta = bound.matrix({key: value.double() for key, value in coefficients.items()})
+    prepared = {key: value.half().unsqueeze(0) for key, value in bound.prepare(coefficients).items()}
     for size in SIZES:
         x = (size * draw(1, 12, shape[1], seed=9)).half().requires_grad_()
-        got = method.apply(x, prepared, matrix)
+        got = bound.apply(x, prepared)
         gradient = draw(*got.shape, seed=11).half()
         (for_x,) = torch.autograd.grad(got, x, gradient)
         assert error(got, x.detach().double() @ delta.T) < TOLERANCE, size
         assert error(for_x, gradient.double() @ delta) < TOLERANCE, size
-    assert len(held) == (0 if storage == "recompute" else len(method.slabs(matrix)))
+    assert {one.storage for one in bound.bases} == {storage}
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -69,11 +69,11 @@ def test_a_sum_over_4096_columns_stays_in_float16(law: str, storage: str):
     """Plain integers of the uniform law would sum to 147 · 64 · 60, far beyond 65504."""
     slab = Slab(Basis.named(5, 7, law), 1, 40, 4096)
     held = hold(slab, storage)
-    matrix = basis_entries(5, 7, law, (1, 40, 4096))[0].double() * slab.basis.law.power
-    assert torch.equal(entries(slab, storage, torch.float16, torch.device("cpu"))[0].double(), matrix)
+    site = basis_entries(5, 7, law, (1, 40, 4096))[0].double() * slab.basis.law.power
+    assert torch.equal(entries(slab, storage, torch.float16, torch.device("cpu"))[0].double(), site)
     for size in SIZES:
         x = (size * draw(3, 4096)).half()
         y = (size * draw(3, 40)).half()
-        assert error(project(x, slab, storage), x.double() @ matrix.T) < TOLERANCE
-        assert error(project(y, slab, storage, transpose=True), y.double() @ matrix) < TOLERANCE
+        assert error(project(x, slab, storage), x.double() @ site.T) < TOLERANCE
+        assert error(project(y, slab, storage, transpose=True), y.double() @ site) < TOLERANCE
     assert held.storage == storage

@@ -6,8 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from randbasis.contraction import token_order
-from randbasis.methods import Matrix, Method, Nola, Pranc, RandLora, Vera
+from randbasis.methods import Method, Nola, Pranc, RandLora, Site, Vera
 
 Inject = Callable[..., None]
 
@@ -16,14 +15,13 @@ def numbers(*values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def assert_change(method: Method, matrix: Matrix, coefficients: dict[str, Tensor], expected: list[list[float]]) -> None:
+def assert_change(method: Method, site: Site, coefficients: dict[str, Tensor], expected: list[list[float]]) -> None:
     """ΔW as factors, as a matrix and as a map of the two unit vectors."""
     wanted = numbers(*expected)
-    delta = method.delta(coefficients, matrix)
+    delta = method.bind(site).matrix(coefficients)
     torch.testing.assert_close(delta, wanted, rtol=0, atol=1e-12)
-    torch.testing.assert_close(method.factors(coefficients, matrix).delta(), wanted, rtol=0, atol=1e-12)
-    prepared = method.prepare(coefficients, matrix)
-    columns = token_order(torch.eye(matrix.in_features, dtype=torch.float64), prepared, method, matrix)
+    torch.testing.assert_close(method.bind(site).factors(coefficients).matrix(), wanted, rtol=0, atol=1e-12)
+    columns = method.bind(site).delta(coefficients).apply(torch.eye(site.in_features, dtype=torch.float64))
     torch.testing.assert_close(columns.T, wanted, rtol=0, atol=1e-12)
 
 
@@ -34,11 +32,11 @@ def test_nola_with_offset(inject: Inject) -> None:
     B = (1·[1 2]ᵀ + 2·[0 1]ᵀ + 3·[1 1]ᵀ)/3 = [4 7]ᵀ/3, times 6 is [8 14]ᵀ.
     """
     method = Nola(r=1, num_basis=3, alpha=6.0, basis_storage="dense")
-    matrix = Matrix(2, 2, method.streams())
+    site = Site(2, 2, method.streams())
     a = numbers([[1, 1]], [[1, -1]], [[1, 0]])
     b = numbers([[1, 2]], [[0, 1]], [[1, 1]])
-    inject(method, matrix, a, b, math.sqrt(6) * numbers([[1, 0]]))
-    assert_change(method, matrix, {"nola_a": numbers(3, 0, 6), "nola_b": numbers(1, 2, 3)}, [[32, 8], [56, 14]])
+    inject(method, site, a, b, math.sqrt(6) * numbers([[1, 0]]))
+    assert_change(method, site, {"nola_a": numbers(3, 0, 6), "nola_b": numbers(1, 2, 3)}, [[32, 8], [56, 14]])
 
 
 def test_nola_plain_with_more_on_one_side(inject: Inject) -> None:
@@ -50,14 +48,14 @@ def test_nola_plain_with_more_on_one_side(inject: Inject) -> None:
     ΔW column 0 = [9 21].
     """
     method = Nola(r=2, num_basis=2, num_basis_b=1, alpha=36.0, parametrization="plain", basis_storage="dense")
-    matrix = Matrix(6, 6, method.streams())
+    site = Site(6, 6, method.streams())
     a, b = torch.zeros(2, 2, 6, dtype=torch.float64), torch.zeros(1, 2, 6, dtype=torch.float64)
     a[0, :, 0], a[1, :, 0] = numbers(1, 3), numbers(4, 0)
     b[0, :, :2] = numbers([1, 3], [2, 4])
-    inject(method, matrix, a, b)
+    inject(method, site, a, b)
     expected = [[0.0] * 6 for _ in range(6)]
     expected[0][0], expected[1][0] = 9, 21
-    assert_change(method, matrix, {"nola_a": numbers(2, 1), "nola_b": numbers(1)}, expected)
+    assert_change(method, site, {"nola_a": numbers(2, 1), "nola_b": numbers(1)}, expected)
 
 
 def test_vera(inject: Inject) -> None:
@@ -67,18 +65,18 @@ def test_vera(inject: Inject) -> None:
     B Λ_d A = [[5 1] [1 5]]; Λ_b = diag(10, −1).
     """
     method = Vera(r=2, basis_storage="dense")
-    matrix = Matrix(2, 2, method.streams())
-    inject(method, matrix, numbers([[1, -1], [1, 1]]), numbers([[1, -1], [1, 1]]))
-    assert_change(method, matrix, {"vera_d": numbers(2, 3), "vera_b": numbers(10, -1)}, [[50, 10], [-1, -5]])
+    site = Site(2, 2, method.streams())
+    inject(method, site, numbers([[1, -1], [1, 1]]), numbers([[1, -1], [1, 1]]))
+    assert_change(method, site, {"vera_d": numbers(2, 3), "vera_b": numbers(10, -1)}, [[50, 10], [-1, -5]])
 
 
 def test_vera_deviation_is_of_the_layer(inject: Inject) -> None:
     """in = 8 makes √(2/in) = 1/2, r = 1 makes √(2/r) = √2."""
     method = Vera(r=1, basis_storage="dense")
-    matrix = Matrix(1, 8, method.streams())
-    inject(method, matrix, torch.ones(1, 1, 8, dtype=torch.float64), numbers([[1]]))
+    site = Site(1, 8, method.streams())
+    inject(method, site, torch.ones(1, 1, 8, dtype=torch.float64), numbers([[1]]))
     expected = [[math.sqrt(2) / 2 * 3 * 5] * 8]
-    assert_change(method, matrix, {"vera_d": numbers(3), "vera_b": numbers(5)}, expected)
+    assert_change(method, site, {"vera_d": numbers(3), "vera_b": numbers(5)}, expected)
 
 
 def test_randlora(inject: Inject) -> None:
@@ -87,10 +85,10 @@ def test_randlora(inject: Inject) -> None:
     Term 0: 3·[1 0]ᵀ [1·1 2·(−1)] = [[3 −6] [0 0]]. Term 1: −1·[1 1]ᵀ [1·5 2·1] = [[−5 −2] [−5 −2]].
     """
     method = RandLora(r=1, alpha=2.0, basis_storage="dense")
-    matrix = Matrix(2, 2, method.streams())
-    inject(method, matrix, numbers([[1, 2]]), numbers([[1, 0]], [[1, 1]]))
+    site = Site(2, 2, method.streams())
+    inject(method, site, numbers([[1, 2]]), numbers([[1, 0]], [[1, 1]]))
     coefficients = {"randlora_lambda": numbers([3], [-1]), "randlora_gamma": numbers([1, -1], [5, 1])}
-    assert_change(method, matrix, coefficients, [[-4, -16], [-10, -4]])
+    assert_change(method, site, coefficients, [[-4, -16], [-10, -4]])
 
 
 def test_randlora_transposed(inject: Inject) -> None:
@@ -99,14 +97,14 @@ def test_randlora_transposed(inject: Inject) -> None:
     B₀ Λ A Γ = [1 2 −1]ᵀ · 3 · 5 · (1/2); times 2 is [15 30 −15]ᵀ.
     """
     method = RandLora(r=1, scaling="paper", basis_storage="dense")
-    matrix = Matrix(1, 3, method.streams())
-    inject(method, matrix, numbers([[5]]), numbers([[1, 2, -1]]))
-    assert_change(method, matrix, {"randlora_lambda": numbers([3]), "randlora_gamma": numbers([0.5])}, [[15, 30, -15]])
+    site = Site(1, 3, method.streams())
+    inject(method, site, numbers([[5]]), numbers([[1, 2, -1]]))
+    assert_change(method, site, {"randlora_lambda": numbers([3]), "randlora_gamma": numbers([0.5])}, [[15, 30, -15]])
 
 
 def test_pranc(inject: Inject) -> None:
     """k = 4 makes 1/√k = 1/2."""
     method = Pranc(num_basis=4, basis_storage="dense")
-    matrix = Matrix(2, 2, method.streams())
-    inject(method, matrix, numbers([[1, 0], [0, 0]], [[0, 1], [0, 0]], [[0, 0], [1, 1]], [[1, 1], [1, 1]]))
-    assert_change(method, matrix, {"pranc_a": numbers(2, 4, 6, 8)}, [[5, 6], [7, 7]])
+    site = Site(2, 2, method.streams())
+    inject(method, site, numbers([[1, 0], [0, 0]], [[0, 1], [0, 0]], [[0, 0], [1, 1]], [[1, 1], [1, 1]]))
+    assert_change(method, site, {"pranc_a": numbers(2, 4, 6, 8)}, [[5, 6], [7, 7]])

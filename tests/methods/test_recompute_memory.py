@@ -9,8 +9,7 @@ import pytest
 import torch
 from method_cases import draw
 
-from randbasis.contraction import token_order
-from randbasis.methods import Matrix, Method, Nola, Pranc, Vera
+from randbasis.methods import Method, Nola, Pranc, Site, Vera
 from randbasis.ops import reference
 
 LAWS = ("sign", "uniform", "normal", "sparse(6)")
@@ -22,21 +21,21 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CASE = "nola k·r·in"
 
 
-def forward_and_backward_of_delta(method: Method, matrix: Matrix) -> None:
-    shapes = method.coefficient_shapes(matrix.out_features, matrix.in_features)
+def forward_and_backward_of_delta(method: Method, site: Site) -> None:
+    shapes = method.coefficient_shapes(site.out_features, site.in_features)
     coefficients = {name: draw(*shape).float().requires_grad_() for name, shape in shapes.items()}
-    method.delta(coefficients, matrix).sum().backward()
+    method.bind(site).matrix(coefficients).sum().backward()
     assert all(value.grad is not None and value.grad.any() for value in coefficients.values())
 
 
-def forward_and_backward_of_tokens(method: Method, matrix: Matrix) -> None:
-    shapes = method.coefficient_shapes(matrix.out_features, matrix.in_features)
+def forward_and_backward_of_tokens(method: Method, site: Site) -> None:
+    shapes = method.coefficient_shapes(site.out_features, site.in_features)
     coefficients = {name: draw(*shape).float().requires_grad_() for name, shape in shapes.items()}
-    x = draw(4, matrix.in_features).float().requires_grad_()
-    token_order(x, method.prepare(coefficients, matrix), method, matrix).sum().backward()
+    x = draw(4, site.in_features).float().requires_grad_()
+    method.bind(site).delta(coefficients).apply(x).sum().backward()
 
 
-CASES: dict[str, tuple[Callable[..., Method], tuple[int, int], Callable[[Method, Matrix], None]]] = {
+CASES: dict[str, tuple[Callable[..., Method], tuple[int, int], Callable[[Method, Site], None]]] = {
     CASE: (
         lambda **options: Nola(r=8, num_basis=512, num_basis_b=8, alpha=8.0, **options),
         (16, 512),
@@ -93,9 +92,9 @@ def test_no_tensor_as_large_as_the_basis(name: str, law: str, backend: str, monk
     monkeypatch.setenv("RANDBASIS_BACKEND", backend)
     make, shape, run = CASES[name]
     method = make(law=law, basis_storage="recompute")
-    matrix = Matrix(*shape, method.streams())
-    assert max(slab.entries for slab in method.slabs(matrix)) == ENTRIES
-    peak, largest = allocations(lambda: run(method, matrix))
+    site = Site(*shape, method.streams())
+    assert max(one.slab.entries for one in method.bind(site).bases) == ENTRIES
+    peak, largest = allocations(lambda: run(method, site))
     # ΔW or a factor, its gradient, and one tile: as float32, and while it is made as words, counters and bits.
     result = 4 * max(shape[0] * shape[1], method.rank(*shape) * (shape[0] + shape[1])) if method.name != "vera" else 0
     assert largest <= max(8 * TILE, result)
@@ -107,12 +106,12 @@ def test_the_measure_sees_a_dense_basis() -> None:
     """The control: what the limit above is to catch."""
     make, shape, run = CASES[CASE]
     method = make(basis_storage="dense")
-    matrix = Matrix(*shape, method.streams())
-    held = method.hold(matrix)
-    peak, largest = allocations(lambda: run(method, matrix))
+    site = Site(*shape, method.streams())
+    bound = method.bind(site)
+    peak, largest = allocations(lambda: run(method, site))
     assert largest == 4 * ENTRIES
     assert peak > 4 * ENTRIES
-    assert held
+    assert bound.bases
 
 
 def resident(run: Callable[[], None]) -> int:
@@ -132,9 +131,9 @@ def memory(key: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="resets the peak of a process as Linux with glibc does")
 def test_compiled_loops_hold_no_basis_either() -> None:
-    def make(storage: str, seed: int) -> tuple[Method, Matrix]:
+    def make(storage: str, seed: int) -> tuple[Method, Site]:
         method = Nola(r=8, num_basis=512, num_basis_b=8, alpha=8.0, basis_storage=storage, seed=seed)  # type: ignore[arg-type]
-        return method, Matrix(64, 8192, method.streams())
+        return method, Site(64, 8192, method.streams())
 
     run = forward_and_backward_of_delta
     run(*make("recompute", 0))  # compiles the loops
@@ -144,7 +143,7 @@ def test_compiled_loops_hold_no_basis_either() -> None:
     except PermissionError:
         pytest.skip("this process may not reset its peak memory")
     assert growth < whole / 4
-    dense, matrix = make("dense", 2)
-    held = dense.hold(matrix)
-    assert resident(lambda: run(dense, matrix)) > 0.9 * whole
-    assert held
+    dense, site = make("dense", 2)
+    bound = dense.bind(site)
+    assert resident(lambda: run(dense, site)) > 0.9 * whole
+    assert bound.bases

@@ -9,7 +9,7 @@ import torch
 
 from randbasis.basis import Basis, basis_entries
 from randbasis.errors import BackendError
-from randbasis.ops import Slab, backends, cpu, project, reference, triton
+from randbasis.ops import Slab, backends, cpu, hold, project, reference, triton
 from randbasis.ops.reference import Tile, subtiles, tiles
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -125,7 +125,7 @@ def test_a_way_to_project_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RANDBASIS_PROJECT", "mixed")
     slab = Slab(Basis.named(0, "project", "sign"), 2, 3, 10)
     with pytest.raises(BackendError) as refusal:
-        project(torch.ones(1, 10), slab, "recompute")
+        project(torch.ones(1, 10), hold(slab, "recompute"))
     assert "RANDBASIS_PROJECT must be one of ['auto', 'fused', 'expanded'], got 'mixed'" in str(refusal.value)
 
 

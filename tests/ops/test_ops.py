@@ -70,10 +70,10 @@ def test_products_against_naive(law: str, shape: tuple, storage: BasisStorage, d
     matrices = naive(slab)
     c, g = numbers(2, 3, slab.count, dtype=dtype), numbers(4, slab.cols, dtype=dtype)
     y = numbers(4, slab.count * slab.rows, dtype=dtype)
-    assert_close(combine(c, slab, storage), torch.einsum("abk,kij->abij", c.double(), matrices), dtype)
-    assert_close(project(g, slab, storage), g.double() @ matrices.flatten(0, 1).T, dtype)
-    assert_close(project(y, slab, storage, transpose=True), y.double() @ matrices.flatten(0, 1), dtype)
-    got = entries(slab, storage, dtype, CPU)
+    assert_close(combine(c, hold(slab, storage)), torch.einsum("abk,kij->abij", c.double(), matrices), dtype)
+    assert_close(project(g, hold(slab, storage)), g.double() @ matrices.flatten(0, 1).T, dtype)
+    assert_close(project(y, hold(slab, storage), transpose=True), y.double() @ matrices.flatten(0, 1), dtype)
+    got = entries(hold(slab, storage), dtype, CPU)
     assert got.dtype == dtype
     assert torch.equal(got.double(), matrices)
     assert held.storage == storage
@@ -95,7 +95,7 @@ def test_sandwich_against_naive(law: str, with_columns: bool, storage: BasisStor
     ones = torch.ones(4, 33, dtype=torch.float64)
     scaled = exact[0].unsqueeze(-1) * naive(a) * (exact[1] if with_columns else ones).unsqueeze(1)
     expected = torch.einsum("jri,jro->oi", scaled, naive(b))
-    got = sandwich(diagonal, columns, a, b, storage)
+    got = sandwich(diagonal, columns, hold(a, storage), hold(b, storage))
     assert_close(got, expected, dtype)
     weights = numbers(47, 33, dtype=dtype, seed=2)
     for gradient, wanted in zip(
@@ -112,9 +112,9 @@ def test_gradients_of_products_against_autograd(storage: BasisStorage) -> None:
     held = hold(slab, storage)
     matrices = naive(slab)
     cases: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], int]] = [
-        (lambda c: combine(c, slab, storage), lambda c: torch.einsum("nk,kij->nij", c, matrices), 6),
-        (lambda x: project(x, slab, storage), lambda x: x @ matrices.flatten(0, 1).T, 150),
-        (lambda x: project(x, slab, storage, transpose=True), lambda x: x @ matrices.flatten(0, 1), 24),
+        (lambda c: combine(c, hold(slab, storage)), lambda c: torch.einsum("nk,kij->nij", c, matrices), 6),
+        (lambda x: project(x, hold(slab, storage)), lambda x: x @ matrices.flatten(0, 1).T, 150),
+        (lambda x: project(x, hold(slab, storage), transpose=True), lambda x: x @ matrices.flatten(0, 1), 24),
     ]
     for ours, theirs, width in cases:
         x = numbers(3, width).requires_grad_()
@@ -130,7 +130,7 @@ def test_storage_kinds_give_the_same_entries_bit_for_bit() -> None:
     for law in LAWS:
         slab = slab_of(law, 5, 3, 140)
         held = [hold(slab, storage) for storage in STORAGES]
-        first, *others = [entries(slab, stored.storage, torch.float32, CPU) for stored in held]
+        first, *others = [entries(stored, torch.float32, CPU) for stored in held]
         assert all(torch.equal(first, other) for other in others)
 
 
@@ -139,9 +139,9 @@ def test_storage_kinds_give_the_same_entries_bit_for_bit() -> None:
 def test_no_rows(storage: BasisStorage) -> None:
     slab = slab_of("sign", 3, 2, 130)
     held = hold(slab, storage)
-    assert combine(numbers(0, 3), slab, storage).shape == (0, 2, 130)
-    assert project(numbers(0, 130), slab, storage).shape == (0, 6)
-    assert project(numbers(0, 6), slab, storage, transpose=True).shape == (0, 130)
+    assert combine(numbers(0, 3), hold(slab, storage)).shape == (0, 2, 130)
+    assert project(numbers(0, 130), hold(slab, storage)).shape == (0, 6)
+    assert project(numbers(0, 6), hold(slab, storage), transpose=True).shape == (0, 130)
     assert held.storage == storage
 
 
@@ -151,11 +151,11 @@ def test_tensors_that_are_not_contiguous(storage: BasisStorage) -> None:
     slab = slab_of("sign", 6, 4, 150)
     held = hold(slab, storage)
     c, x = numbers(6, 3).T, numbers(150, 5).T
-    assert torch.equal(combine(c, slab, storage), combine(c.contiguous(), slab, storage))
-    torch.testing.assert_close(project(x, slab, storage), project(x.contiguous(), slab, storage))
+    assert torch.equal(combine(c, hold(slab, storage)), combine(c.contiguous(), hold(slab, storage)))
+    torch.testing.assert_close(project(x, hold(slab, storage)), project(x.contiguous(), hold(slab, storage)))
     wide = numbers(3, 4, 150).transpose(1, 2).contiguous().transpose(1, 2)
     leaf = c.clone().requires_grad_()
-    (got,) = torch.autograd.grad(combine(leaf, slab, storage), leaf, wide)
+    (got,) = torch.autograd.grad(combine(leaf, hold(slab, storage)), leaf, wide)
     assert_close(got, torch.einsum("nij,kij->nk", wide, naive(slab)), torch.float64)
     assert held.storage == storage
 
@@ -169,7 +169,7 @@ def test_many_slabs_against_each_alone(storage: BasisStorage, dtype: torch.dtype
     held = [hold(slab, storage) for slab in slabs]
     c = numbers(3, 2, 6, dtype=dtype).requires_grad_()
     weights = numbers(3, 2, 4, 150, dtype=dtype, seed=1)
-    out = combine_each(c, slabs, storage)
+    out = combine_each(c, [hold(one, storage) for one in slabs])
     (gradient,) = torch.autograd.grad(out, c, weights)
     for i, slab in enumerate(slabs):
         assert_close(out[i].detach(), torch.einsum("nk,kij->nij", c[i].detach().double(), naive(slab)), dtype)
@@ -180,9 +180,11 @@ def test_many_slabs_against_each_alone(storage: BasisStorage, dtype: torch.dtype
 def test_gradcheck_of_many_slabs() -> None:
     slabs = [slab_of("normal", 3, 2, 5, name=f"ops/each/{number}") for number in range(2)]
     c = numbers(2, 1, 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda c: combine_each(c, slabs, "recompute"), c)
+    assert torch.autograd.gradcheck(lambda c: combine_each(c, [hold(one, "recompute") for one in slabs]), c)
     weights = numbers(2, 1, 2, 5, seed=2).requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda c: combine_each(c, slabs, "recompute").square(), c, weights)
+    assert torch.autograd.gradgradcheck(
+        lambda c: combine_each(c, [hold(one, "recompute") for one in slabs]).square(), c, weights
+    )
 
 
 # --- what values do not depend on -------------------------------------------------------------------------------------
@@ -199,11 +201,16 @@ def test_ambience_changes_nothing(storage: BasisStorage, ambience: str) -> None:
     def run() -> list[Tensor]:
         held = [hold(one, storage) for one in (slab, a, b)]
         leaf = c.clone().requires_grad_()
-        out = combine(leaf, slab, storage)
+        out = combine(leaf, hold(slab, storage))
         (gradient,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
-        values = [out.detach(), gradient, project(x, slab, storage), sandwich(diagonal, None, a, b, storage)]
+        values = [
+            out.detach(),
+            gradient,
+            project(x, hold(slab, storage)),
+            sandwich(diagonal, None, hold(a, storage), hold(b, storage)),
+        ]
         assert len(held) == 3
-        return [*values, entries(slab, storage, torch.float32, CPU).clone()]
+        return [*values, entries(hold(slab, storage), torch.float32, CPU).clone()]
 
     expected = run()
     contexts: dict[str, Callable[[], AbstractContextManager]] = {
@@ -235,7 +242,7 @@ def test_thread_count_changes_nothing() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append((entries(slab, "recompute", torch.float32, CPU), combine(c, slab, "recompute")))
+            found.append((entries(slab, "recompute", torch.float32, CPU), combine(c, hold(slab, "recompute"))))
     finally:
         torch.set_num_threads(threads)
     for matrices, sums in found[1:]:
@@ -253,9 +260,9 @@ def test_gradcheck_and_gradgradcheck_of_products(storage: BasisStorage, law: str
     slab = slab_of(law, 3, 2, 5)
     held = hold(slab, storage)
     cases: list[tuple[Callable[[Tensor], Tensor], int]] = [
-        (lambda c: combine(c, slab, storage), 3),
-        (lambda x: project(x, slab, storage), 5),
-        (lambda x: project(x, slab, storage, transpose=True), 6),
+        (lambda c: combine(c, hold(slab, storage)), 3),
+        (lambda x: project(x, hold(slab, storage)), 5),
+        (lambda x: project(x, hold(slab, storage), transpose=True), 6),
     ]
     for function, width in cases:
         x = numbers(2, width).requires_grad_()
@@ -272,15 +279,17 @@ def test_gradcheck_of_sandwich(storage: BasisStorage) -> None:
     a, b = slab_of("sparse(3)", 1, 2, 4, "ops/a"), slab_of("sparse(3)", 3, 2, 5, "ops/b")
     held = hold(a, storage), hold(b, storage)
     diagonal, columns = numbers(3, 2).requires_grad_(), numbers(3, 4, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda d, c: sandwich(d, c, a, b, storage), (diagonal, columns))
-    assert torch.autograd.gradcheck(lambda d: sandwich(d, None, a, b, storage), diagonal)
+    assert torch.autograd.gradcheck(
+        lambda d, c: sandwich(d, c, hold(a, storage), hold(b, storage)), (diagonal, columns)
+    )
+    assert torch.autograd.gradcheck(lambda d: sandwich(d, None, hold(a, storage), hold(b, storage)), diagonal)
     assert len(held) == 2
 
 
 def test_second_derivative_of_sandwich_is_refused_not_zero() -> None:
     a, b = slab_of("sign", 1, 2, 4, "ops/a"), slab_of("sign", 3, 2, 5, "ops/b")
     diagonal = numbers(3, 2).requires_grad_()
-    out = sandwich(diagonal, None, a, b, "recompute").square().sum()
+    out = sandwich(diagonal, None, hold(a, "recompute"), hold(b, "recompute")).square().sum()
     with pytest.raises(DifferentiationError, match=r"second derivatives would be wrong.*contraction='token'"):
         torch.autograd.grad(out, diagonal, create_graph=True)
 
@@ -337,12 +346,14 @@ def test_ops_are_traced_whole() -> None:
     """``torch.compile`` sees one call an op and no graph break."""
     slab = slab_of("sign", 3, 2, 5)
     compiled = torch.compile(
-        lambda c, x: project(x, slab, "recompute") * combine(c, slab, "recompute").sum(),
+        lambda c, x: project(x, hold(slab, "recompute")) * combine(c, hold(slab, "recompute")).sum(),
         fullgraph=True,
         backend="eager",
     )
     c, x = numbers(2, 3), numbers(4, 5)
-    torch.testing.assert_close(compiled(c, x), project(x, slab, "recompute") * combine(c, slab, "recompute").sum())
+    torch.testing.assert_close(
+        compiled(c, x), project(x, hold(slab, "recompute")) * combine(c, hold(slab, "recompute")).sum()
+    )
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -354,9 +365,9 @@ def test_vectors_of_another_width_are_refused(storage: BasisStorage) -> None:
     slab = slab_of("sign", 3, 2, 5)
     held = hold(slab, storage)
     cases: list[tuple[Callable[[Tensor], Tensor], int]] = [
-        (lambda c: combine(c, slab, storage), 3),
-        (lambda x: project(x, slab, storage), 5),
-        (lambda x: project(x, slab, storage, transpose=True), 6),
+        (lambda c: combine(c, hold(slab, storage)), 3),
+        (lambda x: project(x, hold(slab, storage)), 5),
+        (lambda x: project(x, hold(slab, storage), transpose=True), 6),
     ]
     for function, width in cases:
         for wrong in (width - 1, width + 1, 2 * width):
@@ -376,10 +387,10 @@ def test_unknown_storage_is_refused_by_every_op() -> None:
 
 def test_many_slabs_must_be_alike_and_have_coefficients_each() -> None:
     slab, other = slab_of("sign", 3, 2, 5), slab_of("sign", 3, 2, 6)
-    with pytest.raises(BasisShapeError, match="slabs must hold at least one slab, got none"):
-        combine_each(numbers(0, 3), [], "recompute")
+    with pytest.raises(BasisShapeError, match="bases must hold at least one slab, got none"):
+        combine_each(numbers(0, 3), [])
     for different in (other, slab_of("normal", 3, 2, 5), Slab(Basis(1, 2, slab.basis.law), 3, 2, 5)):
-        with pytest.raises(BasisShapeError, match="slabs must differ in their stream alone"):
-            combine_each(numbers(2, 1, 3), [slab, different], "recompute")
+        with pytest.raises(BasisShapeError, match="bases must differ in their stream alone"):
+            combine_each(numbers(2, 1, 3), [hold(one, "recompute") for one in (slab, different)])
     with pytest.raises(BasisShapeError, match=r"x must be \[2, n, 3\] for these slabs, got \[3, 1, 3\]"):
-        combine_each(numbers(3, 1, 3), [slab, slab], "recompute")
+        combine_each(numbers(3, 1, 3), [hold(slab, "recompute")] * 2)

@@ -229,9 +229,9 @@ def test_ops_and_their_gradients_against_float64(law: str, storage, dtype: torch
     matrices = dense(slab)
     rows = matrices.flatten(0, 1)
     cases = [
-        (lambda c: combine(c, slab, storage), lambda c: torch.einsum("nk,kij->nij", c, matrices), 6),
-        (lambda x: project(x, slab, storage), lambda x: x @ rows.T, 150),
-        (lambda x: project(x, slab, storage, transpose=True), lambda x: x @ rows, 24),
+        (lambda c: combine(c, hold(slab, storage)), lambda c: torch.einsum("nk,kij->nij", c, matrices), 6),
+        (lambda x: project(x, hold(slab, storage)), lambda x: x @ rows.T, 150),
+        (lambda x: project(x, hold(slab, storage), transpose=True), lambda x: x @ rows, 24),
     ]
     for ours, theirs, width in cases:
         x = numbers(3, width, dtype=dtype).requires_grad_()
@@ -242,7 +242,7 @@ def test_ops_and_their_gradients_against_float64(law: str, storage, dtype: torch
         (gradient,) = torch.autograd.grad(got, x, weights)
         (wanted,) = torch.autograd.grad(expected, exact, weights.double())
         assert_close(gradient, wanted, dtype)
-    assert torch.equal(entries(slab, storage, dtype, DEVICE).double(), matrices)
+    assert torch.equal(entries(hold(slab, storage), dtype, DEVICE).double(), matrices)
     assert held.storage == storage
 
 
@@ -255,7 +255,7 @@ def test_both_ways_to_project_agree(way: str, transpose: bool, monkeypatch: pyte
     rows = dense(slab).flatten(0, 1)
     x = numbers(4, 15 if transpose else 70)
     expected = x.double() @ (rows if transpose else rows.T)
-    assert_close(project(x, slab, "recompute", transpose=transpose), expected, torch.float32)
+    assert_close(project(x, hold(slab, "recompute"), transpose=transpose), expected, torch.float32)
 
 
 @pytest.mark.usefixtures("by_triton")
@@ -264,7 +264,7 @@ def test_sandwich_on_entries_of_the_kernels() -> None:
     diagonal, columns = numbers(3, 4), numbers(3, 33, seed=1)
     scaled = diagonal.double().unsqueeze(-1) * dense(a) * columns.double().unsqueeze(1)
     expected = torch.einsum("jri,jro->oi", scaled, dense(b))
-    assert_close(sandwich(diagonal, columns, a, b, "recompute"), expected, torch.float32)
+    assert_close(sandwich(diagonal, columns, hold(a, "recompute"), hold(b, "recompute")), expected, torch.float32)
 
 
 @pytest.mark.usefixtures("by_triton")
@@ -276,12 +276,12 @@ def test_many_slabs_in_one_launch(n: int, monkeypatch: pytest.MonkeyPatch) -> No
     once = kernels._sum
     monkeypatch.setattr(kernels, "_sum", lambda *args, **options: launches.append(True) or once(*args, **options))
     c = numbers(3, n, 9).requires_grad_()
-    out = combine_each(c, slabs, "recompute")
+    out = combine_each(c, [hold(one, "recompute") for one in slabs])
     weights = numbers(3, n, 2, 130, seed=1)
     (gradient,) = torch.autograd.grad(out, c, weights)
     assert len(launches) == 2
     for i, slab in enumerate(slabs):
-        assert torch.equal(out[i], combine(c[i], slab, "recompute"))
+        assert torch.equal(out[i], combine(c[i], hold(slab, "recompute")))
         expected = torch.einsum("nij,kij->nk", weights[i].double(), dense(slab))
         assert_close(gradient[i], expected, torch.float32)
 
@@ -389,7 +389,7 @@ class TestOnGpu:
         c, each = numbers(2, 128).requires_grad_(), numbers(3, 1, 64).requires_grad_()
 
         def run() -> list[Tensor]:
-            out, many = combine(c, slab, "recompute"), combine_each(each, own, "recompute")
+            out, many = combine(c, hold(slab, "recompute")), combine_each(each, [hold(one, "recompute") for one in own])
             gradients = torch.autograd.grad(out.square().sum() + many.square().sum(), [c, each])
             return [out, many, *gradients]
 
@@ -410,7 +410,7 @@ class TestOnGpu:
 
     def test_compiled_by_torch(self) -> None:
         slab = slab_of("sign", (8, 4, 300))
-        function = lambda c, x: project(x, slab, "recompute") + combine(c, slab, "recompute").sum()  # noqa: E731
+        function = lambda c, x: project(x, hold(slab, "recompute")) + combine(c, hold(slab, "recompute")).sum()  # noqa: E731
         c, x = numbers(2, 8).requires_grad_(), numbers(5, 300).requires_grad_()
         expected = torch.autograd.grad(function(c, x).square().sum(), [c, x])
         got = torch.autograd.grad(torch.compile(function, fullgraph=True)(c, x).square().sum(), [c, x])

@@ -105,7 +105,7 @@ def test_rows_of_a_name(build, target, expected):
     for layer in adapted_layers(model).values():
         (one,) = layer.matrices("default")
         assert (one.part.start, one.part.stop) == expected
-        assert one.matrix.out_features == expected[1] - expected[0]
+        assert one.bound.out_features == expected[1] - expected[0]
 
 
 def test_queries_of_gpt2_behave_as_queries():

@@ -37,7 +37,7 @@ from randbasis.errors import (
 )
 from randbasis.files.locations import Location, local_path
 from randbasis.files.whole_file import write
-from randbasis.methods import Matrix
+from randbasis.methods import Delta
 
 FORMAT = "randbasis"
 """``__metadata__["format"]``."""
@@ -108,14 +108,14 @@ class PackedAdapter:
         spec = replace(self.spec, bits=bits, group=group)
         return PackedAdapter.of(spec, self.values(), streams=self.streams, extra=self.extra)
 
-    def matrices(self) -> Iterator[tuple[SpecMatrix, Matrix, dict[str, Tensor]]]:
-        """Each adapted matrix with what its method is told of it and with its coefficients, in the method's order."""
+    def matrices(self) -> Iterator[tuple[SpecMatrix, Delta]]:
+        """Each adapted matrix with its ΔW."""
         split = cast("Callable[[Tensor, list[int]], tuple[Tensor, ...]]", torch.split)
         vectors = iter(split(self.values(), self.spec.vector_lengths))
         streams = None if self.streams is None else cast("list[list[int]]", self.streams.tolist())
         for index, one in enumerate(self.spec.matrices):
-            matrix = one.matrix(None if streams is None else tuple(streams[index]))
-            yield one, matrix, {name: next(vectors).reshape(shape) for name, shape in one.shapes.items()}
+            bound = one.bind(None if streams is None else tuple(streams[index]))
+            yield one, bound.delta({name: next(vectors).reshape(shape) for name, shape in one.shapes.items()})
 
     # --- bytes ---
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from randbasis.adapter_file.codec import run_count
 from randbasis.adapter_file.paths import Numbers, boxes, expand, range_text, split_path
 from randbasis.errors import BaseMismatchError
-from randbasis.methods import Matrix, Method
+from randbasis.methods import Bound, Method, Site
 
 Shapes = Mapping[str, tuple[int, int]]
 """Module path → ``(out, in)`` of a linear layer of the base model."""
@@ -67,13 +67,14 @@ class SpecMatrix:
         """Its coefficients: math (9), (13), (16) or (18)."""
         return self.method.count(self.rows, self.in_features)
 
-    def matrix(self, streams: tuple[int, ...] | None = None) -> Matrix:
-        """What the method is told of it.
+    def bind(self, streams: tuple[int, ...] | None = None) -> Bound[Any]:
+        """Its method there. No basis is kept: an adapter at rest may have thousands of them.
 
         Args:
             streams: as stored; None takes those that all layers share.
         """
-        return Matrix(self.rows, self.in_features, self.method.streams() if streams is None else streams)
+        site = Site(self.rows, self.in_features, self.method.streams() if streams is None else streams)
+        return replace(self.method, basis_storage="recompute").bind(site)
 
 
 @dataclass(frozen=True, slots=True)

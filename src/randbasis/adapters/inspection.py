@@ -15,7 +15,7 @@ from randbasis.adapters.adapter_dir import AdapterDir, read_adapter_dir
 from randbasis.adapters.base_model import hollow_model, linear_shapes, meta_model, read_config, shape_of
 from randbasis.errors import AdapterFilesError
 from randbasis.methods import Factors
-from randbasis.tuner.adapted_matrix import AdaptedMatrix
+from randbasis.tuner.adapted_part import AdaptedPart
 from randbasis.tuner.base_shapes import expected_shape
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.layer import RandbasisLinear
@@ -157,8 +157,8 @@ def inspect_adapter(
     reports: list[MatrixReport] = []
     for key, layer, one in track(entries):
         norm, values = _spectrum(layer, one, full_spectrum_side)
-        out, in_ = one.matrix.out_features, one.matrix.in_features
-        reports.append(MatrixReport(key, one.part.name, out, in_, one.method.count(out, in_), norm, values))
+        out, in_ = one.bound.out_features, one.bound.in_features
+        reports.append(MatrixReport(key, one.part.name, out, in_, one.bound.method.count(out, in_), norm, values))
     return Inspection(
         found.path,
         model or found.config.base_model_name_or_path or "",
@@ -177,7 +177,7 @@ def spectrum(factors: Factors) -> Tensor:
     """
     up, down = factors.up, factors.down
     if up is None or up.shape[1] >= min(up.shape[0], down.shape[1]):
-        return _singular_values(factors.delta())
+        return _singular_values(factors.matrix())
     qr = cast("Callable[[Tensor], tuple[Tensor, Tensor]]", torch.linalg.qr)
     return _singular_values(qr(up)[1] @ qr(down.T)[1].T)
 
@@ -190,16 +190,16 @@ def _numbers(values: Tensor) -> tuple[float, ...]:
     return tuple(cast("list[float]", values.tolist()))
 
 
-def _spectrum(layer: RandbasisLinear, one: AdaptedMatrix, side: int) -> tuple[float, tuple[float, ...] | None]:
+def _spectrum(layer: RandbasisLinear, one: AdaptedPart, side: int) -> tuple[float, tuple[float, ...] | None]:
     """Norm and singular values of one ΔW in float64."""
-    out, in_ = one.matrix.out_features, one.matrix.in_features
-    coefficients = {name: c.detach().double() for name, c in layer.coefficients("default", one).items()}
-    if one.method.rank(out, in_) < min(out, in_):
-        values = _numbers(spectrum(one.method.factors(coefficients, one.matrix)))
+    smaller = min(one.bound.out_features, one.bound.in_features)
+    delta = one.bound.delta({name: c.detach() for name, c in layer.coefficients("default", one).items()}).double()
+    if one.bound.rank < smaller:
+        values = _numbers(spectrum(delta.factors()))
         return math.hypot(*values), values
-    delta = one.method.delta(coefficients, one.matrix)
-    norm = math.sqrt(float(delta.square().sum()))
-    return norm, _numbers(_singular_values(delta)) if min(out, in_) <= side else None
+    matrix = delta.matrix()
+    norm = math.sqrt(float(matrix.square().sum()))
+    return norm, _numbers(_singular_values(matrix)) if smaller <= side else None
 
 
 def _restored(found: AdapterDir, model: str | None) -> PeftModel:

@@ -33,7 +33,7 @@ from randbasis.errors import (
 )
 from randbasis.files.output_set import check_file_output, check_output, replaced_set
 from randbasis.methods import Method, check_coefficients
-from randbasis.tuner.adapted_matrix import AdaptedMatrix
+from randbasis.tuner.adapted_part import AdaptedPart
 from randbasis.tuner.base_shapes import compress_shapes, expected_shape
 from randbasis.tuner.config import RandbasisConfig, config_class
 from randbasis.tuner.meaning import MEANING, meaning_of, meaning_tensor, warn_of_no_meaning
@@ -149,9 +149,7 @@ def packed_of(
     )
 
 
-def packed_bytes(
-    config: RandbasisConfig, base: Base, layers: Iterable[tuple[str, int, Sequence[AdaptedMatrix]]]
-) -> int:
+def packed_bytes(config: RandbasisConfig, base: Base, layers: Iterable[tuple[str, int, Sequence[AdaptedPart]]]) -> int:
     """Size of the file that :func:`pack_adapter` writes at 16 bits of an adapter that is not there, without a head.
 
     Args:
@@ -160,7 +158,9 @@ def packed_bytes(
         layers: module path, output rows and adapted matrices of each layer.
     """
     matrices = [
-        SpecMatrix(key, one.part.name, one.part.start, one.part.rows, out, one.matrix.in_features, _bare(one.method))
+        SpecMatrix(
+            key, one.part.name, one.part.start, one.part.rows, out, one.bound.in_features, _bare(one.bound.method)
+        )
         for key, out, parts in layers
         for one in parts
     ]
@@ -339,11 +339,11 @@ def _write_dir(path: Path, adapter: PackedAdapter, config: RandbasisConfig) -> N
 def _named_tensors(adapter: PackedAdapter) -> dict[str, Tensor]:
     tensors = dict(adapter.extra)
     streams: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
-    for one, matrix, coefficients in adapter.matrices():
+    for one, delta in adapter.matrices():
         suffix = Part(one.part, one.start, one.start + one.rows).suffix
-        for name, values in coefficients.items():
+        for name, values in delta.coefficients.items():
             tensors[f"{SAVED_PREFIX}{one.name}.{PREFIX}{name}{suffix}.weight"] = values.clone()
-        streams.setdefault(one.name, []).append((one.start, matrix.streams))
+        streams.setdefault(one.name, []).append((one.start, delta.bound.site.streams))
     if adapter.streams is not None:
         for name, rows in streams.items():
             stored = torch.tensor([values for _, values in sorted(rows)], dtype=torch.int64)

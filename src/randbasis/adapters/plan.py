@@ -232,8 +232,8 @@ def _layers(adapted: PeftModel) -> Iterator[tuple[str, RandbasisLinear]]:
 def _matrices(adapted: PeftModel) -> Iterator[PlannedMatrix]:
     for key, layer in _layers(adapted):
         for one in layer.matrices("default"):
-            out, in_ = one.matrix.out_features, one.matrix.in_features
-            yield PlannedMatrix(key, one.part.name, out, in_, one.method.count(out, in_))
+            out, in_ = one.bound.out_features, one.bound.in_features
+            yield PlannedMatrix(key, one.part.name, out, in_, one.bound.method.count(out, in_))
 
 
 def _saved(adapted: PeftModel) -> TensorSpecs:
@@ -247,7 +247,7 @@ def _lora(adapted: PeftModel) -> tuple[tuple[PlannedMatrix, ...], TensorSpecs]:
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for key, layer in _layers(adapted):
         for one in layer.matrices("default"):
-            r, out, in_ = cast("Any", one.method).r, one.matrix.out_features, one.matrix.in_features
+            r, out, in_ = one.bound.method.r, one.bound.out_features, one.bound.in_features
             matrices.append(PlannedMatrix(key, one.part.name, out, in_, r * (in_ + out)))
             path = f"{SAVED_PREFIX}{key}{one.part.suffix}"
             tensors[f"{path}.lora_A.weight"] = (torch.float32, (r, in_))

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from randbasis.adapter_file import PackedAdapter, SpecMatrix, read
+from randbasis.adapter_file import PackedAdapter, read
 from randbasis.adapter_file.codec import CODED, rounded
 from randbasis.adapters.adapter_dir import read_adapter_dir
 from randbasis.adapters.packed import packed_of, write_adapter_dir
 from randbasis.errors import PrecisionError
 from randbasis.files.output_set import check_file_output, check_output
 from randbasis.low_rank import distance, norm
-from randbasis.methods import Factors, Matrix
 
 PRECISIONS = (16, *CODED)
 """Bits that an adapter can be quantized to."""
@@ -24,8 +23,6 @@ PACKED_SUFFIX = ".safetensors"
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 """Wraps a sequence to show how far the work has come."""
-
-_Stored = tuple[SpecMatrix, Matrix, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -172,10 +169,10 @@ def delta_errors(exact: PackedAdapter, others: Sequence[PackedAdapter], *, track
     total, squares = 0.0, [0.0] * len(others)
     rows = list(zip(exact.matrices(), *(other.matrices() for other in others), strict=True))
     for first, *rest in track(rows):
-        wanted = _factors(first)
+        wanted = first[1].double().factors()
         total += norm(wanted) ** 2
-        for index, one in enumerate(rest):
-            squares[index] += distance(wanted, _factors(one)) ** 2
+        for index, (_, delta) in enumerate(rest):
+            squares[index] += distance(wanted, delta.double().factors()) ** 2
     return [_ratio(math.sqrt(square), math.sqrt(total)) for square in squares]
 
 
@@ -195,11 +192,6 @@ def _precision(exact: PackedAdapter, quantized: PackedAdapter, delta_error: floa
         _ratio(_norm(error), _norm(before)),
         delta_error,
     )
-
-
-def _factors(stored: _Stored) -> Factors:
-    one, matrix, coefficients = stored
-    return one.method.factors({name: values.double() for name, values in coefficients.items()}, matrix)
 
 
 def _norm(values: Tensor) -> float:

@@ -10,11 +10,11 @@ from randbasis.adapter_file import PackedAdapter, SpecMatrix, read
 from randbasis.adapters.adapter_dir import read_adapter_dir
 from randbasis.adapters.packed import packed_of
 from randbasis.importing import PeftAdapter, read_peft_adapter
-from randbasis.methods import Coefficients, Factors, Matrix
+from randbasis.methods import Delta, Factors
 from randbasis.tuner.registration import TYPE_NAME
 from randbasis.tuner.saved_files import check_adapter_files, natural_order
 
-_Part = tuple[SpecMatrix, Matrix, Coefficients]
+_Part = tuple[SpecMatrix, Delta]
 
 
 class Changes(ABC):
@@ -46,8 +46,8 @@ class OurChanges(Changes):
     def __init__(self, packed: PackedAdapter) -> None:
         self.packed, self.method = packed, packed.spec.method.name
         self._parts: dict[str, list[_Part]] = {}
-        for one, matrix, coefficients in packed.matrices():
-            self._parts.setdefault(one.name, []).append((one, matrix, coefficients))
+        for one, delta in packed.matrices():
+            self._parts.setdefault(one.name, []).append((one, delta))
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -116,18 +116,17 @@ def joined_parts(parts: Sequence[_Part]) -> Factors:
     """The ΔW of one layer from the matrices that are its parts.
 
     Args:
-        parts: each with what its method is told of it and its coefficients.
+        parts: each with its ΔW.
     """
     out, in_ = parts[0][0].out_features, parts[0][0].in_features
     blocks: list[tuple[SpecMatrix, Factors]] = []
-    for one, matrix, coefficients in parts:
-        wide = {name: values.double() for name, values in coefficients.items()}
-        low = one.method.rank(one.rows, in_) < min(one.rows, in_)
-        blocks.append((one, one.method.factors(wide, matrix) if low else Factors(None, one.method.delta(wide, matrix))))
+    for one, delta in parts:
+        wide, low = delta.double(), delta.bound.rank < min(one.rows, in_)
+        blocks.append((one, wide.factors() if low else Factors(None, wide.matrix())))
     if any(change.up is None for _, change in blocks):
         whole = torch.zeros(out, in_, dtype=torch.float64)
         for one, change in blocks:
-            whole[one.start : one.start + one.rows] = change.delta()
+            whole[one.start : one.start + one.rows] = change.matrix()
         return Factors(None, whole)
     ups: list[torch.Tensor] = []
     for one, change in blocks:

@@ -199,6 +199,6 @@ def _vectors(changes: Changes) -> dict[str, Tensor]:
     """All coefficients of each layer as one vector."""
     assert isinstance(changes, OurChanges)
     found: dict[str, list[Tensor]] = {}
-    for one, _, coefficients in changes.packed.matrices():
-        found.setdefault(one.name, []).extend(values.flatten().double() for values in coefficients.values())
+    for one, delta in changes.packed.matrices():
+        found.setdefault(one.name, []).extend(values.flatten().double() for values in delta.coefficients.values())
     return {key: torch.cat(values) for key, values in found.items()}

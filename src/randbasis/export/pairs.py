@@ -17,11 +17,11 @@ from randbasis.adapter_file import PackedAdapter, SpecMatrix
 from randbasis.adapters.inspection import Track
 from randbasis.errors import ExportRankError, PrecisionError
 from randbasis.low_rank import distance, is_low_rank, norm, triangular
-from randbasis.methods import Coefficients, Factors, Matrix, Method
+from randbasis.methods import Delta, Factors, Method
 from randbasis.methods.method import RANK_LIMIT, check_positive
 
 _SIDE = 2 * RANK_LIMIT
-_Part = tuple[SpecMatrix, Matrix, Coefficients]
+_Part = tuple[SpecMatrix, Delta]
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def lora_pairs(adapter: PackedAdapter, rank: int | None, dtype: torch.dtype, tra
         PrecisionError: a factor does not fit the dtype.
     """
     layers: dict[str, list[_Part]] = {}
-    for one, matrix, coefficients in adapter.matrices():
-        layers.setdefault(one.name, []).append((one, matrix, coefficients))
+    for one, delta in adapter.matrices():
+        layers.setdefault(one.name, []).append((one, delta))
     if rank is None:
         _check_own_rank(layers.values())
     else:
@@ -101,7 +101,7 @@ def truncated(change: Factors, rank: int) -> Factors:
         (left, r), (right, s) = triangular(change.up), triangular(change.down.T)
         core = truncated(Factors(None, r @ s.T), rank)
         return Factors(left @ cast("Tensor", core.up), core.down @ right.T)
-    delta = change.delta()
+    delta = change.matrix()
     if delta.shape[0] < delta.shape[1]:
         vectors = _leading(delta @ delta.T, rank)
         return Factors(vectors, vectors.T @ delta)
@@ -150,12 +150,11 @@ def _pair(name: str, parts: Sequence[_Part], rank: int | None, dtype: torch.dtyp
 def _layer_change(parts: Sequence[_Part]) -> Factors:
     """The rows of ΔW of all parts of a layer, in float64."""
     changes: list[Factors] = []
-    for one, matrix, coefficients in parts:
-        wide = {key: value.double() for key, value in coefficients.items()}
-        full = _has_full_rank(one.method)
-        changes.append(Factors(None, one.method.delta(wide, matrix)) if full else one.method.factors(wide, matrix))
+    for one, delta in parts:
+        wide = delta.double()
+        changes.append(Factors(None, wide.matrix()) if _has_full_rank(one.method) else wide.factors())
     if any(change.up is None for change in changes):
-        return Factors(None, torch.cat([change.delta() for change in changes]))
+        return Factors(None, torch.cat([change.matrix() for change in changes]))
     block_diag = cast("Callable[..., Tensor]", torch.block_diag)
     up = block_diag(*(cast("Tensor", change.up) for change in changes))
     return Factors(up, torch.cat([change.down for change in changes]))

@@ -10,7 +10,7 @@ and one that finds ΔW directly where it is reachable. The better of the two aft
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from randbasis.errors import UnknownMethodError
 from randbasis.importing.nola_problem import NolaBasis, NolaProblem, NolaSide
 from randbasis.importing.vera_problem import VeraProblem
 from randbasis.low_rank import distance, norm
-from randbasis.methods import Factors, Matrix, Method, Nola, Vera
+from randbasis.methods import Bound, Factors, Nola, Site, Vera
 
 ROUNDING = 1e-15
 """Share of ``‖ΔW‖²`` below which a squared residual is rounding."""
@@ -88,14 +88,14 @@ class Bases:
 
     sides: dict[tuple[Nola, int, bool], NolaSide] = field(default_factory=dict[tuple[Nola, int, bool], NolaSide])
 
-    def nola(self, method: Nola, matrix: Matrix) -> NolaBasis:
+    def nola(self, method: Nola, site: Site) -> NolaBasis:
         """Both sides of the basis of a matrix; only a basis that layers share is kept."""
-        widths = ((matrix.in_features, True), (matrix.out_features, False))
+        widths = ((site.in_features, True), (site.out_features, False))
         if not method.shares_basis:
-            return NolaBasis(*(NolaSide.of(method, matrix.streams, width, down=down) for width, down in widths))
+            return NolaBasis(*(NolaSide.of(method, site.streams, width, down=down) for width, down in widths))
         for width, down in widths:
             if (method, width, down) not in self.sides:
-                self.sides[method, width, down] = NolaSide.of(method, matrix.streams, width, down=down)
+                self.sides[method, width, down] = NolaSide.of(method, site.streams, width, down=down)
         return NolaBasis(*(self.sides[method, width, down] for width, down in widths))
 
 
@@ -106,14 +106,11 @@ def relative(distance: float, norm: float) -> float:
     return 0.0 if distance == 0 else float("inf")
 
 
-def nearest(
-    method: Method, matrix: Matrix, wanted: Factors, *, bases: Bases | None = None, stop: Stop | None = None
-) -> Fit:
+def nearest(bound: Bound[Any], wanted: Factors, *, bases: Bases | None = None, stop: Stop | None = None) -> Fit:
     """The coefficients whose ΔŴ is nearest to a ΔW in the Frobenius norm, as far as alternation finds them.
 
     Args:
-        method: NOLA (6) or VeRA (12).
-        matrix: shape and streams.
+        bound: NOLA (6) or VeRA (12) there.
         wanted: ``ΔW = up @ down`` in float64.
         bases: shared by the matrices of one adapter.
         stop: when to end.
@@ -123,19 +120,20 @@ def nearest(
         HyperparameterError: its basis is too large for a Gram matrix.
     """
     stop = stop or Stop()
-    problem = _problem(method, matrix, wanted, bases or Bases())
+    problem = _problem(bound, wanted, bases or Bases())
     first, second, residuals = min((_run(problem, start, Stop(1, 0.0)) for start in problem.starts()), key=_last)
     first, second, more = _run(problem, first, stop) if stop.turns > 1 else (first, second, [])
     found = {name: values.float() for name, values in problem.coefficients(first, second).items()}
-    reached = method.factors({name: values.double() for name, values in found.items()}, matrix)
+    reached = bound.delta(found).double().factors()
     return Fit(found, norm(wanted), distance(wanted, reached), (*residuals, *more))
 
 
-def _problem(method: Method, matrix: Matrix, wanted: Factors, bases: Bases) -> Problem:
+def _problem(bound: Bound[Any], wanted: Factors, bases: Bases) -> Problem:
+    method = bound.method
     if isinstance(method, Nola):
-        return NolaProblem(method, bases.nola(method, matrix), wanted)
+        return NolaProblem(method, bases.nola(method, bound.site), wanted)
     if isinstance(method, Vera):
-        return VeraProblem(method, matrix, wanted)
+        return VeraProblem(bound, wanted)
     raise UnknownMethodError(
         f"the nearest coefficients are found for 'nola' and 'vera', got {method.name!r}; use one of the two, or merge"
     )

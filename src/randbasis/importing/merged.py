@@ -104,7 +104,7 @@ def _add(found: PeftAdapter, key: str, layer: nn.Module) -> None:
             f"{found.path}: {key!r} is {sides(change)} (out, in) in the adapter, but {own} in the base model; name the "
             "base model that it was made for"
         )
-    delta = change.delta()
+    delta = change.matrix()
     total = (weight.double() + (delta.T if isinstance(layer, Conv1D) else delta)).to(weight.dtype)
     if not bool(torch.isfinite(total).all()):
         raise MergeError(f"{key!r} would not be finite in {weight.dtype} after merging; use dtype float32")

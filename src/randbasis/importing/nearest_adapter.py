@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from randbasis.errors import BaseMismatchError, CoefficientValueError, ResidualE
 from randbasis.files.output_set import check_output, replaced_set
 from randbasis.importing.least_squares import Bases, Fit, Stop, nearest, relative
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
-from randbasis.methods import Factors, Matrix, Method, Nola, Vera
+from randbasis.methods import Factors, Method, Nola, Site, Vera
 from randbasis.tuner.base_shapes import compress_shapes
 from randbasis.tuner.config import NolaConfig, RandbasisConfig
 from randbasis.tuner.meaning import meaning_tensor
@@ -29,7 +29,7 @@ from randbasis.tuner.saved_files import SAVED_PREFIX, WEIGHTS_FILE
 TARGET_WORDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Options of PEFT that pick the layers."""
 
-_Fits = dict[str, tuple[Matrix, Fit]]
+_Fits = dict[str, tuple[Site, Fit]]
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,9 @@ def import_as_nearest(
     with torch.no_grad():
         for key in track(found.layers):
             methods[key] = config.method_for(key)
-            matrix = Matrix(*found.shape(key), methods[key].streams(key))
-            fits[key] = matrix, nearest(methods[key], matrix, finite_factors(found, key), bases=bases, stop=stop)
+            site = Site(*found.shape(key), methods[key].streams(key))
+            bound = replace(methods[key], basis_storage="recompute").bind(site)  # a basis is asked for once
+            fits[key] = site, nearest(bound, finite_factors(found, key), bases=bases, stop=stop)
     result = _result(found, folder, methods, fits)
     check_limit(result.residual, limit, f"the nearest {config.method} of this configuration")
     made = _config(found, config, model, base_type)
@@ -247,11 +248,11 @@ def _result(found: PeftAdapter, output: Path, methods: Mapping[str, Method], fit
 
 def _tensors(fits: _Fits, methods: Mapping[str, Method]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for key, (matrix, fit) in fits.items():
+    for key, (site, fit) in fits.items():
         for name, values in fit.coefficients.items():
             tensors[f"{SAVED_PREFIX}{key}.{PREFIX}{name}.weight"] = values.contiguous()
         if not methods[key].shares_basis:
-            tensors[f"{SAVED_PREFIX}{key}.{PREFIX}streams.weight"] = torch.tensor([matrix.streams], dtype=torch.int64)
+            tensors[f"{SAVED_PREFIX}{key}.{PREFIX}streams.weight"] = torch.tensor([site.streams], dtype=torch.int64)
     return tensors
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from randbasis.errors import HyperparameterError
 from randbasis.importing.normal_equations import solve
 from randbasis.low_rank import triangular
-from randbasis.methods import Factors, Matrix, Nola
+from randbasis.methods import Factors, Nola, Site
 
 GRAM_LIMIT = 1 << 14
 """Largest number of rows of all basis matrices of one side together: its Gram matrix then takes 2 GiB."""
@@ -46,10 +46,10 @@ class NolaSide:
                 f"r · num_basis must be below {GRAM_LIMIT} for a fit, got {method.r} · {number}: the Gram matrix of "
                 "the basis has the square of that many entries; use a smaller rank or fewer basis matrices"
             )
-        matrix = Matrix(1, width, streams) if down else Matrix(width, 1, streams)
+        site = Site(1, width, streams) if down else Site(width, 1, streams)
         one = torch.eye(1 + number, dtype=torch.float64)[:, 1:]  # first no coefficient, then each of them alone
         none = torch.zeros(1 + number, method.basis_b if down else method.num_basis, dtype=torch.float64)
-        found = method.factors({"nola_a": one if down else none, "nola_b": none if down else one}, matrix)
+        found = method.bind(site).factors({"nola_a": one if down else none, "nola_b": none if down else one})
         if down:
             stack = found.down
             stack[1:] -= stack[:1].clone()

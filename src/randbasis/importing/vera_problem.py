@@ -13,24 +13,23 @@ import torch
 from torch import Tensor
 
 from randbasis.importing.normal_equations import CUT, solve
-from randbasis.methods import Factors, Matrix, Vera
+from randbasis.methods import Bound, Factors, Vera
 
 
 class VeraProblem:
     """One ΔW against one basis; the first vector is ``d``, the second ``b``.
 
     Args:
-        method: hyper-parameters.
-        matrix: shape and streams.
+        bound: the method there.
         wanted: ΔW.
     """
 
-    def __init__(self, method: Vera, matrix: Matrix, wanted: Factors) -> None:
+    def __init__(self, bound: Bound[Vera], wanted: Factors) -> None:
         assert wanted.up is not None
-        ones = {name: torch.ones(shape, dtype=torch.float64) for name, shape in _shapes(method, matrix).items()}
-        frozen = method.factors(ones, matrix)
+        shapes = bound.method.coefficient_shapes(bound.out_features, bound.in_features)
+        frozen = bound.factors({name: torch.ones(shape, dtype=torch.float64) for name, shape in shapes.items()})
         assert frozen.up is not None
-        self.method, self.wide = method, frozen.up
+        self.method, self.wide = bound.method, frozen.up
         self.gram = frozen.down @ frozen.down.T
         self.met = wanted.up @ (wanted.down @ frozen.down.T)
         self.total = float(((wanted.up.T @ wanted.up) * (wanted.down @ wanted.down.T)).sum())
@@ -64,7 +63,3 @@ class VeraProblem:
             scale = wanted / size * (-1.0 if float(first.sum()) < 0 else 1.0)
             first, second = first * scale, second / scale
         return {"vera_d": first, "vera_b": second}
-
-
-def _shapes(method: Vera, matrix: Matrix) -> dict[str, tuple[int, ...]]:
-    return method.coefficient_shapes(matrix.out_features, matrix.in_features)

@@ -5,13 +5,8 @@ A new method is its own file here, one line of :data:`METHODS`, one configuratio
 """
 
 from randbasis.errors import UnknownMethodError, near
-from randbasis.methods.method import (
-    Coefficients,
-    Factors,
-    Matrix,
-    Method,
-    check_coefficients,
-)
+from randbasis.methods.bound import Bound, Coefficients, Delta, Factors, Site
+from randbasis.methods.method import Method, check_coefficients
 from randbasis.methods.nola import Nola
 from randbasis.methods.pranc import Pranc
 from randbasis.methods.randlora import RandLora
@@ -34,13 +29,15 @@ def method_class(name: str) -> type[Method]:
 
 __all__ = [
     "METHODS",
+    "Bound",
     "Coefficients",
+    "Delta",
     "Factors",
-    "Matrix",
     "Method",
     "Nola",
     "Pranc",
     "RandLora",
+    "Site",
     "Vera",
     "check_coefficients",
     "method_class",

@@ -1,64 +1,23 @@
 """The contract of a method: coefficients and a basis become factors; nothing else.
 
 A method is a frozen record of hyper-parameters. It holds no tensor and knows no layer. What it is told of a layer is a
-:class:`Matrix`: a shape and the streams of its bases. Everything above (apply, merge, export, cost) is written once,
-on this contract.
-
-Shapes: coefficients may carry leading batch dimensions ``[n, ...]``, one entry for each of ``n`` adapters of the same
-method; ``out`` and ``in`` are those of ``ΔW`` in ``h = W0 x + ΔW x``.
+:class:`Site`, a shape and the streams of its bases, which it is bound to: :mod:`randbasis.methods.bound`. Everything
+above (apply, merge, export, cost) is written once, on this contract.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from randbasis.basis import Basis, Law, check_seed, parse_law, stream_of
+from randbasis.basis import check_seed, parse_law, stream_of
 from randbasis.errors import CoefficientCountError, HyperparameterError, RankError
-from randbasis.ops import BasisStorage, Slab, check_storage, choose_storage, hold, project
-from randbasis.ops.storage import Stored
+from randbasis.methods.bound import Bound, Coefficients, Site
+from randbasis.ops import BasisStorage, check_storage
 
 RANK_LIMIT = 1 << 16
 """Largest rank and largest number of basis matrices that any method allows."""
-
-Coefficients = Mapping[str, Tensor]
-"""Coefficient name → tensor, in the method's order."""
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """One adapted matrix as a method sees it.
-
-    Attributes:
-        out_features: rows of ΔW.
-        in_features: columns of ΔW.
-        streams: one 32-bit stream for each of the method's roles, math (4).
-    """
-
-    out_features: int
-    in_features: int
-    streams: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """``ΔW = up @ down``.
-
-    Attributes:
-        up: ``[..., out, q]``, or None for the identity (PRANC).
-        down: ``[..., q, in]``.
-    """
-
-    up: Tensor | None
-    down: Tensor
-
-    def delta(self) -> Tensor:
-        """``ΔW``, ``[..., out, in]``."""
-        return self.down if self.up is None else self.up @ self.down
 
 
 def check_positive(argument: str, value: int) -> None:
@@ -153,23 +112,6 @@ class Method(ABC):
         suffix = "" if self.shares_basis else f"/{path}"
         return tuple(stream_of(f"{self.name}/{role}{suffix}") for role in self.roles)
 
-    def slab(self, matrix: Matrix, role: str, count: int, rows: int, cols: int) -> Slab:
-        """The part of a role's basis that a matrix uses."""
-        stream = matrix.streams[self.roles.index(role)]
-        return Slab(Basis(self.seed, stream, parse_law(self.law)), count, rows, cols)
-
-    @abstractmethod
-    def slabs(self, matrix: Matrix) -> tuple[Slab, ...]:
-        """Every slab that a matrix uses, one a role."""
-
-    def storage(self, slab: Slab) -> BasisStorage:
-        """How one slab is kept."""
-        return choose_storage(slab, self.basis_storage, shared=self.shares_basis)
-
-    def hold(self, matrix: Matrix) -> tuple[Stored, ...]:
-        """Keep the slabs of a matrix stored for as long as the result lives."""
-        return tuple(hold(slab, kind) for slab in self.slabs(matrix) if (kind := self.storage(slab)) != "recompute")
-
     @property
     def unit(self) -> float:
         """The part of the real factor for unit variance that the entries do not carry, in [1, 2), math (5)."""
@@ -179,57 +121,8 @@ class Method(ABC):
     # --- coefficients become a change of the layer ---
 
     @abstractmethod
-    def factors(self, coefficients: Coefficients, matrix: Matrix) -> Factors:
-        """The pair ``(B, A)`` with ``ΔW = B A``, scaling included; differentiable."""
-
-    def delta(self, coefficients: Coefficients, matrix: Matrix) -> Tensor:
-        """``ΔW``, ``[..., out, in]``; differentiable."""
-        return self.factors(coefficients, matrix).delta()
-
-    def prepare(self, coefficients: Coefficients, matrix: Matrix) -> dict[str, Tensor]:
-        """What :meth:`apply` needs of the coefficients and what is worth caching while they do not change."""
-        return dict(coefficients)
-
-    def project(self, x: Tensor, slab: Slab, *, transpose: bool = False) -> Tensor:
-        """A product with the entries of a slab, which still needs :attr:`unit` for unit variance, math (5)."""
-        return project(x, slab, self.storage(slab), transpose=transpose)
-
-    @abstractmethod
-    def apply(self, x: Tensor, prepared: Mapping[str, Tensor], matrix: Matrix) -> Tensor:
-        """``ΔW x`` in token order (19), a coefficient set for each row of a batch.
-
-        Args:
-            x: ``[rows, tokens, in]``.
-            prepared: from :meth:`prepare`, each tensor with a leading dimension ``rows``, or 1 for all rows alike.
-            matrix: shape and streams.
-
-        Returns:
-            ``[rows, tokens, out]``.
-        """
-
-    # --- cost ---
-
-    def token_cost(self, tokens: int, matrix: Matrix, *, training: bool) -> float:
-        """Multiply-adds of math (19) above the base layer for one forward (and backward) pass."""
-        q = self.rank(matrix.out_features, matrix.in_features)
-        return (2 if training else 1) * tokens * q * (matrix.in_features + matrix.out_features)
-
-    def weight_cost(self, tokens: int, matrix: Matrix, *, training: bool, fused: bool) -> float:
-        """Multiply-adds of math (20) above the base layer for one forward (and backward) pass.
-
-        ``fused`` says that ``W0 + ΔW`` is one matrix, so that only the gradient of ΔW costs a product of T·in·out.
-        """
-        area = matrix.out_features * matrix.in_features
-        rank = self.rank(matrix.out_features, matrix.in_features)
-        build = (1 + self.trained_factors) * rank * area if training else 0
-        products = (0 if fused else 1) + ((1 if fused else 2) if training else 0)
-        return build + products * tokens * area
-
-    def pair_cost(self, tokens: int, matrix: Matrix) -> float:
-        """Multiply-adds of math (20) in training, fused, with the gradient of the factors taken from the tokens."""
-        out, in_ = matrix.out_features, matrix.in_features
-        rank = self.rank(out, in_)
-        return rank * out * in_ + self.trained_factors * tokens * rank * (in_ + out)
+    def bind(self, site: Site) -> Bound[Any]:
+        """The method on one matrix: whoever uses it more than once keeps the result."""
 
 
 def check_coefficients(coefficients: Coefficients, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -246,28 +139,3 @@ def check_coefficients(coefficients: Coefficients, shapes: Mapping[str, tuple[in
                 f"{where}: coefficients {name!r} must have shape {list(shape)}, got {got}; "
                 "use the rank and basis that the adapter was made with"
             )
-
-
-def matmul_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """``x[r] @ weight[r]ᵀ`` for each row; one weight for all rows is one plain product.
-
-    Args:
-        x: ``[rows, tokens, in]``.
-        weight: ``[rows or 1, out, in]``.
-    """
-    if weight.shape[0] == 1:
-        return torch.nn.functional.linear(x, weight.squeeze(0))
-    return torch.bmm(x, weight.transpose(1, 2))
-
-
-__all__ = [
-    "Coefficients",
-    "Factors",
-    "Law",
-    "Matrix",
-    "Method",
-    "check_coefficients",
-    "check_finite",
-    "check_positive",
-    "matmul_rows",
-]

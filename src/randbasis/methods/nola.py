@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from randbasis.errors import HyperparameterError
-from randbasis.methods.method import Coefficients, Factors, Matrix, Method, check_finite, check_positive, matmul_rows
-from randbasis.ops import Slab, combine
+from randbasis.methods.bound import Bound, Coefficients, Factors, Site, matmul_rows
+from randbasis.methods.method import Method, check_finite, check_positive
+from randbasis.ops import combine, scaled_entries
 
 Parametrization = Literal["offset", "plain"]
 
@@ -80,45 +80,49 @@ class Nola(Method):
         """``r``."""
         return self.r
 
-    def slabs(self, matrix: Matrix) -> tuple[Slab, ...]:
-        """``Aᵢ`` is r × in, ``Bⱼ`` r × out and transposed on use, ``A⁰`` r × in."""
-        a = self.slab(matrix, "A", self.num_basis, self.r, matrix.in_features)
-        b = self.slab(matrix, "B", self.basis_b, self.r, matrix.out_features)
-        if self.parametrization == "plain":
-            return a, b
-        return a, b, self.slab(matrix, "A0", 1, self.r, matrix.in_features)
+    def bind(self, site: Site) -> "BoundNola":
+        """See :class:`BoundNola`."""
+        return BoundNola(self, site)
 
-    def _scales(self, matrix: Matrix) -> tuple[float, float]:
-        """Real factors of the sums of A and B: standard deviation and, with an offset, 1/√k and 1/√l."""
-        if self.parametrization == "offset":
-            return self.unit / math.sqrt(3 * self.num_basis), self.unit / math.sqrt(3 * self.basis_b)
-        deviation = self.unit / math.sqrt(3 * self.r)
-        return deviation / math.sqrt(matrix.in_features), deviation / math.sqrt(matrix.out_features)
 
-    def factors(self, coefficients: Coefficients, matrix: Matrix) -> Factors:
+class BoundNola(Bound[Nola]):
+    """``Aᵢ`` is r × in, ``Bⱼ`` r × out and transposed on use, ``A⁰``, where there is one, r × in."""
+
+    def __init__(self, method: Nola, site: Site) -> None:
+        out, in_ = site.out_features, site.in_features
+        shapes = (method.num_basis, method.r, in_), (method.basis_b, method.r, out), (1, method.r, in_)
+        has_offset = method.parametrization == "offset"
+        super().__init__(method, site, *shapes[: 3 if has_offset else 2])
+        # Real factors of the sums of A and B: standard deviation and, with an offset, 1/√k and 1/√l.
+        unit, scaling = method.unit, method.alpha / method.r
+        if has_offset:
+            self._scale_a = unit / math.sqrt(3 * method.num_basis)
+            self._scale_b = unit / math.sqrt(3 * method.basis_b) * scaling
+        else:
+            deviation = unit / math.sqrt(3 * method.r)
+            self._scale_a = deviation / math.sqrt(in_)
+            self._scale_b = deviation / math.sqrt(out) * scaling
+        self._scale_offset = unit / math.sqrt(3 * in_)
+
+    def factors(self, coefficients: Coefficients) -> Factors:
         """``B · alpha / r`` of ``[..., out, r]`` and ``A`` of ``[..., r, in]``, math (6)-(8)."""
-        slab_a, slab_b, *offset = self.slabs(matrix)
-        scale_a, scale_b = self._scales(matrix)
-        a, b = coefficients["nola_a"], coefficients["nola_b"]
-        down = combine(a * scale_a, slab_a, self.storage(slab_a))
-        up = combine(b * (scale_b * self.alpha / self.r), slab_b, self.storage(slab_b)).transpose(-1, -2)
-        for slab in offset:
-            deviation = self.unit / math.sqrt(3 * matrix.in_features)
-            one = torch.full((1, 1), deviation, dtype=a.dtype, device=a.device)
-            down = down + combine(one, slab, self.storage(slab))[0]
+        a, b, *offset = self.bases
+        down = combine(coefficients["nola_a"] * self._scale_a, a)
+        up = combine(coefficients["nola_b"] * self._scale_b, b).transpose(-1, -2)
+        for one in offset:
+            down = down + scaled_entries(one, self._scale_offset, down)
         return Factors(up, down)
 
-    def prepare(self, coefficients: Coefficients, matrix: Matrix) -> dict[str, Tensor]:
+    def prepare(self, coefficients: Coefficients) -> dict[str, Tensor]:
         """The factors themselves: rank r, cheap to keep and to gather by row."""
-        factors = self.factors(coefficients, matrix)
+        factors = self.factors(coefficients)
         assert factors.up is not None
         return {"up": factors.up, "down": factors.down}
 
-    def apply(self, x: Tensor, prepared: Mapping[str, Tensor], matrix: Matrix) -> Tensor:
+    def apply(self, x: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
         """``B (A x)`` by row, math (24)."""
         return matmul_rows(matmul_rows(x, prepared["down"]), prepared["up"])
 
-    def token_cost(self, tokens: int, matrix: Matrix, *, training: bool) -> float:
+    def token_cost(self, tokens: int, *, training: bool) -> float:
         """As the contract's, plus in training the gradient of the factors themselves."""
-        forward = tokens * self.r * (matrix.in_features + matrix.out_features)
-        return forward * (3 if training else 1)
+        return tokens * self.rank * (self.in_features + self.out_features) * (3 if training else 1)

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from randbasis.methods.method import Coefficients, Factors, Matrix, Method, check_positive, matmul_rows
-from randbasis.ops import Slab, combine
+from randbasis.methods.bound import Bound, Coefficients, Factors, Site, matmul_rows
+from randbasis.methods.method import Method, check_positive
+from randbasis.ops import combine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,33 +48,43 @@ class Pranc(Method):
         """``out``: its B is the identity."""
         return out_features
 
-    def slabs(self, matrix: Matrix) -> tuple[Slab, ...]:
-        """``Wᵢ`` is out × in."""
-        return (self.slab(matrix, "W", self.num_basis, matrix.out_features, matrix.in_features),)
+    def bind(self, site: Site) -> "BoundPranc":
+        """See :class:`BoundPranc`."""
+        return BoundPranc(self, site)
 
-    def factors(self, coefficients: Coefficients, matrix: Matrix) -> Factors:
+
+class BoundPranc(Bound[Pranc]):
+    """``Wᵢ`` is out × in."""
+
+    def __init__(self, method: Pranc, site: Site) -> None:
+        super().__init__(method, site, (method.num_basis, site.out_features, site.in_features))
+        self._scale = method.unit / math.sqrt(method.num_basis)
+
+    def factors(self, coefficients: Coefficients) -> Factors:
         """No low-rank factors: the identity and ΔW itself."""
-        (slab,) = self.slabs(matrix)
-        scale = self.unit / math.sqrt(self.num_basis)
-        return Factors(None, combine(coefficients["pranc_a"] * scale, slab, self.storage(slab)))
+        return Factors(None, self.matrix(coefficients))
 
-    def prepare(self, coefficients: Coefficients, matrix: Matrix) -> dict[str, Tensor]:
+    def matrix(self, coefficients: Coefficients) -> Tensor:
+        """``ΔW``, math (18)."""
+        return combine(coefficients["pranc_a"] * self._scale, *self.bases)
+
+    def prepare(self, coefficients: Coefficients) -> dict[str, Tensor]:
         """ΔW itself."""
-        return {"delta": self.delta(coefficients, matrix)}
+        return {"delta": self.matrix(coefficients)}
 
-    def apply(self, x: Tensor, prepared: Mapping[str, Tensor], matrix: Matrix) -> Tensor:
+    def apply(self, x: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
         """``ΔW x`` by row."""
         return matmul_rows(x, prepared["delta"])
 
-    def token_cost(self, tokens: int, matrix: Matrix, *, training: bool) -> float:
+    def token_cost(self, tokens: int, *, training: bool) -> float:
         """One product with ΔW, two more for its gradients."""
-        return tokens * matrix.out_features * matrix.in_features * (3 if training else 1)
+        return tokens * self.out_features * self.in_features * (3 if training else 1)
 
-    def weight_cost(self, tokens: int, matrix: Matrix, *, training: bool, fused: bool) -> float:
+    def weight_cost(self, tokens: int, *, training: bool, fused: bool) -> float:
         """As the contract's, without the product of factors: there are none."""
         products = (0 if fused else 1) + ((1 if fused else 2) if training else 0)
-        return products * tokens * matrix.out_features * matrix.in_features
+        return products * tokens * self.out_features * self.in_features
 
-    def pair_cost(self, tokens: int, matrix: Matrix) -> float:
+    def pair_cost(self, tokens: int) -> float:
         """Never the cheapest: there is no pair."""
         return math.inf

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from randbasis.errors import HyperparameterError
-from randbasis.methods.method import Coefficients, Factors, Matrix, Method, check_finite, check_positive
-from randbasis.ops import Slab, entries, sandwich
+from randbasis.methods.bound import Bound, Coefficients, Factors, Site
+from randbasis.methods.method import Method, check_finite, check_positive
+from randbasis.ops import entries, project, sandwich
 
 Scaling = Literal["hf", "paper"]
 
@@ -70,51 +71,54 @@ class RandLora(Method):
         """``n_b · r``, about min(out, in)."""
         return self.terms(out_features, in_features) * self.r
 
-    def slabs(self, matrix: Matrix) -> tuple[Slab, ...]:
-        """A is r × min; the Bⱼ are r × max and transposed on use."""
-        out, in_ = matrix.out_features, matrix.in_features
-        return (
-            self.slab(matrix, "A", 1, self.r, min(out, in_)),
-            self.slab(matrix, "B", self.terms(out, in_), self.r, max(out, in_)),
-        )
-
-    def _factor(self, matrix: Matrix) -> float:
-        """Scaling (15)."""
+    def scaling_at(self, out_features: int, in_features: int) -> float:
+        """The factor of math (15)."""
         if self.scaling == "paper":
-            return 2.0 / math.sqrt(self.terms(matrix.out_features, matrix.in_features))
+            return 2.0 / math.sqrt(self.terms(out_features, in_features))
         return (20.0 * self.r if self.alpha is None else self.alpha) / self.r
 
-    def _scale(self, matrix: Matrix) -> float:
-        """Scaling times the unit factors of A and B."""
-        return self._factor(matrix) * self.unit**2
+    def bind(self, site: Site) -> "BoundRandLora":
+        """See :class:`BoundRandLora`."""
+        return BoundRandLora(self, site)
 
-    def factors(self, coefficients: Coefficients, matrix: Matrix) -> Factors:
+
+class BoundRandLora(Bound[RandLora]):
+    """A is r × min; the Bⱼ are r × max and transposed on use."""
+
+    def __init__(self, method: RandLora, site: Site) -> None:
+        out, in_ = site.out_features, site.in_features
+        terms = method.terms(out, in_)
+        super().__init__(method, site, (1, method.r, min(out, in_)), (terms, method.r, max(out, in_)))
+        self._terms, self._wide_in = terms, in_ > out
+        # Scaling times the unit factors of A and B.
+        self._scale = method.scaling_at(out, in_) * method.unit**2
+
+    def factors(self, coefficients: Coefficients) -> Factors:
         """``[B₀ B₁ …]`` and ``[Λ₀ A Γ₀; Λ₁ A Γ₁; …]``, swapped and transposed when in > out."""
-        a, b = self.slabs(matrix)
+        a, b = self.bases
         lam, gamma = coefficients["randlora_lambda"], coefficients["randlora_gamma"]
-        frozen_a = entries(a, self.storage(a), lam.dtype, lam.device)[0]
-        wide = entries(b, self.storage(b), lam.dtype, lam.device).flatten(0, 1).T
-        scalings = (self._scale(matrix) * lam).unsqueeze(-1) * gamma.unsqueeze(-2)
+        frozen_a = entries(a, lam.dtype, lam.device)[0]
+        wide = entries(b, lam.dtype, lam.device).flatten(0, 1).T
+        scalings = (self._scale * lam).unsqueeze(-1) * gamma.unsqueeze(-2)
         narrow = (scalings * frozen_a).flatten(-3, -2)
         wide = wide.expand(*narrow.shape[:-2], *wide.shape)
-        if matrix.in_features > matrix.out_features:
+        if self._wide_in:
             return Factors(narrow.transpose(-1, -2), wide.transpose(-1, -2))
         return Factors(wide, narrow)
 
-    def delta(self, coefficients: Coefficients, matrix: Matrix) -> Tensor:
+    def matrix(self, coefficients: Coefficients) -> Tensor:
         """``scaling · Σⱼ Bⱼ Λⱼ A Γⱼ`` in weight order, with its own backward."""
         lam, gamma = coefficients["randlora_lambda"], coefficients["randlora_gamma"]
         if lam.dim() > 2:
-            return self.factors(coefficients, matrix).delta()
-        a, b = self.slabs(matrix)
-        delta = sandwich(lam * self._scale(matrix), gamma, a, b, self.storage(b))
-        return delta.T if matrix.in_features > matrix.out_features else delta
+            return self.factors(coefficients).matrix()
+        delta = sandwich(lam * self._scale, gamma, *self.bases)
+        return delta.T if self._wide_in else delta
 
-    def apply(self, x: Tensor, prepared: Mapping[str, Tensor], matrix: Matrix) -> Tensor:
+    def apply(self, x: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
         """``Σⱼ Bⱼ (λⱼ ⊙ A (γⱼ ⊙ x))`` by row, math (22): two shared products, whatever the number of adapters."""
-        a, b = self.slabs(matrix)
+        a, b = self.bases
         lam, gamma = (prepared[name].to(x.dtype).unsqueeze(1) for name in ("randlora_lambda", "randlora_gamma"))
-        scale: float | Tensor = self._scale(matrix)
+        scale: float | Tensor = self._scale
         if x.dtype == torch.float16:
             # γ starts at 1/width: x ⊙ γ would be lost below float16's smallest numbers, and a sum without it leave its
             # largest. Its size goes, as a power of two, to where the sums are scaled.
@@ -123,8 +127,8 @@ class RandLora(Method):
             )
             gamma, scale = (gamma / size).to(x.dtype), scale * size
         scaled = (scale * lam).to(x.dtype)
-        if matrix.in_features > matrix.out_features:
-            wide = self.project(x, b).view(*x.shape[:-1], b.count, b.rows)
-            return (self.project(wide * scaled, a, transpose=True) * gamma).sum(-2)
-        narrow = self.project(x.unsqueeze(-2) * gamma, a)
-        return self.project((narrow * scaled).flatten(-2), b, transpose=True)
+        if self._wide_in:
+            wide = project(x, b).view(*x.shape[:-1], self._terms, self.method.r)
+            return (project(wide * scaled, a, transpose=True) * gamma).sum(-2)
+        narrow = project(x.unsqueeze(-2) * gamma, a)
+        return project((narrow * scaled).flatten(-2), b, transpose=True)

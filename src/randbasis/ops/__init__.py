@@ -16,8 +16,9 @@ The entries that they multiply by are the integers of math (3) times the power o
 every dtype, and of unit variance within a factor of two, so that float16 holds sums of them.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from randbasis.errors import BasisShapeError
 from randbasis.ops import backends
 from randbasis.ops.reference import Slab, Tile, tiles
 from randbasis.ops.storage import BasisStorage, Stored, check_storage, choose_storage, held, hold
-from randbasis.ops.transforms import check_differentiated_once, outside, traced, transformed
+from randbasis.ops.transforms import check_differentiated_once, outside, recorded, traced, transformed
 
 __all__ = [
     "BasisStorage",
@@ -41,7 +42,9 @@ __all__ = [
     "entries",
     "hold",
     "project",
+    "recorded",
     "sandwich",
+    "scaled_entries",
     "traced",
     "transformed",
 ]
@@ -57,31 +60,33 @@ def _slab(name: list[int], law: Law) -> Slab:
     return Slab(Basis(key0 | key1 << 32, stream, law), count, rows, cols)
 
 
-def _tile_entries(slab: Slab, tile: Tile, storage: BasisStorage, like: Tensor) -> Tensor:
+def _stored(name: list[int], law: str, storage: str) -> Stored:
+    """What an op is about: kept, where somebody keeps it, and made for this call where nobody does."""
+    slab, kind = _slab(name, parse_law(law)), check_storage(storage)
+    return held(slab, kind) or Stored(slab, "recompute")
+
+
+def _tile_entries(stored: Stored, tile: Tile, like: Tensor) -> Tensor:
     """Entries of a tile from whatever is stored, ``[count, rows, cols]``."""
-    stored = held(slab, storage)
-    dense = stored.dense(like.dtype, like.device) if stored is not None else None
+    dense = stored.dense(like.dtype, like.device)
     if dense is not None:
         return dense[tile.index : tile.index + tile.count, tile.row : tile.row + tile.rows]
-    packed = stored.packed(like.device) if stored is not None else None
+    packed = stored.packed(like.device)
     if transformed() or traced():
         with outside():
-            return backends.expand(slab, tile, like.dtype, like.device, packed)
-    return backends.expand(slab, tile, like.dtype, like.device, packed)
+            return backends.expand(stored.slab, tile, like.dtype, like.device, packed)
+    return backends.expand(stored.slab, tile, like.dtype, like.device, packed)
 
 
-def _plain(slab: Slab, storage: BasisStorage, like: Tensor) -> Tensor | None:
-    """The stored entries ``[count, rows, cols]`` where a product with them may go without an op of its own.
+def _plain(stored: Stored, like: Tensor) -> Tensor | None:
+    """The entries ``[count, rows, cols]`` where a product with them may, or must, go without an op of its own.
 
-    The call of an op costs as much as a small product. A compiler wants the op, and so does autocast, which it keeps
-    away. A transform wants torch's own operations, so there the entries are made for the product when none are stored.
+    A transform wants torch's own operations, so there the entries are made for the product when none are stored.
     """
-    if transformed():
-        return entries(slab, storage, like.dtype, like.device)
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(like.device.type):
-        return None
-    stored = held(slab, storage) if storage == "dense" else None
-    return stored.dense(like.dtype, like.device) if stored is not None else None
+    plain = stored.plain(like)
+    if plain is None and transformed():
+        return entries(stored, like.dtype, like.device)
+    return plain
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
@@ -104,16 +109,15 @@ def _linear(x: Tensor, matrix: Tensor) -> Tensor:
 def _product(x: Tensor, name: list[int], law: str, join_rows: bool, transpose: bool, storage: str) -> Tensor:
     _product_width(x, name, join_rows, transpose)
     with _no_autocast(x):
-        return _multiply(x, _slab(name, parse_law(law)), join_rows, transpose, check_storage(storage))
+        return _multiply(x, _stored(name, law, storage), join_rows, transpose)
 
 
-def _multiply(x: Tensor, slab: Slab, join_rows: bool, transpose: bool, storage: BasisStorage) -> Tensor:
-    stored = held(slab, storage)
-    matrix = stored.dense(x.dtype, x.device) if stored is not None else None
+def _multiply(x: Tensor, stored: Stored, join_rows: bool, transpose: bool) -> Tensor:
+    slab, matrix = stored.slab, stored.dense(x.dtype, x.device)
     if matrix is not None:
         matrix = matrix.flatten(0, 1) if join_rows else matrix.flatten(1)
         return x @ matrix if transpose else x @ matrix.T
-    packed = stored.packed(x.device) if stored is not None else None
+    packed = stored.packed(x.device)
     if join_rows:
         return backends.project(x, slab, packed, transpose=transpose)
     if transpose:
@@ -152,15 +156,14 @@ def _product_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 _product.register_autograd(_product_backward, setup_context=_product_setup)
 
 
-def combine(coefficients: Tensor, slab: Slab, storage: BasisStorage) -> Tensor:
+def combine(coefficients: Tensor, stored: Stored) -> Tensor:
     """``Σᵢ c[n, i] · entries[i]``: the sums of math (6), (8) and (18), without the real factors.
 
     The gradient is math (10). On the recompute path no more than one tile of the basis exists in floating point.
 
     Args:
         coefficients: ``[..., count]``.
-        slab: the basis matrices.
-        storage: how the basis is kept; see :mod:`randbasis.ops.storage`.
+        stored: the basis matrices, and how they are kept.
 
     Returns:
         ``[..., rows, cols]`` in the dtype of the coefficients.
@@ -168,22 +171,21 @@ def combine(coefficients: Tensor, slab: Slab, storage: BasisStorage) -> Tensor:
     Raises:
         BasisShapeError: the coefficients do not end in ``count``.
     """
+    slab, plain = stored.slab, _plain(stored, coefficients)
     flat = coefficients.reshape(-1, coefficients.shape[-1])
-    plain = _plain(slab, storage, flat)
     if plain is not None and flat.shape[1] == slab.count:
-        out = _linear(flat, plain.flatten(1).T)
-        return out.view(*coefficients.shape[:-1], slab.rows, slab.cols)
-    out = _product(flat, _name(slab), slab.basis.law.name, False, True, storage)
+        out = _linear(flat, plain.view(slab.count, -1).T)
+    else:
+        out = _product(flat, _name(slab), slab.basis.law.name, False, True, stored.storage)
     return out.view(*coefficients.shape[:-1], slab.rows, slab.cols)
 
 
-def project(x: Tensor, slab: Slab, storage: BasisStorage, *, transpose: bool = False) -> Tensor:
+def project(x: Tensor, stored: Stored, *, transpose: bool = False) -> Tensor:
     """``x Mᵀ`` for the slab as a matrix ``M`` of ``[count * rows, cols]``; ``x M`` when transposed.
 
     Args:
         x: ``[..., cols]``; ``[..., count * rows]`` when transposed.
-        slab: the basis matrices.
-        storage: how the basis is kept.
+        stored: the basis matrices, and how they are kept.
         transpose: multiply by ``M`` and not by its transpose.
 
     Returns:
@@ -192,22 +194,35 @@ def project(x: Tensor, slab: Slab, storage: BasisStorage, *, transpose: bool = F
     Raises:
         BasisShapeError: ``x`` has another width.
     """
-    plain = _plain(slab, storage, x)
+    slab, plain = stored.slab, _plain(stored, x)
     if plain is not None and x.shape[-1] == (slab.count * slab.rows if transpose else slab.cols):
         matrix = plain.flatten(0, 1)
         return _linear(x, matrix.T if transpose else matrix)
     flat = x.reshape(-1, x.shape[-1])
-    out = _product(flat, _name(slab), slab.basis.law.name, True, transpose, storage)
+    out = _product(flat, _name(slab), slab.basis.law.name, True, transpose, stored.storage)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def entries(slab: Slab, storage: BasisStorage, dtype: torch.dtype, device: torch.device) -> Tensor:
+def entries(stored: Stored, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The entries of a slab times their law's power, ``[count, rows, cols]``, math (5): a new tensor, or a stored one.
 
     The caller must not write to it.
     """
-    whole = Tile(0, slab.count, 0, slab.rows)
-    return _tile_entries(slab, whole, storage, torch.empty(0, dtype=dtype, device=device))
+    dense = stored.dense(dtype, device)
+    if dense is not None:
+        return dense
+    slab = stored.slab
+    return _tile_entries(stored, Tile(0, slab.count, 0, slab.rows), torch.empty(0, dtype=dtype, device=device))
+
+
+def scaled_entries(stored: Stored, factor: float, like: Tensor) -> Tensor:
+    """The entries of a slab of one matrix times a number, ``[rows, cols]``, in the dtype and on the device of ``like``.
+
+    The caller must not write to it.
+    """
+    if stored.plain(like) is not None:
+        return stored.scaled(factor, like.dtype, like.device)[0]
+    return combine(torch.full((1, 1), factor, dtype=like.dtype, device=like.device), stored)[0]
 
 
 # --- many bases of one shape --------------------------------------------------------------------------------------
@@ -216,14 +231,13 @@ def entries(slab: Slab, storage: BasisStorage, dtype: torch.dtype, device: torch
 @torch.library.custom_op("randbasis::product_each", mutates_args=())
 def _product_each(x: Tensor, name: list[int], streams: list[int], law: str, transpose: bool, storage: str) -> Tensor:
     width = _product_each_width(x, name, streams, transpose)
-    slabs = [_slab([*name[:2], stream, *name[3:]], parse_law(law)) for stream in streams]
-    kind = check_storage(storage)
+    bases = [_stored([*name[:2], stream, *name[3:]], law, storage) for stream in streams]
     with _no_autocast(x):
-        if slabs and all(held(slab, kind) is None for slab in slabs) and backends.launches_together(x):
-            return backends.product_each(x, slabs, transpose=transpose)
+        if bases and all(one.storage == "recompute" for one in bases) and backends.launches_together(x):
+            return backends.product_each(x, [one.slab for one in bases], transpose=transpose)
         out = x.new_empty(*x.shape[:-1], width)
-        for i, slab in enumerate(slabs):
-            out[i] = _multiply(x[i], slab, False, transpose, kind)
+        for i, one in enumerate(bases):
+            out[i] = _multiply(x[i], one, False, transpose)
         return out
 
 
@@ -256,36 +270,33 @@ def _product_each_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, .
 _product_each.register_autograd(_product_each_backward, setup_context=_product_setup)
 
 
-def combine_each(coefficients: Tensor, slabs: Sequence[Slab], storage: BasisStorage) -> Tensor:
+def combine_each(coefficients: Tensor, bases: Sequence[Stored]) -> Tensor:
     """:func:`combine` for each of many slabs: all adapted matrices of one shape, each with a basis of its own.
 
     On CUDA, and where nothing is stored, that is one launch.
 
     Args:
         coefficients: ``[m, ..., count]``, of slab ``i`` at ``i``.
-        slabs: ``m`` slabs of one shape, law and seed.
-        storage: how they are kept.
+        bases: ``m`` slabs of one shape, law and seed, kept in one way.
 
     Returns:
         ``[m, ..., rows, cols]``.
 
     Raises:
-        BasisShapeError: the slabs differ in more than their stream, or the coefficients do not fit them.
+        BasisShapeError: the bases differ in more than their stream, or the coefficients do not fit them.
     """
-    if not slabs:
-        raise BasisShapeError("slabs must hold at least one slab, got none; leave the call out")
-    first = slabs[0]
-    for slab in slabs:
-        if (
-            _name(slab)[:2] + _name(slab)[3:] != _name(first)[:2] + _name(first)[3:]
-            or slab.basis.law != first.basis.law
-        ):
+    if not bases:
+        raise BasisShapeError("bases must hold at least one slab, got none; leave the call out")
+    first = bases[0].slab
+    for one in bases:
+        alike = replace(one.slab.basis, stream=first.basis.stream)
+        if replace(one.slab, basis=alike) != first or one.storage != bases[0].storage:
             raise BasisShapeError(
-                f"slabs must differ in their stream alone, got {first} and {slab}; call once for each"
+                f"bases must differ in their stream alone, got {first} and {one.slab}; call once for each"
             )
     flat = coefficients.reshape(coefficients.shape[0], -1, coefficients.shape[-1])
-    streams = [slab.basis.stream for slab in slabs]
-    out = _product_each(flat, _name(first), streams, first.basis.law.name, True, storage)
+    streams = [one.slab.basis.stream for one in bases]
+    out = _product_each(flat, _name(first), streams, first.basis.law.name, True, bases[0].storage)
     return out.view(*coefficients.shape[:-1], first.rows, first.cols)
 
 
@@ -296,22 +307,33 @@ def combine_each(coefficients: Tensor, slabs: Sequence[Slab], storage: BasisStor
 def _sandwich(
     diagonal: Tensor, columns: Tensor | None, a_name: list[int], b_name: list[int], law: str, storage: str
 ) -> Tensor:
-    a, b, kind = _slab(a_name, parse_law(law)), _slab(b_name, parse_law(law)), check_storage(storage)
-    out = diagonal.new_zeros(b.cols, a.cols)
     with _no_autocast(diagonal):
-        for tile, a_rows, b_rows in _sandwich_tiles(a, b, kind, diagonal):
-            scaled = a_rows * _rows(diagonal, tile).unsqueeze(-1)
-            if columns is not None:
-                scaled = scaled * columns[tile.index : tile.index + tile.count].unsqueeze(1)
-            out.addmm_(b_rows.flatten(0, 1).T, scaled.flatten(0, 1))
+        return _sum_of_terms(diagonal, columns, _stored(a_name, law, storage), _stored(b_name, law, storage))
+
+
+def _sum_of_terms(diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored) -> Tensor:
+    out = diagonal.new_zeros(b.slab.cols, a.slab.cols)
+    for tile, a_rows, b_rows in _sandwich_tiles(a, b, diagonal):
+        scaled = a_rows * _rows(diagonal, tile).unsqueeze(-1)
+        if columns is not None:
+            scaled = scaled * columns[tile.index : tile.index + tile.count].unsqueeze(1)
+        out.addmm_(b_rows.flatten(0, 1).T, scaled.flatten(0, 1))
     return out
 
 
-def _sandwich_tiles(a: Slab, b: Slab, storage: BasisStorage, like: Tensor) -> Any:
+def _sandwich_tiles(a: Stored, b: Stored, like: Tensor) -> Iterator[tuple[Tile, Tensor, Tensor]]:
     """Tiles of B with the rows of A that meet them: ``(tile, [1, rows, a.cols], [count, rows, b.cols])``."""
-    for tile in tiles(b, max(TILE_OF_SANDWICH, backends.tile_entries(like.device) // 4)):
-        a_rows = _tile_entries(a, Tile(0, 1, tile.row, tile.rows), storage, like)
-        yield tile, a_rows, _tile_entries(b, tile, storage, like)
+    slab = b.slab
+    if slab.count * slab.rows * slab.cols <= TILE_OF_SANDWICH:
+        yield (
+            Tile(0, slab.count, 0, slab.rows),
+            entries(a, like.dtype, like.device),
+            entries(b, like.dtype, like.device),
+        )
+        return
+    for tile in tiles(slab, max(TILE_OF_SANDWICH, backends.tile_entries(like.device) // 4)):
+        a_rows = _tile_entries(a, Tile(0, 1, tile.row, tile.rows), like)
+        yield tile, a_rows, _tile_entries(b, tile, like)
 
 
 TILE_OF_SANDWICH = 1 << 20
@@ -337,19 +359,26 @@ def _sandwich_gradients(
     law: str,
     storage: str,
 ) -> tuple[Tensor, Tensor]:
-    a, b, kind = _slab(a_name, parse_law(law)), _slab(b_name, parse_law(law)), check_storage(storage)
-    for_diagonal = torch.zeros_like(diagonal)
-    for_columns = diagonal.new_zeros(0) if columns is None else torch.zeros_like(columns)
+    a, b = _stored(a_name, law, storage), _stored(b_name, law, storage)
     with _no_autocast(diagonal):
-        for tile, a_rows, b_rows in _sandwich_tiles(a, b, kind, diagonal):
-            met = (b_rows.flatten(0, 1) @ gradient).view(tile.count, tile.rows, a.cols).mul_(a_rows)
-            if columns is None:
-                _rows(for_diagonal, tile).add_(met.sum(-1))
-                continue
-            part = columns[tile.index : tile.index + tile.count]
-            _rows(for_diagonal, tile).add_((met @ part.unsqueeze(-1)).squeeze(-1))
-            wanted = (_rows(diagonal, tile).unsqueeze(1) @ met).squeeze(1)
-            for_columns[tile.index : tile.index + tile.count].add_(wanted)
+        for_diagonal, for_columns = _gradients_of_terms(gradient, diagonal, columns, a, b)
+    return for_diagonal, diagonal.new_zeros(0) if for_columns is None else for_columns
+
+
+def _gradients_of_terms(
+    gradient: Tensor, diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored
+) -> tuple[Tensor, Tensor | None]:
+    for_diagonal = torch.zeros_like(diagonal)
+    for_columns = None if columns is None else torch.zeros_like(columns)
+    for tile, a_rows, b_rows in _sandwich_tiles(a, b, diagonal):
+        met = (b_rows.flatten(0, 1) @ gradient).view(tile.count, tile.rows, a.slab.cols).mul_(a_rows)
+        if columns is None or for_columns is None:
+            _rows(for_diagonal, tile).add_(met.sum(-1))
+            continue
+        part = columns[tile.index : tile.index + tile.count]
+        _rows(for_diagonal, tile).add_((met @ part.unsqueeze(-1)).squeeze(-1))
+        wanted = (_rows(diagonal, tile).unsqueeze(1) @ met).squeeze(1)
+        for_columns[tile.index : tile.index + tile.count].add_(wanted)
     return for_diagonal, for_columns
 
 
@@ -381,28 +410,45 @@ def _sandwich_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 _sandwich.register_autograd(_sandwich_backward, setup_context=_sandwich_setup)
 
 
-def sandwich(diagonal: Tensor, columns: Tensor | None, a: Slab, b: Slab, storage: BasisStorage) -> Tensor:
+class _Sandwich(torch.autograd.Function):
+    """The op, called at once: its dispatch costs more than the products of a small layer."""
+
+    @staticmethod
+    def forward(ctx: Any, diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored) -> Tensor:
+        ctx.save_for_backward(diagonal, columns)
+        ctx.bases = a, b
+        return _sum_of_terms(diagonal, columns, a, b)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        check_differentiated_once()
+        with _no_autocast(gradient):
+            return *_gradients_of_terms(gradient.contiguous(), *ctx.saved_tensors, *ctx.bases), None, None
+
+
+def sandwich(diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored) -> Tensor:
     """``Σⱼ Bⱼᵀ Λⱼ A Γⱼ`` without a graph over its terms: math (12) and (14) in weight order (20).
 
     Args:
         diagonal: ``Λ``, ``[n, r]``.
         columns: ``Γ``, ``[n, a.cols]``, or None for ones.
         a: one matrix ``r × a.cols`` (index 0 of its basis).
-        b: ``n`` matrices ``r × b.cols``.
-        storage: how both are kept.
+        b: ``n`` matrices ``r × b.cols``, kept as ``a`` is.
 
     Returns:
         ``[b.cols, a.cols]`` of entries combined, without the real factors.
     """
+    if a.plain(diagonal) is not None and b.plain(diagonal) is not None and not traced():
+        return cast("Tensor", _Sandwich.apply(diagonal, columns, a, b))  # pyright: ignore[reportUnknownMemberType]
     if transformed():
-        return _plain_sandwich(diagonal, columns, a, b, storage)
-    return _sandwich(diagonal, columns, _name(a), _name(b), a.basis.law.name, storage)
+        return _plain_sandwich(diagonal, columns, a, b)
+    return _sandwich(diagonal, columns, _name(a.slab), _name(b.slab), a.slab.basis.law.name, b.storage)
 
 
-def _plain_sandwich(diagonal: Tensor, columns: Tensor | None, a: Slab, b: Slab, storage: BasisStorage) -> Tensor:
+def _plain_sandwich(diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored) -> Tensor:
     """:func:`sandwich` in torch's own operations, with a graph over its terms."""
-    scaled = diagonal.unsqueeze(-1) * entries(a, storage, diagonal.dtype, diagonal.device)
+    scaled = diagonal.unsqueeze(-1) * entries(a, diagonal.dtype, diagonal.device)
     if columns is not None:
         scaled = scaled * columns.unsqueeze(1)
-    lines = entries(b, storage, diagonal.dtype, diagonal.device).flatten(0, 1)
+    lines = entries(b, diagonal.dtype, diagonal.device).flatten(0, 1)
     return _linear(lines.T, scaled.flatten(0, 1).T)

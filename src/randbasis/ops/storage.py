@@ -14,7 +14,7 @@ from torch import Tensor
 from randbasis.errors import StorageError, near
 from randbasis.ops import backends
 from randbasis.ops.reference import Slab, Tile
-from randbasis.ops.transforms import outside
+from randbasis.ops.transforms import outside, transformed
 
 BasisStorage = Literal["auto", "packed", "dense", "recompute"]
 """``packed``: raw words (1 bit an entry for the sign law); ``dense``: floating point; ``recompute``: nothing."""
@@ -56,36 +56,65 @@ def choose_storage(slab: Slab, storage: BasisStorage, *, shared: bool) -> BasisS
 
 
 class Stored:
-    """One slab in one kind of storage, built on first use for each device and dtype."""
+    """One slab in one kind of storage, built on first use for each device and dtype; ``recompute`` stores nothing."""
 
     def __init__(self, slab: Slab, storage: BasisStorage) -> None:
         self.slab = slab
         self.storage = storage
-        self._tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._tensors: dict[tuple[Any, ...], Tensor] = {}
         self._lock = threading.Lock()
 
     def dense(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Entries ``[count, rows, cols]`` in floating point, or None when this slab is not stored densely."""
         if self.storage != "dense":
             return None
-        with self._lock:
-            key = (device, dtype)
-            if key not in self._tensors:
-                whole = Tile(0, self.slab.count, 0, self.slab.rows)
-                with outside():  # what is stored now, training may use later
+        key = (device, dtype)
+        if key not in self._tensors:
+            whole = Tile(0, self.slab.count, 0, self.slab.rows)
+            with self._lock, outside():  # what is stored now, training may use later
+                if key not in self._tensors:
                     self._tensors[key] = backends.expand(self.slab, whole, dtype, device)
-            return self._tensors[key]
+        return self._tensors[key]
 
     def packed(self, device: torch.device) -> Tensor | None:
         """Raw words ``[count, rows, 4 * blocks]``, or None when this slab is not stored packed."""
         if self.storage != "packed":
             return None
-        with self._lock:
-            key = (device, torch.int32)
-            if key not in self._tensors:
-                with outside():
+        key = (device, torch.int32)
+        if key not in self._tensors:
+            with self._lock, outside():
+                if key not in self._tensors:
                     self._tensors[key] = backends.words(self.slab, device)
-            return self._tensors[key]
+        return self._tensors[key]
+
+    def plain(self, like: Tensor) -> Tensor | None:
+        """The dense entries, where a product with them may go without an op of its own.
+
+        The call of an op costs as much as a small product. A compiler wants the op, and so does autocast, which it
+        keeps away; transforms see to themselves.
+
+        Args:
+            like: a tensor that they are multiplied with.
+        """
+        if (
+            self.storage != "dense"
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(like.device.type)
+            or transformed()
+        ):
+            return None
+        kept = self._tensors.get((like.device, like.dtype))
+        return self.dense(like.dtype, like.device) if kept is None else kept
+
+    def scaled(self, factor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Dense entries times a number, kept as well."""
+        key = (device, dtype, factor)
+        if key not in self._tensors:
+            dense = self.dense(dtype, device)
+            assert dense is not None
+            with self._lock, outside():
+                self._tensors[key] = dense * factor
+        return self._tensors[key]
 
     @property
     def nbytes(self) -> int:

@@ -40,6 +40,14 @@ def traced() -> bool:
     return not torch.compiler.is_compiling() and _C._get_tracing_state() is not None
 
 
+def recorded() -> bool:
+    """Whether :func:`transformed` or :func:`traced`, so that only operations of torch will be seen."""
+    if torch.compiler.is_compiling():
+        return False
+    level, stack = _forward._current_level, _C._functorch.peek_interpreter_stack()
+    return level >= 0 or stack is not None or _C._get_tracing_state() is not None
+
+
 @contextmanager
 def outside() -> Generator[None]:
     """A block whose tensors are plain: not traced, not transformed, not fake, fit for any later use."""

@@ -8,7 +8,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from randbasis.errors import AdapterNameError
-from randbasis.tuner.adapted_matrix import BASE
+from randbasis.tuner.mixed_batch import BASE
 from randbasis.tuner.registration import PREFIX
 
 _OURS = re.compile(rf"(.*\.)?{PREFIX}[^.]*\.(?P<adapter>[^.]+)\.weight")

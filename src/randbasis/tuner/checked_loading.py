@@ -43,7 +43,9 @@ def place_meaning(model: nn.Module, adapter: str, config: RandbasisConfig) -> No
     if not layers:
         return
     matrices = [
-        SpecMatrix(key, one.part.name, one.part.start, one.part.rows, layer.out_features, layer.in_features, one.method)
+        SpecMatrix(
+            key, one.part.name, one.part.start, one.part.rows, layer.out_features, layer.in_features, one.bound.method
+        )
         for key, layer in layers.items()
         for one in layer.adapted[adapter]
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from randbasis.tuner.adapted_layer import AdaptedLayer
+from randbasis.tuner.layer_adapters import LayerAdapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def call_every_layer(model: nn.Module) -> list[Switched]:
     switched: list[Switched] = []
     for module, name, off in _switches(model):
         before = getattr(module, name, off)
-        if before and any(isinstance(inner, AdaptedLayer) for inner in module.modules()):
+        if before and any(isinstance(inner, LayerAdapters) for inner in module.modules()):
             switched.append(Switched(module, name, before))
             setattr(module, name, off)
     return switched

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.distributed.tensor import DTensor
 
-from randbasis.tuner.adapted_layer import AdaptedLayer
+from randbasis.tuner.layer_adapters import LayerAdapters
 
 _SHOWN = 5
 
@@ -128,7 +128,7 @@ def _trained_coefficients(model: nn.Module) -> Mapping[str, list[Tensor]]:
     """Layer and its coefficients that train; of sharded layers none, whose gradients come in another way."""
     found: dict[str, list[Tensor]] = {}
     for key, layer in cast("Iterator[tuple[str, nn.Module]]", model.named_modules()):
-        if not isinstance(layer, AdaptedLayer) or layer.merged or layer.disable_adapters:
+        if not isinstance(layer, LayerAdapters) or layer.merged or layer.disable_adapters:
             continue
         if getattr(layer, "_is_fsdp_managed_module", False):
             continue

@@ -5,7 +5,7 @@ their number; where two dimensions have that number and the model is not known t
 """
 
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from randbasis.errors import AdapterNameError
+from randbasis.tuner.adapted_part import AdaptedPart
+
+BASE = "__base__"
+"""The name that stands for no adapter in a mixed batch."""
 
 Layout = Literal["rows first", "either", "unknown"]
 """Where the layers of a model have the rows of a batch: in dimension 0, some in 0 and some in 1, or nobody knows."""
@@ -174,3 +178,40 @@ def _first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, Mapping):
         return next((one for one in cast("Mapping[str, Any]", value).values() if isinstance(one, Tensor)), None)
     return None
+
+
+@dataclass(frozen=True)
+class BatchGroup:
+    """The rows of a batch that one product serves: adapters with the same method, basis and part.
+
+    Attributes:
+        like: what they have in common.
+        names: the distinct adapters.
+        rows: the rows of the batch that use one of them.
+        slots: for each of these rows, the index of its adapter in ``names``.
+    """
+
+    like: AdaptedPart
+    names: list[str]
+    rows: list[int]
+    slots: list[int]
+
+
+def batch_groups(adapter_names: Sequence[str], parts: Callable[[str], Sequence[AdaptedPart]]) -> list[BatchGroup]:
+    """Group the rows of a batch by what one batched product can serve.
+
+    Args:
+        adapter_names: one name for each row; :data:`BASE` rows are in no group.
+        parts: those of an adapter on this layer.
+    """
+    groups: dict[Hashable, tuple[AdaptedPart, list[str]]] = {}
+    for name in dict.fromkeys(adapter_names):
+        if name == BASE:
+            continue
+        for one in parts(name):
+            groups.setdefault((one.bound, one.part), (one, []))[1].append(name)
+    result: list[BatchGroup] = []
+    for one, names in groups.values():
+        rows = [row for row, name in enumerate(adapter_names) if name in names]
+        result.append(BatchGroup(one, names, rows, [names.index(adapter_names[row]) for row in rows]))
+    return result

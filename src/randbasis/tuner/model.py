@@ -32,7 +32,7 @@ from randbasis.errors import (
     TargetError,
     near,
 )
-from randbasis.tuner.adapted_matrix import BASE, AdapterOptions
+from randbasis.tuner.adapted_part import AdapterOptions
 from randbasis.tuner.adapter_names import adapter_of, belongs_to, check_name, path_words, without_adapter
 from randbasis.tuner.base_shapes import compress_shapes, expected_shape
 from randbasis.tuner.base_weight import layer_shape
@@ -44,7 +44,7 @@ from randbasis.tuner.fast_paths import Switched, call_every_layer
 from randbasis.tuner.gradient_watch import GradientWatch
 from randbasis.tuner.heads import check_heads, combine_heads, put_back_heads
 from randbasis.tuner.layer import RandbasisLinear
-from randbasis.tuner.mixed_batch import MixedBatch, given_rows, layout_of, pass_names, rows_of_a_prompt, sending
+from randbasis.tuner.mixed_batch import BASE, MixedBatch, given_rows, layout_of, pass_names, rows_of_a_prompt, sending
 from randbasis.tuner.pickles import refuse_pickles
 from randbasis.tuner.places import check_places
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
@@ -394,9 +394,9 @@ class RandbasisModel(BaseTuner):
                 "coefficients on this basis; convert them with peft.convert_to_lora and combine the LoRA adapters"
             )
         for layer in self._layers():
-            first = [(one.method, one.matrix, one.part) for one in layer.matrices(adapters[0])]
+            first = [(one.bound, one.part) for one in layer.matrices(adapters[0])]
             for name in adapters[1:]:
-                if [(one.method, one.matrix, one.part) for one in layer.matrices(name)] != first:
+                if [(one.bound, one.part) for one in layer.matrices(name)] != first:
                     raise CombinationError(
                         "adapters must share method, seed, law, rank and targets to be combined, "
                         f"{name!r} differs from {adapters[0]!r}: coefficients on different bases cannot be added; "

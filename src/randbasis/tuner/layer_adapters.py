@@ -1,6 +1,7 @@
 """What adapters a layer has: their matrices, coefficients and streams, and the ΔW that they make."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
@@ -11,9 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from randbasis.basis import basis_entries
 from randbasis.errors import LayerTypeError
-from randbasis.methods import Matrix, Method
-from randbasis.tuner.adapted_matrix import AdaptedMatrix, AdapterOptions
+from randbasis.methods import Method, Site
+from randbasis.tuner.adapted_part import AdaptedPart, AdapterOptions
 from randbasis.tuner.base_weight import base_device, base_dtype, layer_shape, quantization_of
+from randbasis.tuner.chosen_orders import ChosenOrders
 from randbasis.tuner.coefficients import Coefficients, Streams, straight_through
 from randbasis.tuner.factor_cache import FactorCache, limit_of
 from randbasis.tuner.meaning import MEANING, HeldMeaning, Meaning
@@ -24,7 +26,15 @@ NOISE = 0.1
 """Standard deviation of what ``init_weights=False`` adds to the starts of the coefficients, relative to the start."""
 
 
-class AdaptedLayer(nn.Module, BaseTunerLayer):
+def widened(coefficients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Coefficients in float32 or wider: they are few, and sums of basis entries overflow float16."""
+    for c in coefficients.values():
+        if c.dtype is not torch.float32:
+            return {name: c.to(torch.promote_types(c.dtype, torch.float32)) for name, c in coefficients.items()}
+    return coefficients
+
+
+class LayerAdapters(nn.Module, BaseTunerLayer):
     """A frozen linear layer and what its adapters are made of; :class:`RandbasisLinear` computes with them.
 
     Args:
@@ -50,7 +60,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = shape
         self.transposed = isinstance(inner, Conv1D)
         self.adapter_layer_names: tuple[str, ...] = ()
-        self.adapted: dict[str, list[AdaptedMatrix]] = {}
+        self.adapted: dict[str, list[AdaptedPart]] = {}
         self.options: dict[str, AdapterOptions] = {}
         self.randbasis_streams = nn.ModuleDict({})
         self.randbasis_meaning = nn.ModuleDict({})
@@ -59,6 +69,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Whether ``[rows, tokens, in]`` is known to be the shape of its inputs; the model's tuner says so."""
         self._cache = FactorCache(limit_of(self.out_features, self.in_features))
         self._prepared_pass: PreparedPass | None = None
+        self._chosen: ChosenOrders | None = None
         self._disable_adapters = False
         self.quantization_backend: QuantizationBackend | None = quantization_of(inner, quantization)
 
@@ -85,6 +96,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             self._adapt(adapter, method, part, path, stream, options)
             for part, path, stream in zip(parts, paths, streams, strict=True)
         ]
+        self._forget()
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters)
 
@@ -96,8 +108,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         path: str,
         streams: tuple[int, ...],
         options: AdapterOptions,
-    ) -> AdaptedMatrix:
-        matrix = Matrix(part.rows, self.in_features, streams)
+    ) -> AdaptedPart:
+        bound = method.bind(Site(part.rows, self.in_features, streams))
         attributes: dict[str, str] = {}
         starts = method.starts(part.rows, self.in_features)
         for name, shape in method.coefficient_shapes(part.rows, self.in_features).items():
@@ -109,7 +121,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             attribute = f"randbasis_{name}{part.suffix}"
             self._container(attribute)[adapter] = Coefficients(start)
             attributes[name] = attribute
-        return AdaptedMatrix(part, method, matrix, attributes, method.hold(matrix))
+        return AdaptedPart(part, bound, attributes)
 
     def _container(self, attribute: str) -> nn.ModuleDict:
         if attribute not in self.adapter_layer_names:
@@ -143,15 +155,14 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             if adapter in container and dtype is not None:
                 container[adapter].to(dtype=dtype)
 
-    def matrices(self, adapter: str) -> list[AdaptedMatrix]:
+    def matrices(self, adapter: str) -> list[AdaptedPart]:
         """The matrices that an adapter has on this layer, their streams as stored."""
         adapted = self.adapted.get(adapter, [])
         if adapter in self.randbasis_streams:
             stored = cast("Streams", self.randbasis_streams[adapter]).values
             for one, streams in zip(adapted, stored, strict=True):
-                if one.matrix.streams != streams:
-                    one.matrix = Matrix(one.matrix.out_features, one.matrix.in_features, streams)
-                    one.held = one.method.hold(one.matrix)
+                if one.bound.site.streams != streams:
+                    one.bound = one.bound.method.bind(replace(one.bound.site, streams=streams))
         return adapted
 
     def copy_streams(self, source: str, target: str) -> None:
@@ -166,11 +177,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._forget()
 
     def _forget(self) -> None:
-        """Drop all that was kept for evaluation."""
+        """Drop all that was kept, and what was decided."""
         self._cache.clear()
-        self._prepared_pass = None
+        self._prepared_pass = self._chosen = None
 
-    def coefficients(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
+    def coefficients(self, adapter: str, one: AdaptedPart) -> dict[str, Tensor]:
         """The coefficients of one matrix that ΔW is made of, in the method's order.
 
         Those that are trained, or what math (11) makes of them where the adapter has ``quantize_coefficients``.
@@ -179,12 +190,17 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         bits = self.options[adapter].quantize_coefficients
         return trained if bits is None else {name: straight_through(c, bits) for name, c in trained.items()}
 
-    def trained_coefficients(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
+    def trained_coefficients(self, adapter: str, one: AdaptedPart) -> dict[str, Tensor]:
         """The coefficient tensors of one matrix that are trained and saved, in the method's order."""
-        return {name: self._holder(adapter, attribute).weight for name, attribute in one.attributes.items()}
-
-    def _holder(self, adapter: str, attribute: str) -> Coefficients:
-        return getattr(self, attribute)[adapter]
+        if torch.compiler.is_compiling():
+            return {name: getattr(self, attribute)[adapter].weight for name, attribute in one.attributes.items()}
+        found: dict[str, Tensor] = {}
+        for name, attribute in one.attributes.items():
+            # By torch's own dictionaries: its accessors cost many times a look into them.
+            holder = cast("nn.Module", cast("nn.Module", self._modules[attribute])._modules[adapter])
+            weight = holder._parameters.get("weight")
+            found[name] = cast("Tensor", holder.weight) if weight is None else weight  # a parametrization, say
+        return found
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """ΔW is additive, so it can be written as a LoRA pair (exactly where the rank allows)."""
@@ -202,12 +218,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         delta = delta.to(base_dtype(self.get_base_layer()) or delta.dtype)
         return delta.T if self.transposed else delta
 
-    def _full_delta(self, adapter: str, only: Sequence[AdaptedMatrix] | None) -> Tensor:
+    def _full_delta(self, adapter: str, only: Sequence[AdaptedPart] | None) -> Tensor:
         """ΔW ``[out, in]`` in float32 or wider, of all matrices of the adapter or of some."""
         pieces: list[Tensor] = []
         row = 0
         for one in self.matrices(adapter) if only is None else only:
-            delta = one.method.delta(self._widened(adapter, one), one.matrix)
+            delta = one.bound.matrix(self._widened(adapter, one))
             if row < one.part.start:
                 pieces.append(delta.new_zeros(one.part.start - row, self.in_features))
             pieces.append(delta)
@@ -216,12 +232,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             pieces.append(pieces[0].new_zeros(self.out_features - row, self.in_features))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _widened(self, adapter: str, one: AdaptedMatrix) -> dict[str, Tensor]:
-        """The coefficients in float32 or wider: they are few, and sums of basis entries overflow float16."""
-        return {
-            name: c.to(torch.promote_types(c.dtype, torch.float32))
-            for name, c in self.coefficients(adapter, one).items()
-        }
+    def _widened(self, adapter: str, one: AdaptedPart) -> Mapping[str, Tensor]:
+        return widened(self.coefficients(adapter, one))
 
     # --- moves ---
 
