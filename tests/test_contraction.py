@@ -122,7 +122,7 @@ class CountProducts(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = function(*args, **(kwargs or {}))
         name = function._schema.name
-        if name in ("aten::mm", "aten::addmm"):
+        if name in ("aten::mm", "aten::addmm", "aten::addmm_"):
             left = args[-2]
             self.total += out.numel() * left.shape[1]
         elif name == "aten::bmm":

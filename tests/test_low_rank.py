@@ -40,7 +40,7 @@ def test_norms_and_products_of_the_cores_against_the_matrices(pair: tuple[Factor
 
 def test_weighted_sum_against_the_matrices(pair: tuple[Factors, Factors]):
     total = weighted_sum([(0.25, pair[0]), (-2.0, pair[1])])
-    torch.testing.assert_close(total.matrix(), 0.25 * pair[0].delta() - 2 * pair[1].delta())
+    torch.testing.assert_close(total.matrix(), 0.25 * pair[0].matrix() - 2 * pair[1].matrix())
     assert (total.up is None) == (not is_low_rank(*pair))
 
 

@@ -63,7 +63,7 @@ def one_input(data: bytes) -> None:
     again = PackedAdapter.from_bytes(written)
     assert content(again) == content(adapter)
     assert again.to_bytes() == written
-    assert adapter.values().numel() == adapter.spec.count == sum(one.count for one, _, _ in adapter.matrices())
+    assert adapter.values().numel() == adapter.spec.count == sum(one.count for one, _ in adapter.matrices())
 
 
 def main() -> None:

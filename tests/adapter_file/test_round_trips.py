@@ -22,7 +22,7 @@ from randbasis.errors import (
     SpecValueError,
 )
 from randbasis.files import whole_file
-from randbasis.methods import Method, Nola, Pranc, RandLora, Vera
+from randbasis.methods import Method, Nola, Pranc, RandLora, Site, Vera
 
 SEEDS = st.integers(0, 2**64 - 1)
 LAWS = st.sampled_from(("sign", "uniform", "normal", "sparse(3)", "sparse(2.5)"))
@@ -70,14 +70,13 @@ def test_each_matrix_gets_its_own_coefficients_and_streams(name: str):
     method = METHODS[name]
     adapter = adapter_of(method)
     position = 0
-    for one, matrix, coefficients in PackedAdapter.from_bytes(adapter.to_bytes()).matrices():
-        assert list(coefficients) == list(one.method.coefficient_shapes(one.rows, one.in_features))
-        for key, values in coefficients.items():
+    for one, delta in PackedAdapter.from_bytes(adapter.to_bytes()).matrices():
+        assert list(delta.coefficients) == list(one.method.coefficient_shapes(one.rows, one.in_features))
+        for key, values in delta.coefficients.items():
             assert tuple(values.shape) == one.shapes[key]
             assert torch.equal(values.reshape(-1), adapter.coefficients[position : position + values.numel()])
             position += values.numel()
-        assert matrix.streams == method.streams(f"{one.name}[{one.part}]")
-        assert (matrix.out_features, matrix.in_features) == (one.rows, one.in_features)
+        assert delta.bound.site == Site(one.rows, one.in_features, method.streams(f"{one.name}[{one.part}]"))
     assert position == adapter.spec.count
 
 

@@ -52,7 +52,7 @@ def problem(method: Method, wanted: Factors) -> NolaProblem | VeraProblem:
     if isinstance(method, Nola):
         return NolaProblem(method, Bases().nola(method, matrix), wanted)
     assert isinstance(method, Vera)
-    return VeraProblem(method, matrix, wanted)
+    return VeraProblem(method.bind(matrix), wanted)
 
 
 def names(method: Method) -> tuple[str, str]:
@@ -91,7 +91,7 @@ def test_both_halves_of_a_turn_against_a_dense_solver(method: Method):
 def test_what_the_method_can_say_is_found_again(method: Method):
     matrix = place(method)
     wanted = method.bind(matrix).factors(trained(method, matrix))
-    fit = nearest(method, matrix, wanted)
+    fit = nearest(method.bind(matrix), wanted)
     # With r above both sides the rows of A span everything, so no start finds them, and turns come near slowly.
     spans_all = isinstance(method, Nola) and method.r > min(OUT, IN)
     assert fit.residual < (1e-2 if spans_all else 1e-6)
@@ -101,14 +101,14 @@ def test_what_the_method_can_say_is_found_again(method: Method):
 def test_of_an_offset_the_coefficients_themselves_are_found_again():
     method = METHODS["nola"]
     values = trained(method, place(method))
-    fit = nearest(method, place(method), method.bind(place(method)).factors(values))
+    fit = nearest(method.bind(place(method)), method.bind(place(method)).factors(values))
     for name, expected in values.items():
         torch.testing.assert_close(fit.coefficients[name].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_it_cannot_say_is_left_near_1_and_told_exactly(method: Method):
     wanted = any_lora()
-    fit = nearest(method, place(method), wanted)
+    fit = nearest(method.bind(place(method)), wanted)
     reached = method.bind(place(method)).matrix({name: values.double() for name, values in fit.coefficients.items()})
     assert fit.distance == pytest.approx(float((wanted.matrix() - reached).norm()), rel=1e-6)
     assert 0.5 < fit.residual < 1.0
@@ -116,39 +116,39 @@ def test_what_it_cannot_say_is_left_near_1_and_told_exactly(method: Method):
 
 
 def test_no_turn_raises_the_residual(method: Method):
-    residuals = nearest(method, place(method), any_lora(), stop=Stop(turns=40, tolerance=0.0)).residuals
+    residuals = nearest(method.bind(place(method)), any_lora(), stop=Stop(turns=40, tolerance=0.0)).residuals
     assert len(residuals) > 2
     assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(residuals))
 
 
 def test_the_same_ΔW_gives_the_same_bits(method: Method):
-    runs: list[Fit] = [nearest(method, place(method), any_lora()) for _ in range(2)]
+    runs: list[Fit] = [nearest(method.bind(place(method)), any_lora()) for _ in range(2)]
     for name, values in runs[0].coefficients.items():
         assert torch.equal(values, runs[1].coefficients[name])
 
 
 def test_it_stops_where_a_turn_gains_little(method: Method):
-    short = nearest(method, place(method), any_lora(), stop=Stop(turns=100, tolerance=0.05))
-    long = nearest(method, place(method), any_lora(), stop=Stop(turns=100, tolerance=1e-9))
+    short = nearest(method.bind(place(method)), any_lora(), stop=Stop(turns=100, tolerance=0.05))
+    long = nearest(method.bind(place(method)), any_lora(), stop=Stop(turns=100, tolerance=1e-9))
     assert len(short.residuals) < len(long.residuals) <= 101
     assert short.residual >= long.residual
 
 
 def test_no_change_gives_no_change(method: Method):
     nothing = Factors(torch.zeros(OUT, 2, dtype=torch.float64), drawn(2, IN))
-    fit = nearest(method, place(method), nothing)
+    fit = nearest(method.bind(place(method)), nothing)
     assert (fit.norm, fit.distance, fit.residual) == (0.0, 0.0, 0.0)
     assert all(bool(torch.isfinite(values).all()) for values in fit.coefficients.values())
 
 
 def test_free_scales_are_those_of_the_start():
     plain, vera = METHODS["nola-plain"], METHODS["vera"]
-    fit = nearest(plain, place(plain), any_lora())
+    fit = nearest(plain.bind(place(plain)), any_lora())
     assert isinstance(plain, Nola)
     assert fit.coefficients["nola_a"].norm() * plain.num_basis**0.5 == pytest.approx(
         float(fit.coefficients["nola_b"].norm()) * plain.basis_b**0.5, rel=1e-5
     )
-    found = nearest(vera, place(vera), any_lora()).coefficients["vera_d"]
+    found = nearest(vera.bind(place(vera)), any_lora()).coefficients["vera_d"]
     assert found.square().mean().sqrt().item() == pytest.approx(0.1, rel=1e-5)
     assert found.sum() > 0
 
@@ -156,13 +156,13 @@ def test_free_scales_are_those_of_the_start():
 def test_bases_of_layers_that_share_them_are_made_once():
     bases, shared, own = Bases(), METHODS["nola"], METHODS["nola-own-basis"]
     for method in (shared, shared, own):
-        nearest(method, place(method), any_lora(), bases=bases)
+        nearest(method.bind(place(method)), any_lora(), bases=bases)
     assert len(bases.sides) == 2
 
 
 def test_refusals():
     method = Nola(r=64, num_basis=300, alpha=1.0)
     with pytest.raises(HyperparameterError, match=r"r · num_basis must be below 16384 for a fit, got 64 · 300"):
-        nearest(method, place(method), any_lora())
+        nearest(method.bind(place(method)), any_lora())
     with pytest.raises(UnknownMethodError, match="'nola' and 'vera', got 'pranc'"):
-        nearest(Pranc(num_basis=3), place(Pranc(num_basis=3)), any_lora())
+        nearest(Pranc(num_basis=3).bind(place(Pranc(num_basis=3))), any_lora())

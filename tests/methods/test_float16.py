@@ -69,11 +69,11 @@ def test_a_sum_over_4096_columns_stays_in_float16(law: str, storage: str):
     """Plain integers of the uniform law would sum to 147 · 64 · 60, far beyond 65504."""
     slab = Slab(Basis.named(5, 7, law), 1, 40, 4096)
     held = hold(slab, storage)
-    site = basis_entries(5, 7, law, (1, 40, 4096))[0].double() * slab.basis.law.power
-    assert torch.equal(entries(slab, storage, torch.float16, torch.device("cpu"))[0].double(), site)
+    matrix = basis_entries(5, 7, law, (1, 40, 4096))[0].double() * slab.basis.law.power
+    assert torch.equal(entries(held, torch.float16, torch.device("cpu"))[0].double(), matrix)
     for size in SIZES:
         x = (size * draw(3, 4096)).half()
         y = (size * draw(3, 40)).half()
-        assert error(project(x, slab, storage), x.double() @ site.T) < TOLERANCE
-        assert error(project(y, slab, storage, transpose=True), y.double() @ site) < TOLERANCE
+        assert error(project(x, held), x.double() @ matrix.T) < TOLERANCE
+        assert error(project(y, held, transpose=True), y.double() @ matrix) < TOLERANCE
     assert held.storage == storage

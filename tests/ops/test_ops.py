@@ -242,7 +242,7 @@ def test_thread_count_changes_nothing() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append((entries(slab, "recompute", torch.float32, CPU), combine(c, hold(slab, "recompute"))))
+            found.append((entries(hold(slab, "recompute"), torch.float32, CPU), combine(c, hold(slab, "recompute"))))
     finally:
         torch.set_num_threads(threads)
     for matrices, sums in found[1:]:
@@ -345,15 +345,10 @@ def test_opcheck_of_sandwich(storage: str, dtype: torch.dtype, with_columns: boo
 def test_ops_are_traced_whole() -> None:
     """``torch.compile`` sees one call an op and no graph break."""
     slab = slab_of("sign", 3, 2, 5)
-    compiled = torch.compile(
-        lambda c, x: project(x, hold(slab, "recompute")) * combine(c, hold(slab, "recompute")).sum(),
-        fullgraph=True,
-        backend="eager",
-    )
+    basis = hold(slab, "recompute")
+    run = lambda c, x: project(x, basis) * combine(c, basis).sum()  # noqa: E731
     c, x = numbers(2, 3), numbers(4, 5)
-    torch.testing.assert_close(
-        compiled(c, x), project(x, hold(slab, "recompute")) * combine(c, hold(slab, "recompute")).sum()
-    )
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="eager")(c, x), run(c, x))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -36,7 +36,13 @@ from randbasis import (
     basis_entries,
     parse_law,
 )
+from randbasis.methods.nola import BoundNola
+from randbasis.methods.pranc import BoundPranc
+from randbasis.methods.randlora import BoundRandLora
+from randbasis.methods.vera import BoundVera
 
+#: What each method is where it is bound.
+BOUNDS = {"nola": BoundNola, "pranc": BoundPranc, "randlora": BoundRandLora, "vera": BoundVera}
 VOCABULARY = 64
 WIDTH = 24
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -44,7 +44,7 @@ def test_a_run_at_three_bits_packs_without_loss(encoder: str, words: list, metho
 
     assert run("pack", output, tmp_path / "file", "--bits", 3, "--base-name", "tiny")[0] == 0
     assert run("unpack", tmp_path / "file", tmp_path / "again")[0] == 0
-    vectors = [v for *_, coefficients in read(tmp_path / "file").matrices() for v in coefficients.values()]
+    vectors = [v for _, delta in read(tmp_path / "file").matrices() for v in delta.coefficients.values()]
     assert max(len(vector.unique()) for vector in vectors) <= 7
 
     for name in ("adapter_model.safetensors", "adapter_config.json"):

@@ -244,7 +244,7 @@ def test_no_tensor_is_larger_than_its_coefficients():
         ours = {n: t for n, t in model.state_dict(keep_vars=True).items() if "randbasis_" in n}
         counted = 0
         for layer in adapted_layers(model).values():
-            counted += kind.count(layer.matrices("default")[0].method, layer.out_features, layer.in_features)
+            counted += kind.count(layer.matrices("default")[0].bound.method, layer.out_features, layer.in_features)
         meanings = [ours.pop(name) for name in list(ours) if ".randbasis_meaning." in name]
         assert [tensor.numel() for tensor in meanings] == [160]
         assert sum(prod(tensor.shape) for tensor in ours.values()) == counted

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, inject_adapter_in_model
 from tuner_cases import (
+    BOUNDS,
     ONE_EACH,
     OPTIONS,
     PLACES,
@@ -18,7 +19,6 @@ from tuner_cases import (
     token_batch,
 )
 
-from randbasis import METHODS
 from randbasis.tuner import snapshot
 from randbasis.tuner.factor_cache import FactorCache, limit_of
 from randbasis.tuner.prepared_pass import decodes
@@ -30,8 +30,8 @@ CASE = Case("linear", "nola")
 def prepared(monkeypatch):
     """How many times a method turned coefficients into factors or into ΔW."""
     calls: list[str] = []
-    for name, kind in METHODS.items():
-        for what in ("prepare", "delta"):
+    for name, kind in BOUNDS.items():
+        for what in ("prepare", "matrix"):
             original = getattr(kind, what)
 
             def counted(self, *args, original=original, name=name):

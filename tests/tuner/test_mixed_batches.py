@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, GenerationConfig, XLNetConfig, XLNetModel
 from tuner_cases import (
+    BOUNDS,
     CASES,
     ONE_EACH,
     OPTIONS,
@@ -27,7 +28,6 @@ from tuner_cases import (
     token_batch,
 )
 
-from randbasis import METHODS
 from randbasis.errors import AdapterNameError
 
 BASE = "__base__"
@@ -380,7 +380,7 @@ def test_operations_do_not_grow_with_the_number_of_adapters(case, monkeypatch):
     model = many_adapters(case, 8)
     batch = case.batch(8)
     applied = []
-    kind = METHODS[case.method]
+    kind = BOUNDS[case.method]
     original = kind.apply
     monkeypatch.setattr(kind, "apply", lambda self, *args: applied.append(1) or original(self, *args))
     found = []
@@ -401,7 +401,7 @@ def test_factors_of_a_mixed_batch_are_kept(method, monkeypatch):
     model = many_adapters(Case("linear", method), 3)
     names = ["default", "number_1", "number_2", BASE]
     prepared = []
-    kind = METHODS[method]
+    kind = BOUNDS[method]
     original = kind.prepare
     monkeypatch.setattr(kind, "prepare", lambda self, *args: prepared.append(1) or original(self, *args))
     first = outputs(model, token_batch(4), adapter_names=names)
@@ -422,7 +422,7 @@ def test_shuffled_batches_find_the_factors_of_every_adapter(method, monkeypatch)
     """One entry an adapter, whoever shares its batch: nothing is prepared twice, and memory grows with adapters."""
     model = many_adapters(Case("linear", method), 4)
     prepared = []
-    kind = METHODS[method]
+    kind = BOUNDS[method]
     original = kind.prepare
     monkeypatch.setattr(kind, "prepare", lambda self, *args: prepared.append(1) or original(self, *args))
     adapters = ["default", "number_1", "number_2", "number_3", BASE]

@@ -254,13 +254,11 @@ def test_saved_in_full_precision_and_packed_without_loss(case, tmp_path):
     assert torch.equal(outputs(loaded, case.batch()), expected)
 
     pack_adapter(tmp_path / "source", tmp_path / "file", bits=3)
-    for one, matrix, coefficients in read(tmp_path / "file").matrices():
+    for one, delta in read(tmp_path / "file").matrices():
         layer = model.base_model.model.get_submodule(one.name)
-        mine = next(
-            m for m in layer.matrices("default") if (m.part.name, m.matrix.streams) == (one.part, matrix.streams)
-        )
+        mine = next(m for m in layer.matrices("default") if (m.part.name, m.bound.site) == (one.part, delta.bound.site))
         computed = {n: c.detach() for n, c in layer.coefficients("default", mine).items()}
-        assert bits(computed) == bits(coefficients)
+        assert bits(computed) == bits(delta.coefficients)
     assert torch.equal(outputs(load_packed(case.base(), tmp_path / "file").eval(), case.batch()), expected)
 
 

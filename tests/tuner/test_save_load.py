@@ -220,9 +220,9 @@ def test_stored_streams_win_over_a_new_path(method, tmp_path):
         for key, value in load_file(tmp_path / "adapter_model.safetensors").items()
     }
     derived = get_peft_model(seeded(Renamed), case.config(share_basis=False))
-    own = {name: layer.matrices("default")[0].matrix.streams for name, layer in adapted_layers(derived).items()}
+    own = {name: layer.matrices("default")[0].bound.site.streams for name, layer in adapted_layers(derived).items()}
     set_peft_model_state_dict(derived, renamed)
-    now = {name: layer.matrices("default")[0].matrix.streams for name, layer in adapted_layers(derived).items()}
+    now = {name: layer.matrices("default")[0].bound.site.streams for name, layer in adapted_layers(derived).items()}
     assert all(own[name] != now[name] for name in own)
     assert torch.equal(outputs(derived.eval(), vector_batch()), outputs(model, vector_batch()))
 
@@ -259,7 +259,7 @@ def test_streams_in_the_file_are_integers_that_are_obeyed(low_memory, tmp_path):
     again = PeftModel.from_pretrained(case.base(), tmp_path, low_cpu_mem_usage=low_memory).eval()
     layers = adapted_layers(again)
     values = [layers[name.removesuffix(".randbasis_streams.weight")].matrices("default")[0] for name in streams[:2]]
-    assert [one.bound.streams for one in values] == [tuple(t[0].tolist()) for t in swapped]
+    assert [one.bound.site.streams for one in values] == [tuple(t[0].tolist()) for t in swapped]
     assert not torch.allclose(outputs(again, case.batch()), outputs(model, case.batch()), atol=1e-3)
 
 

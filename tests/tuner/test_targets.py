@@ -87,7 +87,7 @@ def test_rank_pattern(method):
     model = get_peft_model(seeded(tiny_llama), make_config(method, "all-linear", **options))
     usual = OPTIONS[method][1]["r"]
     for name, layer in adapted_layers(model).items():
-        rank = layer.matrices("default")[0].method.r
+        rank = layer.matrices("default")[0].bound.method.r
         wanted = 2 if "down_proj" in name else 4 if "layers.1.self_attn.q_proj" in name else usual
         assert rank == wanted
 
@@ -112,7 +112,7 @@ def test_num_basis_pattern(method):
     options = {"num_basis_pattern": {"v_proj": 9}}
     model = get_peft_model(seeded(tiny_llama), make_config(method, ["q_proj", "v_proj"], **options))
     for name, layer in adapted_layers(model).items():
-        assert layer.matrices("default")[0].method.num_basis == (9 if "v_proj" in name else 6)
+        assert layer.matrices("default")[0].bound.method.num_basis == (9 if "v_proj" in name else 6)
 
 
 @pytest.mark.parametrize("method", ["nola", "vera", "randlora"])
@@ -127,4 +127,4 @@ def test_patterns_survive_the_file(method, tmp_path):
 def test_patterns_on_slices():
     options = {"num_basis_pattern": {"in_proj": 9}}
     model = get_peft_model(seeded(FusedBlock), make_config("nola", ["qkv[0/3]", "in_proj[2/3]"], **options))
-    assert [layer.matrices("default")[0].method.num_basis for layer in adapted_layers(model).values()] == [6, 9]
+    assert [layer.matrices("default")[0].bound.method.num_basis for layer in adapted_layers(model).values()] == [6, 9]

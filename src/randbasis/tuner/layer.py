@@ -82,8 +82,8 @@ class RandbasisLinear(MergeableLayer):
 
     def _forward_active(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state = None if args or kwargs else self._state(x)
-        chosen = self._chosen
-        if chosen is None or state is None or chosen.state != state:
+        chosen = None if state is None else self._chosen  # which a compiler would guard against any change
+        if chosen is None or chosen.state != state:
             chosen = self._choose(x, state, extra_arguments=bool(args or kwargs))
             if state is not None:
                 self._chosen = chosen

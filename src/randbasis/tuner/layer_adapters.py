@@ -96,7 +96,7 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
             self._adapt(adapter, method, part, path, stream, options)
             for part, path, stream in zip(parts, paths, streams, strict=True)
         ]
-        self._forget()
+        self._chosen = None
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters)
 
