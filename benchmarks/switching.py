@@ -17,7 +17,8 @@ from benchmarks import bases
 from benchmarks.adapters import Adapter, put
 from benchmarks.bases import Base
 from benchmarks.case import Built, Case, CheckFailed, Side
-from randbasis.adapters.packed import load_packed, pack_adapter
+from randbasis.adapters.packed import pack_adapter
+from randbasis.adapters.putting import load_packed
 
 LORA, NOLA, RANDLORA = "PEFT LoRA r=8", "NOLA r=8 k=256", "RandLoRA r=32"
 LOAD, PACKED, SET = "load_adapter", "load_packed", "set_adapter"

@@ -28,7 +28,8 @@ from tuner_cases import (
 from benchmarks.packed_sizes import SIZES, Size
 from randbasis import NolaConfig
 from randbasis.adapter_file import read
-from randbasis.adapters.packed import load_packed, pack_adapter, unpack_adapter
+from randbasis.adapters.packed import pack_adapter, unpack_adapter
+from randbasis.adapters.putting import load_packed
 from randbasis.errors import (
     AdapterFilesError,
     BaseMismatchError,

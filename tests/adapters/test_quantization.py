@@ -11,7 +11,8 @@ from tuner_cases import CASES, ONE_EACH, Case, adapted_layers, outputs
 from typer.testing import CliRunner
 
 from randbasis.adapter_file import read, verify
-from randbasis.adapters.packed import load_packed, pack_adapter, unpack_adapter
+from randbasis.adapters.packed import pack_adapter, unpack_adapter
+from randbasis.adapters.putting import load_packed
 from randbasis.adapters.quantization import PRECISIONS, quantize_adapter, quantize_tensors
 from randbasis.cli import app
 from randbasis.errors import (

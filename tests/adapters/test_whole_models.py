@@ -26,7 +26,8 @@ from transformers import (
 
 from randbasis import NolaConfig, PrancConfig, RandbasisConfig, RandLoraConfig, VeraConfig
 from randbasis.adapters.merging import HEAD_FILE, merge_adapter
-from randbasis.adapters.packed import load_packed, pack_adapter
+from randbasis.adapters.packed import pack_adapter
+from randbasis.adapters.putting import load_packed
 from randbasis.errors import BaseMismatchError, MergeError, PartialModelError
 from randbasis.export import export_merged
 from randbasis.train.pooled import PooledClassifier

@@ -14,7 +14,8 @@ from tuner_cases import CASES, Case, add_adapter, bits, fill, make_config, naive
 
 from randbasis import NolaConfig
 from randbasis.adapter_file import read
-from randbasis.adapters.packed import load_packed, pack_adapter
+from randbasis.adapters.packed import pack_adapter
+from randbasis.adapters.putting import load_packed
 from randbasis.arithmetic import average_adapters
 from randbasis.errors import (
     BaseMismatchError,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from randbasis import NolaConfig, RandLoraConfig, VeraConfig
-from randbasis.adapters.packed import load_packed, pack_adapter
+from randbasis.adapters.packed import pack_adapter
+from randbasis.adapters.putting import load_packed
 from randbasis.errors import ExportBaseError, ExportSourceError, MergeError, OutputExistsError
 from randbasis.export import export_merged
 from randbasis.train.pooled import PooledClassifier

@@ -29,7 +29,8 @@ from transformers import (
 
 from randbasis import NolaConfig, PrancConfig, RandbasisConfig, RandLoraConfig, VeraConfig
 from randbasis.adapters.adapter_dir import read_adapter_dir
-from randbasis.adapters.packed import load_packed, pack_adapter, packed_of
+from randbasis.adapters.packed import pack_adapter, packed_of
+from randbasis.adapters.putting import load_packed
 from randbasis.errors import (
     AdapterFilesError,
     BaseMismatchError,

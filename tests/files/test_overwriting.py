@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import randbasis.train.run as run_module
 from randbasis import NolaConfig
-from randbasis.adapters.packed import load_packed, pack_adapter
+from randbasis.adapters.packed import pack_adapter
+from randbasis.adapters.putting import load_packed
 from randbasis.cli import app
 from randbasis.errors import OutputExistsError, PartialModelError, RandbasisError
 from randbasis.export import export_peft_lora

@@ -34,7 +34,8 @@ from tuner_cases import (
 from randbasis import Nola, RandbasisConfig, RandLora, Vera
 from randbasis.adapter_file import SpecMatrix
 from randbasis.adapters.inspection import inspect_adapter
-from randbasis.adapters.packed import load_packed, pack_adapter, unpack_adapter
+from randbasis.adapters.packed import pack_adapter, unpack_adapter
+from randbasis.adapters.putting import load_packed
 from randbasis.errors import AdapterFilesError, BaseMismatchError, MeaningError, StreamValueError
 from randbasis.tuner.meaning import WIDTH, meaning_of
 

@@ -163,7 +163,7 @@ def test_reload_in_a_fresh_process_is_exact(tmp_path, request, console_environme
             model = case.adapted()
             model.save_pretrained(folder)
             torch.save(outputs(model, case.batch()), folder / "expected.pt")
-    command = [sys.executable, "-W", "ignore", "-c", _FRESH, str(request.path.parent), str(tmp_path)]
+    command = [sys.executable, "-W", "ignore", "-c", _FRESH, str(request.path.parent.parent / "support"), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, env=console_environment, check=False)
     assert result.stdout.endswith("equal\n"), result.stderr[-3000:]
 

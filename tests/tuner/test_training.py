@@ -214,7 +214,7 @@ print(f"equal {rank}")
 def test_two_processes_train_as_one(request, console_environment, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(_WORKER)
-    command = [sys.executable, "-W", "ignore", str(script), str(request.path.parent)]
+    command = [sys.executable, "-W", "ignore", str(script), str(request.path.parent.parent / "support")]
     port = str(20_000 + os.getpid() % 20_000)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     workers = [

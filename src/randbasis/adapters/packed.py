@@ -8,16 +8,14 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
-from torch import Tensor, nn
+from torch import Tensor
 
 from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, Verification, group_matrices, read, verify
 from randbasis.adapter_file.codec import rounded
@@ -37,9 +35,8 @@ from randbasis.tuner.adapted_part import AdaptedPart
 from randbasis.tuner.base_shapes import compress_shapes, expected_shape
 from randbasis.tuner.config import RandbasisConfig, config_class
 from randbasis.tuner.meaning import MEANING, meaning_of, meaning_tensor, warn_of_no_meaning
-from randbasis.tuner.places import check_places
 from randbasis.tuner.registration import PREFIX
-from randbasis.tuner.saved_files import CONFIG_FILE, SAVED_PREFIX, WEIGHTS_FILE, plain_path
+from randbasis.tuner.saved_files import CONFIG_FILE, SAVED_PREFIX, WEIGHTS_FILE
 from randbasis.tuner.targets import Part, parts_of, resolve_parts
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -278,6 +275,10 @@ def _plain_name(name: str | None) -> str | None:
     return name
 
 
+def _is_of(method: Method, wanted: Method) -> bool:
+    return method == wanted or _bare(method) == wanted
+
+
 def _bare(method: Method) -> Method:
     return replace(method, basis_storage="auto")
 
@@ -323,7 +324,7 @@ def write_adapter_dir(
         where: what it was read from, for messages.
         beside: name → text of further files of the directory.
     """
-    config = _config_of(adapter.spec, where, base_name)
+    config = config_of(adapter.spec, where, base_name)
     folder = check_output(path, (), overwrite=overwrite)
     with replaced_set(folder) as stage:
         _write_dir(stage, adapter, config)
@@ -351,8 +352,18 @@ def _named_tensors(adapter: PackedAdapter) -> dict[str, Tensor]:
     return tensors | meaning_tensor(adapter.spec.method, None, adapter.spec.matrices)
 
 
-def _config_of(spec: Spec, where: str, base_name: str | None) -> RandbasisConfig:
-    """The PEFT configuration of a spec, which must mean the same matrices and methods."""
+def config_of(spec: Spec, where: str, base_name: str | None = None) -> RandbasisConfig:
+    """The PEFT configuration of a spec.
+
+    Args:
+        spec: of a packed adapter.
+        where: what it was read from, for messages.
+        base_name: folder or hub name of the base; None takes the spec's.
+
+    Raises:
+        SpecValueError: the options for PEFT mean other matrices, methods or values than the spec lists.
+        RandbasisError: an option is one that the method cannot take.
+    """
     common = spec.method
     rows = {f"{one.name}[{one.part}]": (one.start, one.start + one.rows) for one in spec.matrices if one.part}
     told: dict[str, Any] = {
@@ -367,7 +378,7 @@ def _config_of(spec: Spec, where: str, base_name: str | None) -> RandbasisConfig
     # A file that another writer made may not say how PEFT picks the layers: by their paths, then.
     picked: dict[str, Any] = {"target_modules": list(spec.shapes)}
     try:
-        config = RandbasisConfig(**(picked | dict(spec.peft) | told))
+        config = RandbasisConfig(**(picked | deepcopy(dict(spec.peft)) | told))  # PEFT writes into lists
         agrees = not (spec.peft.keys() & told.keys()) and _means(config, spec)
     except RandbasisError as error:
         raise type(error)(f"{where}: {error}") from error
@@ -389,42 +400,8 @@ def _means(config: RandbasisConfig, spec: Spec) -> bool:
     parts: dict[str, set[str]] = {}
     for one in spec.matrices:
         parts.setdefault(one.name, set()).update([one.part] if one.part else [])
-    return all(set(parts_of(name, config.target_slices)) == named for name, named in parts.items()) and all(
-        _bare(config.method_for(one.name)) == one.method for one in spec.matrices
+    return (
+        config.quantize_coefficients is None
+        and all(set(parts_of(name, config.target_slices)) == named for name, named in parts.items())
+        and all(_is_of(config.method_for(one.name), one.method) for one in spec.matrices)
     )
-
-
-# --- file to model ---
-
-
-def load_packed(model: Any, file: str | Path, adapter_name: str = "default", **options: Any) -> PeftModel:
-    """Put a packed adapter on a model.
-
-    Args:
-        model: a base model, or a ``PeftModel`` that gets one adapter more.
-        file: the packed file.
-        adapter_name: its name in the model.
-        options: passed on to ``PeftModel.from_pretrained`` or ``load_adapter``.
-
-    Raises:
-        RandbasisError: the file breaks a rule; see :func:`randbasis.adapter_file.read`.
-        BaseMismatchError: the model is not the one that the adapter was made for; the model is as it was.
-    """
-    adapter = read(file)
-    config = _config_of(adapter.spec, str(file), None)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    _check_model(base, adapter, str(file))
-    with TemporaryDirectory() as folder:
-        _write_dir(Path(folder), adapter, config)
-        if isinstance(model, PeftModel):
-            model.load_adapter(folder, adapter_name, **options)
-            return model
-        return PeftModel.from_pretrained(model, folder, adapter_name=adapter_name, **options)
-
-
-def _check_model(model: nn.Module, adapter: PackedAdapter, where: str) -> None:
-    """Everything that could be refused later is refused before the first layer is touched."""
-    architecture = cast("Any", BaseTuner).get_model_config(model).get("model_type")
-    shapes = {plain_path(name): shape for name, shape in linear_shapes(model).items()}
-    adapter.spec.check_base(shapes, architecture, where)
-    check_places(model, {name: tuple(tensor.shape) for name, tensor in adapter.extra.items()}, where)

@@ -58,9 +58,11 @@ def check_name(name: Any, model: nn.Module, others: Mapping[str, Any], config: A
             f"an adapter cannot be called {name!r} where modules_to_save names a module so, got {heads}: PEFT takes "
             f"the adapter's tensors for that module; call it for example {f'adapter_{name}'!r}"
         )
+    if not others:
+        return
     words = _words_of_kept_modules(model, heads)
     clash = next((one for one in (name, *others) if one in words), None)
-    if clash is not None and others:
+    if clash is not None:
         raise AdapterNameError(
             f"an adapter cannot be called {clash!r} on this model: PEFT takes every tensor with {clash!r} in its path "
             f"for one of that adapter when it saves another, and so loses {words[clash]!r}, which is saved whole; "

@@ -10,12 +10,12 @@ def compress_shapes(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[int
     Args:
         shapes: module path → ``(out, in)``.
     """
+    patterns = {key: generic_path(key) for key in shapes}
     by_pattern: dict[str, set[tuple[int, int]]] = {}
     for key, shape in shapes.items():
-        by_pattern.setdefault(generic_path(key), set()).add(shape)
+        by_pattern.setdefault(patterns[key], set()).add(shape)
     return {
-        (generic_path(key) if len(by_pattern[generic_path(key)]) == 1 else key): list(shape)
-        for key, shape in shapes.items()
+        (patterns[key] if len(by_pattern[patterns[key]]) == 1 else key): list(shape) for key, shape in shapes.items()
     }
 
 

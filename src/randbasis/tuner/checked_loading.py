@@ -125,7 +125,7 @@ def check_loaded(model: nn.Module, adapter: str, state_dict: dict[str, Tensor]) 
             )
         _check_values(key, found)
     for key in own.keys() - wanted.keys():
-        held = _held(model, adapter)
+        held = held_meaning(model, adapter)
         if key in state_dict:
             held.check(state_dict[key])
         else:
@@ -147,7 +147,8 @@ def _check_finite(key: str, found: Tensor) -> None:
         )
 
 
-def _held(model: nn.Module, adapter: str) -> HeldMeaning:
+def held_meaning(model: nn.Module, adapter: str) -> HeldMeaning:
+    """What the coefficients of an adapter of a model mean."""
     found = (layer.randbasis_meaning for _, layer in adapted_layers(model))
     return cast("HeldMeaning", next(one[adapter] for one in found if adapter in one))
 
@@ -222,7 +223,7 @@ def _compare_after_load(model: nn.Module, adapter: str, info: Any) -> None:
         for one in layer.matrices(adapter):  # reads the streams, and refuses what a cast has made of them
             for name, values in layer.trained_coefficients(adapter, one).items():
                 _check_finite(f"{key}.{PREFIX}{name}", values)
-    held = _held(model, adapter)
+    held = held_meaning(model, adapter)
     if missing:
         warn_of_no_meaning(held.meaning, held.adapter)
     held.check()

@@ -1,6 +1,7 @@
 """One configuration class a method: PEFT configurations that hold hyper-parameters and nothing trained."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -9,13 +10,53 @@ from peft import PeftConfig
 
 from randbasis.adapter_file.codec import check_training_precision
 from randbasis.contraction import check_order
-from randbasis.errors import HyperparameterError, TargetError, UnknownMethodError, near
+from randbasis.errors import (
+    AdapterFilesError,
+    BaseMismatchError,
+    HyperparameterError,
+    TargetError,
+    UnknownMethodError,
+    near,
+)
 from randbasis.methods import Method, Nola, Pranc, RandLora, Vera, method_class
 from randbasis.tuner.registration import PEFT_TYPE
 from randbasis.tuner.targets import check_expression, split_slices
 
 REQUIRES = "randbasis: pip install randbasis, and import randbasis before the adapter is loaded"
 """Without the import PEFT says ``KeyError: 'RANDBASIS'`` and no more: it has no place for a package to be asked."""
+
+
+@dataclass(frozen=True)
+class StoredLayers:
+    """The layers that coefficients are at hand for, when an adapter is put on a model to take them.
+
+    Attributes:
+        paths: in the base model.
+        where: the adapter, for messages.
+    """
+
+    paths: frozenset[str]
+    where: str
+
+    def check(self, picked: Collection[str]) -> None:
+        """Raise unless these are the layers that the options of the adapter pick from a model.
+
+        Raises:
+            AdapterFilesError: a layer would be adapted that there are no coefficients for.
+            BaseMismatchError: there are coefficients for a layer that would not be adapted.
+        """
+        missing, extra = sorted({*picked} - self.paths), sorted(self.paths - {*picked})
+        if missing:
+            raise AdapterFilesError(
+                f"{self.where}: the adapter must have the coefficients of all layers that it adapts in this model, "
+                f"{len(missing)} are missing, the first is {missing[0]!r}; put it on the base model it was made for"
+            )
+        if extra:
+            raise BaseMismatchError(
+                f"{self.where}: the adapter has coefficients of {len(extra)} layers that this model does not have, or "
+                f"that are no targets of its options, the first is {extra[0]!r}; put it on the base model it was made "
+                "for"
+            )
 
 
 @dataclass
@@ -102,6 +143,7 @@ class RandbasisConfig(PeftConfig):
                 "leave it out"
             )
         self.peft_type = PEFT_TYPE
+        self._methods: dict[str, Method] = {}
         self._check_common()
         self._split_targets()
         self.method_for("")
@@ -111,6 +153,7 @@ class RandbasisConfig(PeftConfig):
         self.made_for_type: str | None = None
         self.restored = False
         self.folder: Path | None = None
+        self.stored: StoredLayers | None = None
 
     @classmethod
     def from_pretrained(
@@ -211,7 +254,10 @@ class RandbasisConfig(PeftConfig):
                 if key and re.match(rf"(.*\.)?({pattern})$", key):
                     options[option] = value
                     break
-        return self.method_cls(**options)
+        said = repr(options)  # tells True from 1 and takes values that cannot be hashed, which the method refuses
+        if said not in self._methods:
+            self._methods[said] = self.method_cls(**options)
+        return self._methods[said]
 
     def hyperparameters(self) -> dict[str, Any]:
         """What its method is told of a whole model: seed, law, rank, ...; not how the basis is kept."""

@@ -95,7 +95,7 @@ def meaning_of(common: Method, bits: int | None, matrices: Iterable[SpecMatrix])
         # Without what stands before all of them: a head more or less changes that.
         (".".join(one.name.split(".")[apart:]), one.part, json.dumps(_identity(one.method)))
         for one in listed
-        if one.method.identity() != common.identity()
+        if one.method != common and one.method.identity() != common.identity()
     )
     streams = common.streams() if common.shares_basis else ()
     return Meaning(options, _digest(layers), _digest([streams, patterns]))

@@ -32,6 +32,7 @@ from randbasis.errors import (
     TargetError,
     near,
 )
+from randbasis.methods import Method
 from randbasis.tuner.adapted_part import AdapterOptions
 from randbasis.tuner.adapter_names import adapter_of, belongs_to, check_name, path_words, without_adapter
 from randbasis.tuner.base_shapes import compress_shapes, expected_shape
@@ -67,6 +68,8 @@ class RandbasisModel(BaseTuner):
     model: nn.Module
     trained_before: frozenset[str] | None = None
     """Names of the parameters that trained before the first adapter froze them."""
+    _checked: dict[str, tuple[Method, list[Part]]]
+    """Layers of the adapter that is being put on that were checked, and are not yet replaced."""
     _known_layers: list[RandbasisLinear] | None = None
     """The adapted layers, once they were looked for; a new adapter may add some."""
     _usual_names: bool = False
@@ -92,6 +95,7 @@ class RandbasisModel(BaseTuner):
         if self.trained_before is None:
             self.trained_before = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         config = cast("RandbasisConfig", peft_config)
+        self._checked = {}
         if config.target_modules == DUMMY_TARGET_MODULES:
             return
         if config.folder is not None and (config.base_shapes or (config.folder / PICKLE_FILE).is_file()):
@@ -107,8 +111,9 @@ class RandbasisModel(BaseTuner):
         matched = self._matched(config, modules)
         if not matched:
             raise _nothing_matched(config, list(modules))
-        for key in matched:
-            self._check_target(config, key, modules[key])
+        if config.stored is not None:
+            config.stored.check(matched)
+        self._checked = {key: self._check_target(config, key, modules[key]) for key in matched}
         check_reached(model, matched)
         if self._usual_names:
             config.target_modules = {name for name in config.target_modules or () if names_any(name, matched)}
@@ -122,7 +127,8 @@ class RandbasisModel(BaseTuner):
             if key and not key.startswith(inside) and self._check_target_module_exists(config, key)
         ]
 
-    def _check_target(self, config: RandbasisConfig, key: str, module: nn.Module) -> None:
+    def _check_target(self, config: RandbasisConfig, key: str, module: nn.Module) -> tuple[Method, list[Part]]:
+        """The method and the parts of one layer, which can be adapted so."""
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         check_whole(key, base)
         shape = layer_shape(base)
@@ -138,8 +144,7 @@ class RandbasisModel(BaseTuner):
                 f"{expected[0]}×{expected[1]} there and {shape[0]}×{shape[1]} here (out×in); "
                 f"load it on {config.base_model_name_or_path or 'the base model it was made for'}"
             )
-        config.method_for(key)
-        self._parts(config, key, shape[0])
+        return config.method_for(key), self._parts(config, key, shape[0])
 
     def _parts(self, config: RandbasisConfig, key: str, rows: int) -> list[Part]:
         """The rows of a layer that the configuration names: those that it was saved with, else by the model's code."""
@@ -167,18 +172,18 @@ class RandbasisModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         config = cast("RandbasisConfig", peft_config)
-        self._check_target(config, current_key, target)
+        # A state dict may name other layers than the configuration picks.
+        method, parts = self._checked.pop(current_key, None) or self._check_target(config, current_key, target)
         options = AdapterOptions(
             config.dropout, check_order(config.contraction), config.init_weights, config.quantize_coefficients
         )
         adds_to_ours = isinstance(target, RandbasisLinear)
         layer = target if adds_to_ours else RandbasisLinear(target, get_quantization_kwargs(cast("Any", self)))
-        parts = self._parts(config, current_key, layer.out_features)
         if not adds_to_ours:
             layer.set_adapter(adapter_name)
             layer.train(target.training)  # PEFT's layers drop inputs in a model that evaluates
             layer.rows_first = layout_of(self.model) == "rows first"
-        layer.update_layer(adapter_name, config.method_for(current_key), parts, current_key, options)
+        layer.update_layer(adapter_name, method, parts, current_key, options)
         if not adds_to_ours:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -454,7 +459,7 @@ class RandbasisModel(BaseTuner):
             check_loaded(model, adapter_name, remapped)
         except RandbasisError:
             if not ours.restored and (ours.inference_mode or ours.base_shapes is not None):
-                _take_off(model, adapter_name)
+                take_off(model, adapter_name)
             raise
         ours.restored, ours.folder = True, None
         return remapped
@@ -491,7 +496,7 @@ def _nothing_matched(config: RandbasisConfig, keys: list[str]) -> TargetError:
     return TargetError(f"Target modules {wanted} not found in the base model: {hint}")
 
 
-def _take_off(model: nn.Module, adapter_name: str) -> None:
+def take_off(model: nn.Module, adapter_name: str) -> None:
     """Remove an adapter that could not be loaded; the last one takes our layers with it."""
     tuner = next((module for module in model.modules() if isinstance(module, RandbasisModel)), None)
     if tuner is None or adapter_name not in tuner.peft_config:

@@ -88,7 +88,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def plain_path(name: str) -> str:
     """The path in the base model of a module or parameter, without what PEFT puts before and into it."""
     parts = name.removeprefix(SAVED_PREFIX).split(".")
-    return ".".join(part for part in parts if part not in _PLACES)
+    return ".".join([part for part in parts if part not in _PLACES])
 
 
 def anchored(paths: Collection[str], known: Collection[str]) -> str:

@@ -1,0 +1,204 @@
+"""A method on one matrix: all that its shape, streams, law, storage and scales decide is decided once.
+
+:meth:`Method.bind` makes a :class:`Bound` of a :class:`Site`; :meth:`Bound.delta` makes a :class:`Delta` of
+coefficients: ΔW as an object, with a cheap product and an honest matrix. A layer, which knows what to keep between its
+passes, asks the :class:`Bound` itself.
+
+Shapes: coefficients may carry leading batch dimensions ``[n, ...]``, one entry for each of ``n`` adapters of the same
+method; ``out`` and ``in`` are those of ``ΔW`` in ``h = W0 x + ΔW x``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from randbasis.basis import Basis, parse_law
+from randbasis.ops import Slab, Stored, choose_storage, hold
+
+if TYPE_CHECKING:
+    from randbasis.methods.method import Method
+
+Coefficients = Mapping[str, Tensor]
+"""Coefficient name → tensor, in the method's order."""
+
+M = TypeVar("M", bound="Method")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where ΔW goes, as a method sees it.
+
+    Attributes:
+        out_features: rows of ΔW.
+        in_features: columns of ΔW.
+        streams: one 32-bit stream for each of the method's roles, math (4).
+    """
+
+    out_features: int
+    in_features: int
+    streams: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """``ΔW = up @ down``.
+
+    Attributes:
+        up: ``[..., out, q]``, or None for the identity (PRANC).
+        down: ``[..., q, in]``.
+    """
+
+    up: Tensor | None
+    down: Tensor
+
+    def matrix(self) -> Tensor:
+        """``ΔW``, ``[..., out, in]``."""
+        return self.down if self.up is None else self.up @ self.down
+
+
+class Bound(ABC, Generic[M]):
+    """One method on one matrix. Its frozen matrices stay stored for as long as it lives.
+
+    Nothing of it is trained, and nothing changes: copies of a model share it.
+
+    Attributes:
+        method: the hyper-parameters.
+        site: shape and streams.
+        rank: ``q`` of math §2, the inner dimension of the factors.
+        bases: the frozen matrices, one a role of the method that is used here.
+    """
+
+    def __init__(self, method: M, site: Site, *shapes: tuple[int, int, int]) -> None:
+        """``shapes``: ``(count, rows, cols)`` of the matrices of each role that is used, the first roles first."""
+        self.method = method
+        self.site = site
+        self.out_features, self.in_features = site.out_features, site.in_features
+        self.rank = method.rank(site.out_features, site.in_features)
+        self._hash = hash((method, site))
+        self.bases = tuple(_stored(method, stream, *shape) for stream, shape in zip(site.streams, shapes, strict=False))
+
+    def delta(self, coefficients: Coefficients) -> "Delta":
+        """ΔW of some coefficients."""
+        return Delta(self, coefficients)
+
+    @abstractmethod
+    def factors(self, coefficients: Coefficients) -> Factors:
+        """The pair ``(B, A)`` with ``ΔW = B A``, scaling included; differentiable."""
+
+    def matrix(self, coefficients: Coefficients) -> Tensor:
+        """``ΔW``, ``[..., out, in]``; differentiable."""
+        return self.factors(coefficients).matrix()
+
+    def prepare(self, coefficients: Coefficients) -> dict[str, Tensor]:
+        """What :meth:`apply` needs of the coefficients and what is worth keeping while they do not change."""
+        return dict(coefficients)
+
+    @abstractmethod
+    def apply(self, x: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
+        """``ΔW x`` in token order (19), a coefficient set for each row of a batch.
+
+        Args:
+            x: ``[rows, tokens, in]``.
+            prepared: from :meth:`prepare`, each tensor with a leading dimension ``rows``, or 1 for all rows alike.
+
+        Returns:
+            ``[rows, tokens, out]``.
+        """
+
+    # --- cost ---
+
+    def token_cost(self, tokens: int, *, training: bool) -> float:
+        """Multiply-adds of math (19) above the base layer for one forward (and backward) pass."""
+        return (2 if training else 1) * tokens * self.rank * (self.in_features + self.out_features)
+
+    def weight_cost(self, tokens: int, *, training: bool, fused: bool) -> float:
+        """Multiply-adds of math (20) above the base layer for one forward (and backward) pass.
+
+        ``fused`` says that ``W0 + ΔW`` is one matrix, so that only the gradient of ΔW costs a product of T·in·out.
+        """
+        area = self.out_features * self.in_features
+        build = (1 + self.method.trained_factors) * self.rank * area if training else 0
+        products = (0 if fused else 1) + ((1 if fused else 2) if training else 0)
+        return build + products * tokens * area
+
+    def pair_cost(self, tokens: int) -> float:
+        """Multiply-adds of math (20) in training, fused, with the gradient of the factors taken from the tokens."""
+        sides = self.in_features + self.out_features
+        area = self.out_features * self.in_features
+        return self.rank * area + self.method.trained_factors * tokens * self.rank * sides
+
+    # --- equality and copies ---
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Bound):
+            return NotImplemented
+        there = cast("Bound[Any]", other)
+        return bool(self.method == there.method) and self.site == there.site
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Bound[M]":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.method.bind, (self.site,)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """``ΔW`` of one matrix.
+
+    Attributes:
+        bound: the method there.
+        coefficients: its coefficients, without batch dimensions.
+    """
+
+    bound: Bound[Any]
+    coefficients: Coefficients
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``ΔW x`` by the factors, math (19), at the price of :meth:`Bound.token_cost`.
+
+        Args:
+            x: ``[..., in]``.
+
+        Returns:
+            ``[..., out]``.
+        """
+        prepared = self.bound.prepare({name: value.unsqueeze(0) for name, value in self.coefficients.items()})
+        h = self.bound.apply(x.reshape(1, -1, x.shape[-1]), prepared)
+        return h.view(*x.shape[:-1], self.bound.out_features)
+
+    def matrix(self) -> Tensor:
+        """``ΔW`` itself, ``[out, in]``, math (20)."""
+        return self.bound.matrix(self.coefficients)
+
+    def factors(self) -> Factors:
+        """``B`` and ``A`` with ``ΔW = B A``."""
+        return self.bound.factors(self.coefficients)
+
+    def double(self) -> "Delta":
+        """The same in float64, for whatever measures it."""
+        return Delta(self.bound, {name: values.double() for name, values in self.coefficients.items()})
+
+
+def _stored(method: "Method", stream: int, count: int, rows: int, cols: int) -> Stored:
+    slab = Slab(Basis(method.seed, stream, parse_law(method.law)), count, rows, cols)
+    return hold(slab, choose_storage(slab, method.basis_storage, shared=method.shares_basis))
+
+
+def matmul_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """``x[r] @ weight[r]ᵀ`` for each row; one weight for all rows is one plain product.
+
+    Args:
+        x: ``[rows, tokens, in]``.
+        weight: ``[rows or 1, out, in]``.
+    """
+    if weight.shape[0] == 1:
+        return torch.nn.functional.linear(x, weight.squeeze(0))
+    return torch.bmm(x, weight.transpose(1, 2))

@@ -1,0 +1,263 @@
+"""`put` against the road through a directory: the same model bit for bit, no file; a refusal changes nothing."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+from tuner_cases import (
+    CASES,
+    ONE_EACH,
+    OPTIONS,
+    Case,
+    add_adapter,
+    fill,
+    make_config,
+    outputs,
+    seeded,
+    snapshot,
+    tiny_llama,
+    token_batch,
+)
+
+import randbasis
+from randbasis.adapter_file import PackedAdapter, read
+from randbasis.adapters.packed import pack_adapter, write_adapter_dir
+from randbasis.adapters.putting import put
+from randbasis.errors import AdapterFilesError, BaseMismatchError, MeaningError, RandbasisError
+
+PACKAGE = str(Path(randbasis.__file__).parent)
+#: Of `load_packed` through a folder, with one layer, before `put` was there.
+CALLS_BEFORE = 666
+
+
+def packed(case: Case, folder: Path, bits: int = 32, **options: Any) -> PackedAdapter:
+    case.adapted(**options).save_pretrained(folder / "source")
+    pack_adapter(folder / "source", folder / "file", bits=bits)
+    return read(folder / "file")
+
+
+def through_a_folder(model: Any, adapter: PackedAdapter, folder: Path, name: str = "default") -> PeftModel:
+    write_adapter_dir(adapter, folder, where="test")
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), name)
+        return model
+    return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+
+
+def state(model: PeftModel) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def options_of(model: PeftModel, name: str = "default") -> dict[str, Any]:
+    found = model.peft_config[name].to_dict()
+    found["modules_to_save"] = {*(found["modules_to_save"] or ())}  # PEFT adds to the list each time that it sees it
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in found.items()}
+
+
+def assert_same(mine: PeftModel, theirs: PeftModel, name: str = "default") -> None:
+    one, two = state(mine), state(theirs)
+    assert list(one) == list(two)
+    assert all(torch.equal(one[key], two[key]) and one[key].dtype == two[key].dtype for key in one)
+    assert options_of(mine, name) == options_of(theirs, name)
+    assert type(mine) is type(theirs)
+    assert mine.active_adapters == theirs.active_adapters
+    for (key, p), (_, q) in zip(mine.named_parameters(), theirs.named_parameters(), strict=True):
+        assert p.requires_grad == q.requires_grad, key
+    assert [module.training for module in mine.modules()] == [module.training for module in theirs.modules()]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_as_through_a_directory(case: Case, tmp_path: Path):
+    adapter = packed(case, tmp_path)
+    mine, theirs = put(case.base(), adapter), through_a_folder(case.base(), adapter, tmp_path / "folder")
+    assert_same(mine, theirs)
+    assert torch.equal(outputs(mine, case.batch()), outputs(theirs, case.batch()))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])
+@pytest.mark.parametrize("method", OPTIONS)
+def test_few_bits_as_through_a_directory(method: str, bits: int, tmp_path: Path):
+    case = Case("linear", method)
+    adapter = packed(case, tmp_path, bits)
+    assert_same(put(case.base(), adapter), through_a_folder(case.base(), adapter, tmp_path / "folder"))
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_beside_another_adapter_as_through_a_directory(method: str, tmp_path: Path):
+    adapter = packed(Case("linear", method), tmp_path)
+    other = Case("linear", "nola")
+    mine = put(other.adapted(), adapter, "second")
+    assert_same(mine, through_a_folder(other.adapted(), adapter, tmp_path / "folder", "second"), "second")
+    mine.set_adapter("second")
+    assert torch.equal(outputs(mine, other.batch()), outputs(put(other.base(), adapter), other.batch()))
+
+
+def classifier(labels: int = 3) -> BertForSequenceClassification:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return BertForSequenceClassification(BertConfig(**sizes, vocab_size=64, num_labels=labels))
+
+
+def with_head(method: str, folder: Path, **options: Any) -> PackedAdapter:
+    """Of a classifier with a trained head, and biases where they are asked for."""
+    config = make_config(method, ["query"], task_type="SEQ_CLS", modules_to_save=["classifier"], **options)
+    model = get_peft_model(seeded(classifier), config)
+    fill(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "randbasis_" not in name:
+                parameter.add_(1.0)
+    model.save_pretrained(folder / "source")
+    pack_adapter(folder / "source", folder / "file", bits=32)
+    return read(folder / "file")
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("method", ONE_EACH)
+def test_heads_and_biases_as_through_a_directory(method: str, bias: str, tmp_path: Path):
+    adapter = with_head(method, tmp_path, bias=bias)
+    assert adapter.extra
+    mine = put(seeded(classifier), adapter)
+    assert_same(mine, through_a_folder(seeded(classifier), adapter, tmp_path / "folder"))
+    assert type(mine).__name__ == "PeftModelForSequenceClassification"
+
+
+def test_over_an_adapter_that_is_there(tmp_path: Path):
+    """Its values are replaced where they mean the same, and refused where they do not."""
+    case = Case("linear", "nola")
+    adapter = packed(case, tmp_path)
+    model = case.adapted(fill_seed=5)
+    put(model, adapter)
+    assert torch.equal(outputs(model, case.batch()), outputs(put(case.base(), adapter), case.batch()))
+    for other in (case.adapted(seed=12), case.adapted(quantize_coefficients=4)):
+        before = snapshot(other)
+        with pytest.raises(MeaningError):
+            put(other, adapter)
+        assert snapshot(other) == before
+
+
+def test_to_be_trained_further(tmp_path: Path):
+    case = Case("linear", "vera")
+    adapter = packed(case, tmp_path)
+    model = put(case.base().train(), adapter, is_trainable=True)
+    assert model.training
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "randbasis_" in name}
+    half = put(case.base().bfloat16(), adapter, autocast_adapter_dtype=False)
+    assert {p.dtype for name, p in half.named_parameters() if "randbasis_" in name} == {torch.bfloat16}
+
+
+# --- without the disk ---
+
+
+@pytest.fixture
+def opened_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was opened since the list was last cleared."""
+    found: list[str] = []
+    watching = [True]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event in ("open", "os.mkdir", "os.rename", "tempfile.mkdtemp", "tempfile.mkstemp"):
+            found.append(f"{event} {arguments[0]}")
+
+    sys.addaudithook(watch)
+    yield found
+    watching.clear()  # a hook stays for the life of the process
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_no_file_is_touched(method: str, tmp_path: Path, opened_files: list[str]):
+    case = Case("linear", method)
+    adapter, base = packed(case, tmp_path), case.base()
+    put(case.base(), adapter)  # what is imported late is imported now
+    opened_files.clear()
+    put(base, adapter)
+    assert opened_files == []
+    (tmp_path / "seen").write_text("")
+    assert opened_files == [f"open {tmp_path / 'seen'}"]
+
+
+def test_no_file_is_touched_with_a_head(tmp_path: Path, opened_files: list[str]):
+    adapter, base = with_head("nola", tmp_path), seeded(classifier)
+    put(seeded(classifier), adapter)
+    opened_files.clear()
+    put(base, adapter)
+    assert opened_files == []
+
+
+def calls(run: Callable[[], Any]) -> int:
+    """Python calls into the package."""
+    found = 0
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        nonlocal found
+        found += event == "call" and frame.f_code.co_filename.startswith(PACKAGE + os.sep)
+
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def one_layer() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 64))
+
+
+@pytest.mark.parametrize("method", ONE_EACH)
+def test_fewer_than_half_of_the_calls(method: str, tmp_path: Path):
+    get_peft_model(one_layer(), make_config(method, ["0"])).save_pretrained(tmp_path / "source")
+    pack_adapter(tmp_path / "source", tmp_path / "file")
+    adapter = read(tmp_path / "file")
+    put(one_layer(), adapter)
+    base = one_layer()
+    assert calls(lambda: put(base, adapter)) < CALLS_BEFORE / 2
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize("method", ONE_EACH)
+def test_a_refusal_leaves_the_model_as_it_was(method: str, tmp_path: Path):
+    adapter = packed(Case("linear", method), tmp_path)
+    wide = seeded(tiny_llama, intermediate_size=56)
+    deep = seeded(tiny_llama, num_hidden_layers=3)  # its options pick a layer that it has no coefficients for
+    for base, error in ((wide, BaseMismatchError), (Case("conv1d", "nola").base(), BaseMismatchError),
+                        (deep, AdapterFilesError)):  # fmt: skip
+        before = snapshot(base)
+        with pytest.raises(error):
+            put(base, adapter)
+        assert snapshot(base) == before
+    model = get_peft_model(deep, make_config("nola", ["q_proj"]))
+    add_adapter(model, "second", make_config("vera", ["q_proj"]), 2)
+    before, expected = snapshot(model), outputs(model, token_batch())
+    with pytest.raises(AdapterFilesError, match=r"model\.layers\.2"):
+        put(model, adapter, "third")
+    assert snapshot(model) == before
+    assert set(model.peft_config) == {"default", "second"}
+    assert torch.equal(outputs(model, token_batch()), expected)
+
+
+def test_a_name_that_no_adapter_can_have_is_refused(tmp_path: Path):
+    case = Case("linear", "nola")
+    adapter, base = packed(case, tmp_path), case.base()
+    before = snapshot(base)
+    with pytest.raises(RandbasisError, match="no dot"):
+        put(base, adapter, "a.b")
+    assert snapshot(base) == before
+
+
+def test_a_head_of_another_size_is_refused(tmp_path: Path):
+    adapter = with_head("nola", tmp_path)
+    base = seeded(classifier, 5)
+    before = snapshot(base)
+    with pytest.raises(BaseMismatchError, match=r"'classifier.bias' of shape \[3\].*got shape \[5\]"):
+        put(base, adapter)
+    assert snapshot(base) == before
