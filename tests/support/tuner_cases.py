@@ -316,7 +316,8 @@ def pair_works() -> bool:
     return True
 
 
-def needs_pair(test):
-    """Skip a test of transformers' own adapter methods where the installed PEFT is too old for them."""
-    reason = f"transformers {transformers.__version__} wants PEFT >= {MIN_PEFT_VERSION}, here is {peft.__version__}"
-    return pytest.mark.skipif(not pair_works(), reason=reason)(test)
+needs_pair = pytest.mark.skipif(
+    not pair_works(),
+    reason=f"transformers {transformers.__version__} wants PEFT >= {MIN_PEFT_VERSION}, here is {peft.__version__}",
+)
+"""For tests of transformers' own adapter methods, which refuse a PEFT that is too old for them."""

@@ -14,7 +14,9 @@ from tuner_cases import (
     coefficients_of,
     fill,
     make_config,
+    needs_pair,
     outputs,
+    pair_works,
     seeded,
     snapshot,
     tiny_gpt2,
@@ -54,7 +56,7 @@ def pair(family: str, method: str, names: tuple[str, str], *, native: bool) -> A
     return model.eval()
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["peft", "transformers"])
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_pair)], ids=["peft", "transformers"])
 @pytest.mark.parametrize("method", ONE_EACH)
 @pytest.mark.parametrize(("family", "name"), NAMED)
 def test_nothing_is_lost(family, name, method, native, tmp_path):
@@ -74,9 +76,10 @@ def test_nothing_is_lost(family, name, method, native, tmp_path):
             for loaded in (name, "second"):
                 again.set_adapter(loaded)
                 assert torch.equal(outputs(again.eval(), token_batch()), expected)
-            through = seeded(build)
-            through.load_adapter(str(folder), adapter_name=name)
-            assert torch.equal(outputs(through.eval(), token_batch()), expected)
+            if pair_works():
+                through = seeded(build)
+                through.load_adapter(str(folder), adapter_name=name)
+                assert torch.equal(outputs(through.eval(), token_batch()), expected)
 
 
 @pytest.mark.parametrize("bias", ["all", "randbasis_only"])
@@ -126,8 +129,9 @@ def test_names_that_no_module_can_have(name, message, method):
     config = make_config(method, ["q_proj"])
     base = seeded(tiny_llama)
     before = snapshot(base)
-    with pytest.raises(AdapterNameError, match=message):
-        base.add_adapter(config, name)
+    if pair_works():
+        with pytest.raises(AdapterNameError, match=message):
+            base.add_adapter(config, name)
     with pytest.raises(AdapterNameError, match=message):
         get_peft_model(base, config, adapter_name=name)
     assert snapshot(base) == before

@@ -138,6 +138,7 @@ def test_the_trainer_resumes_no_other_adapter(method, tmp_path):
     trainer(42).train(resume_from_checkpoint=checkpoint)
 
 
+@needs_pair
 @pytest.mark.parametrize("case", [one for one in PLACED if "in_proj" not in one.id])
 def test_the_loader_of_transformers(case, tmp_path):
     """Its configuration says one seed and its tensors another: the model is as it was, without the adapter."""
@@ -151,6 +152,7 @@ def test_the_loader_of_transformers(case, tmp_path):
     refused(model, lambda: model.load_adapter(str(tmp_path), "second"))
 
 
+@needs_pair
 @pytest.mark.parametrize("method", ONE_EACH)
 def test_auto_classes(method, tmp_path):
     base = seeded(tiny_llama)
@@ -419,6 +421,7 @@ def test_a_tensor_that_says_nothing_is_refused(method, tmp_path):
         assert snapshot(base) == before
 
 
+@needs_pair
 @pytest.mark.parametrize("method", ONE_EACH)
 def test_the_loader_of_transformers_takes_no_half_of_an_adapter(method, tmp_path):
     """A tensor that is missing was a line in a log; one too many too."""

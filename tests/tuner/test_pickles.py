@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
-from tuner_cases import ONE_EACH, Case, outputs, seeded, snapshot, tiny_llama
+from tuner_cases import ONE_EACH, Case, outputs, pair_works, seeded, snapshot, tiny_llama
 
 from randbasis.adapters.inspection import inspect_adapter
 from randbasis.adapters.merging import merge_adapter
@@ -92,10 +92,11 @@ def test_one_beside_the_tensors_is_left_alone(case, tmp_path):
     torch.save({"x": Bomb(tmp_path / "mark")}, tmp_path / PICKLE)
     again = PeftModel.from_pretrained(case.base(), tmp_path).eval()
     assert torch.equal(outputs(again, case.batch()), outputs(model, case.batch()))
-    native = case.base()
-    refused(native, lambda: native.load_adapter(str(tmp_path), use_safetensors=False))
-    native.load_adapter(str(tmp_path))
-    assert torch.equal(outputs(native.eval(), case.batch()), outputs(model, case.batch()))
+    if pair_works():
+        native = case.base()
+        refused(native, lambda: native.load_adapter(str(tmp_path), use_safetensors=False))
+        native.load_adapter(str(tmp_path))
+        assert torch.equal(outputs(native.eval(), case.batch()), outputs(model, case.batch()))
     assert not (tmp_path / "mark").exists()
 
 
