@@ -44,6 +44,8 @@ from randbasis.train import (
     predict,
     train,
 )
+from randbasis.train.evaluation import write_lines
+from randbasis.train.tabular import read_table
 from randbasis.train.trainer import last_checkpoint
 
 LORA = AdapterSettings(method="lora", rank=2)
@@ -344,6 +346,17 @@ def test_what_cannot_be_run_leaves_no_trace(
     with pytest.raises(error, match=message):
         train(settings)
     assert not Path(sentences_run.output).exists()
+
+
+def test_numbers_are_not_smoothed(sentences_run: TrainSettings, sentences_csv: str, tmp_path: Path):
+    rows = [{**row, "label": str(0.25 * i)} for i, row in enumerate(read_table(sentences_csv).rows)]
+    numbers = tmp_path / "numbers.jsonl"
+    write_lines(rows, numbers)
+    data = replace(sentences_run.data, train=numbers, eval=None)
+    settings = replace(sentences_run, data=data, loop=replace(sentences_run.loop, label_smoothing=0.1))
+    with pytest.raises(SettingError, match=r"label_smoothing 0\.1 has no meaning here"):
+        train(settings)
+    assert not Path(settings.output).exists()
 
 
 def test_an_unseen_label_is_named(sentences_run: TrainSettings, tmp_path: Path):
