@@ -192,6 +192,11 @@ class _FusedPairs(torch.autograd.Function):
 
 def _summed(weight: Tensor, starts: Sequence[int], factors: Sequence[Tensor]) -> Tensor:
     """``W0 + Σ Bₚ Aₚ`` in the layout of the weight, each pair in the rows from its start."""
+    if len(starts) == 1 and factors[0].shape[0] == weight.shape[0]:
+        up, down = factors
+        if weight.is_contiguous():
+            return torch.addmm(weight, up, down)
+        return torch.addmm(weight.T, down.T, up.T).T
     if not weight.is_contiguous() and weight.T.is_contiguous():
         total = weight.T.clone()
         for start, up, down in zip(starts, factors[::2], factors[1::2], strict=True):

@@ -266,9 +266,10 @@ def test_command_as_json_and_plot(tmp_path: Path):
 def test_command_shows_a_table(tmp_path: Path):
     adapted(gpt2(), CONFIGS["vera"], tmp_path / "adapter")
     edit_config(tmp_path / "adapter", base_model_name_or_path=saved(gpt2(), tmp_path / "base"))
-    result = CliRunner(env={"COLUMNS": "150"}).invoke(app, ["inspect", str(tmp_path / "adapter")])
+    result = CliRunner(env={"COLUMNS": "60"}).invoke(app, ["inspect", str(tmp_path / "adapter")])
     assert result.exit_code == 0, result.stderr
     assert "transformer.h.1.attn.c_attn[0:10]" in result.stdout
+    assert "…" not in result.stdout
     assert "seed 0" in result.stdout
 
 

@@ -244,8 +244,8 @@ def test_command_shows_a_table_with_lora_beside_it(folders: dict[str, Path]):
     words = ["plan", str(folders["gpt2-medium"]), "--basis", "500", "--targets", QV_SLICES]
     result = CliRunner(env={"COLUMNS": "120"}).invoke(app, words)
     assert result.exit_code == 0
-    assert {"h.*.attn.c_attn", "48,000", "98,304"} <= set(
-        result.stdout.replace("transformer.", "").replace("[q]", "").split()
+    assert {"transformer.h.*.attn.c_attn[q]", "transformer.h.*.attn.c_attn[v]", "48,000", "98,304"} <= set(
+        result.stdout.split()
     )
 
 

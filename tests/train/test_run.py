@@ -34,8 +34,9 @@ from randbasis.errors import (
     UnknownMethodError,
 )
 from randbasis.train import AdapterSettings, DataSettings, LoopSettings, TextClassification, TrainSettings, train
+from randbasis.train.tabular import read_table
 from randbasis.train.trainer import last_checkpoint
-from randbasis.use import UseSettings, evaluate, predict
+from randbasis.use import UseSettings, evaluate, predict, write_lines
 
 LORA = AdapterSettings(method="lora", rank=2)
 NOLA = AdapterSettings(method="nola", rank=2, basis=8, seed=5)
@@ -335,6 +336,17 @@ def test_what_cannot_be_run_leaves_no_trace(
     with pytest.raises(error, match=message):
         train(settings)
     assert not Path(sentences_run.output).exists()
+
+
+def test_numbers_are_not_smoothed(sentences_run: TrainSettings, sentences_csv: str, tmp_path: Path):
+    rows = [{**row, "label": str(0.25 * i)} for i, row in enumerate(read_table(sentences_csv).rows)]
+    numbers = tmp_path / "numbers.jsonl"
+    write_lines(rows, numbers)
+    data = replace(sentences_run.data, train=numbers, eval=None)
+    settings = replace(sentences_run, data=data, loop=replace(sentences_run.loop, label_smoothing=0.1))
+    with pytest.raises(SettingError, match=r"label_smoothing 0\.1 has no meaning here"):
+        train(settings)
+    assert not Path(settings.output).exists()
 
 
 def test_an_unseen_label_is_named(sentences_run: TrainSettings, tmp_path: Path):

@@ -49,6 +49,13 @@ def test_names_that_match_are_not_mentioned(targets, recwarn):
     assert not said(recwarn)
 
 
+def test_layers_that_all_linear_excludes_are_not_mentioned(recwarn):
+    config = make_config("nola", "all-linear", exclude_modules=["up_proj"])
+    model = get_peft_model(seeded(tiny_llama), config)
+    assert not said(recwarn)
+    assert not any(name.endswith("up_proj") for name in model.peft_config["default"].target_modules)
+
+
 def test_usual_names_that_a_model_lacks_are_left_out_without_a_word(recwarn, tmp_path):
     base = seeded(tiny_llama)
     for layer in base.model.layers:

@@ -7,6 +7,7 @@ carries one JSON document and nothing else; progress and messages go to the erro
 import json
 import math
 import os
+import sys
 import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from typer import Option
 
@@ -59,7 +61,7 @@ def answer(document: dict[str, Any], as_json: bool) -> None:
         if isinstance(value, dict):
             value = ", ".join(f"{key} {_shown(item)}" for key, item in cast(dict[str, Any], value).items())
         table.add_row(name.replace("_", " "), _shown(value))
-    Console(soft_wrap=True).print(table)
+    _print(table)
 
 
 def answer_table(document: dict[str, Any], table: Table, as_json: bool) -> None:
@@ -67,7 +69,18 @@ def answer_table(document: dict[str, Any], table: Table, as_json: bool) -> None:
     if as_json:
         answer(document, as_json)
     else:
-        Console().print(table)
+        _print(table)
+
+
+def _print(table: Table) -> None:
+    """Nothing is lost: what does not fit a window is folded, and in a pipe or a file lines are as long as they are."""
+    console = Console(markup=False)  # which would take the brackets of c_attn[q] for a style
+    for column in table.columns:
+        column.overflow = "fold"
+    if not console.is_terminal:
+        unbounded = console.options.update(max_width=sys.maxsize)
+        console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
+    console.print(table)
 
 
 def _shown(value: Any) -> str:

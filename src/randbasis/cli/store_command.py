@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from typer import Argument, Option
@@ -102,7 +101,7 @@ def list_(
             method_class(method)
         with AdapterStore(store, create=False, timeout=timeout) as opened:
             page = opened.list(tag=tag, base=base, method=method, after=after, limit=limit)
-        caption = None if page.next is None else escape(f"there are more: --after {page.next}")
+        caption = None if page.next is None else f"there are more: --after {page.next}"
         answer_table(page.as_json(), _table(page.records, caption), as_json)
 
 
@@ -247,6 +246,6 @@ def _table(records: "Iterable[Record]", caption: str | None = None) -> Table:
         table.add_column(column, justify="right" if column in ("version", "bytes") else "left")
     for one in records:
         created = f"{one.created_at:%Y-%m-%d %H:%M:%S}"
-        name, tags = escape(one.name), escape(", ".join(one.tags))
-        table.add_row(name, str(one.version), one.method, f"{one.bytes:,}", created, tags, one.digest[:12])
+        row = (one.name, str(one.version), one.method, f"{one.bytes:,}", created, ", ".join(one.tags), one.digest[:12])
+        table.add_row(*row)
     return table

@@ -10,7 +10,7 @@ from torch import Tensor
 from randbasis.errors import HyperparameterError
 from randbasis.methods.bound import Bound, Coefficients, Factors, Site, matmul_rows
 from randbasis.methods.method import Method, check_finite, check_positive
-from randbasis.ops import combine, scaled_entries
+from randbasis.ops import scaled_entries, weighted_sum
 
 Parametrization = Literal["offset", "plain"]
 
@@ -106,12 +106,11 @@ class BoundNola(Bound[Nola]):
 
     def factors(self, coefficients: Coefficients) -> Factors:
         """``B · alpha / r`` of ``[..., out, r]`` and ``A`` of ``[..., r, in]``, math (6)-(8)."""
-        a, b, *offset = self.bases
-        down = combine(coefficients["nola_a"] * self._scale_a, a)
-        up = combine(coefficients["nola_b"] * self._scale_b, b).transpose(-1, -2)
-        for one in offset:
-            down = down + scaled_entries(one, self._scale_offset, down)
-        return Factors(up, down)
+        a, b, *rest = self.bases
+        of_a = coefficients["nola_a"]
+        offset = scaled_entries(rest[0], self._scale_offset, of_a) if rest else None
+        down = weighted_sum(of_a, a, self._scale_a, offset)
+        return Factors(weighted_sum(coefficients["nola_b"], b, self._scale_b).transpose(-1, -2), down)
 
     def prepare(self, coefficients: Coefficients) -> dict[str, Tensor]:
         """The factors themselves: rank r, cheap to keep and to gather by row."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from randbasis.methods.bound import Bound, Coefficients, Factors, Site, matmul_rows
 from randbasis.methods.method import Method, check_positive
-from randbasis.ops import combine
+from randbasis.ops import weighted_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class BoundPranc(Bound[Pranc]):
 
     def matrix(self, coefficients: Coefficients) -> Tensor:
         """``ΔW``, math (18)."""
-        return combine(coefficients["pranc_a"] * self._scale, *self.bases)
+        return weighted_sum(coefficients["pranc_a"], *self.bases, self._scale)
 
     def prepare(self, coefficients: Coefficients) -> dict[str, Tensor]:
         """ΔW itself."""

@@ -47,6 +47,7 @@ __all__ = [
     "scaled_entries",
     "traced",
     "transformed",
+    "weighted_sum",
 ]
 
 
@@ -178,6 +179,32 @@ def combine(coefficients: Tensor, stored: Stored) -> Tensor:
     else:
         out = _product(flat, _name(slab), slab.basis.law.name, False, True, stored.storage)
     return out.view(*coefficients.shape[:-1], slab.rows, slab.cols)
+
+
+def weighted_sum(coefficients: Tensor, stored: Stored, factor: float, offset: Tensor | None = None) -> Tensor:
+    """``factor · Σᵢ c[n, i] · entries[i] + offset``: :func:`combine` with its real factor, in one call where that does.
+
+    Args:
+        coefficients: ``[..., count]``.
+        stored: the basis matrices, and how they are kept.
+        factor: real factor of the sum.
+        offset: ``[rows, cols]``.
+
+    Returns:
+        ``[..., rows, cols]`` in the dtype of the coefficients.
+
+    Raises:
+        BasisShapeError: the coefficients do not end in ``count``.
+    """
+    slab = stored.slab
+    plain = stored.plain(coefficients) if coefficients.dim() == 1 and coefficients.shape[0] == slab.count else None
+    if plain is None:
+        total = combine(coefficients * factor, stored)
+        return total if offset is None else total + offset
+    columns = plain.view(slab.count, -1).T
+    # Without an offset the first argument is not read.
+    start, beta = (coefficients.new_empty(()), 0) if offset is None else (offset.view(-1), 1)
+    return torch.addmv(start, columns, coefficients, beta=beta, alpha=factor).view(slab.rows, slab.cols)
 
 
 def project(x: Tensor, stored: Stored, *, transpose: bool = False) -> Tensor:

@@ -63,7 +63,7 @@ class TextClassification(Task):
         """The task as the training rows imply it.
 
         Raises:
-            SettingError: no column of texts or labels was named.
+            SettingError: no column of texts or labels was named, or numbers were to be smoothed.
             LabelError: fewer than two classes, or a label that is not a number in a regression.
         """
         data = settings.data
@@ -73,6 +73,11 @@ class TextClassification(Task):
             )
         columns = {"text": data.text_column, "text_pair": data.text_pair_column, "label": data.label_column}
         labels = classes_of(table.column(data.label_column), data, table.source, settings.loop.metric)
+        if labels is None and settings.loop.label_smoothing:
+            raise SettingError(
+                f"label_smoothing {settings.loop.label_smoothing} has no meaning here: the labels of {table.source} "
+                "are numbers to be predicted, and it needs classes; leave it out, or say label_kind class"
+            )
         config = read_config(settings.model)
         tokenizer = read_tokenizer(settings.model)
         longest = min(allowed_length(tokenizer, config), settings.max_length or DEFAULT_MAX_LENGTH)

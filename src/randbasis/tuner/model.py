@@ -115,7 +115,7 @@ class RandbasisModel(BaseTuner):
             config.stored.check(matched)
         self._checked = {key: self._check_target(config, key, modules[key]) for key in matched}
         check_reached(model, matched)
-        if self._usual_names:
+        if self._usual_names or all_linear:  # PEFT's names and not the user's, who may have excluded some
             config.target_modules = {name for name in config.target_modules or () if names_any(name, matched)}
         warn_of_gaps(model, config, matched, all_linear=all_linear)
 
