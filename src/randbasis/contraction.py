@@ -28,6 +28,11 @@ WORK_OF_A_NUMBER = 4 * WORK_OF_A_BYTE
 """The same for one number of float32. A sum W0 + B A of a smaller rank is formed again rather than kept."""
 
 
+SMALL_WORK = 1 << 21
+"""Multiply-adds of a product below which a backward pass of our own costs more than it saves: a call of a Function of
+torch written in Python, forward and back, takes the time of about as many (20 µs at 100 G/s)."""
+
+
 def check_order(name: str) -> OrderChoice:
     """The order of that name.
 
@@ -117,7 +122,7 @@ def fused_weight_order(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Te
     Raises:
         DifferentiationError: in the backward pass, when a graph of it is wanted.
     """
-    if recorded():
+    if x.numel() * weight.shape[0] <= SMALL_WORK or recorded():
         return functional.linear(x, weight + delta, bias)
     return cast("Tensor", _FusedSum.apply(x, weight, bias, delta))  # pyright: ignore[reportUnknownMemberType]
 
@@ -229,6 +234,8 @@ def fused_pair_order(
     Raises:
         DifferentiationError: in the backward pass, when a graph of it is wanted.
     """
+    if len(pairs) == 1 and pairs[0][1].shape[0] == weight.shape[0] and x.numel() * weight.shape[0] <= SMALL_WORK:
+        return functional.linear(x, torch.addmm(weight, *pairs[0][1:]), bias)
     if recorded():
         return functional.linear(x, _plain_sum(weight, pairs), bias)
     starts, factors = list[int](), list[Tensor]()

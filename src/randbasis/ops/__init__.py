@@ -367,6 +367,10 @@ TILE_OF_SANDWICH = 1 << 20
 """Entries of B, and about as many of ``Λ A Γ``, that exist in floating point at one time on the CPU."""
 
 
+SMALL_SANDWICH = 1 << 14
+"""Entries of ``Λ A Γ`` up to which a graph over them costs less than a call of a Function of our own."""
+
+
 def _rows(diagonal: Tensor, tile: Tile) -> Tensor:
     return diagonal[tile.index : tile.index + tile.count, tile.row : tile.row + tile.rows]
 
@@ -466,6 +470,8 @@ def sandwich(diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored) -> 
         ``[b.cols, a.cols]`` of entries combined, without the real factors.
     """
     if a.plain(diagonal) is not None and b.plain(diagonal) is not None and not traced():
+        if diagonal.numel() * a.slab.cols <= SMALL_SANDWICH:
+            return _plain_sandwich(diagonal, columns, a, b)
         return cast("Tensor", _Sandwich.apply(diagonal, columns, a, b))  # pyright: ignore[reportUnknownMemberType]
     if transformed():
         return _plain_sandwich(diagonal, columns, a, b)

@@ -14,7 +14,7 @@ from torch import Tensor
 from randbasis.errors import StorageError, near
 from randbasis.ops import backends
 from randbasis.ops.reference import Slab, Tile
-from randbasis.ops.transforms import outside, transformed
+from randbasis.ops.transforms import FORWARD, FUNCTORCH, outside
 
 BasisStorage = Literal["auto", "packed", "dense", "recompute"]
 """``packed``: raw words (1 bit an entry for the sign law); ``dense``: floating point; ``recompute``: nothing."""
@@ -100,7 +100,8 @@ class Stored:
             self.storage != "dense"
             or torch.compiler.is_compiling()
             or torch.is_autocast_enabled(like.device.type)
-            or transformed()
+            or FORWARD._current_level >= 0  # these two are `transformed()`, asked a few times in each pass of a layer
+            or FUNCTORCH.peek_interpreter_stack() is not None
         ):
             return None
         kept = self._tensors.get((like.device, like.dtype))

@@ -22,7 +22,8 @@ from randbasis.errors import DifferentiationError
 _C = cast("Any", torch)._C
 _no_modes = cast("Any", _disable_current_modes)
 _no_transforms = cast("Any", temporarily_clear_interpreter_stack)
-_forward = cast("Any", forward_ad)
+FORWARD = cast("Any", forward_ad)
+FUNCTORCH = _C._functorch
 
 
 def transformed() -> bool:
@@ -32,7 +33,7 @@ def transformed() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return _forward._current_level >= 0 or _C._functorch.peek_interpreter_stack() is not None
+    return FORWARD._current_level >= 0 or FUNCTORCH.peek_interpreter_stack() is not None
 
 
 def traced() -> bool:
@@ -44,7 +45,7 @@ def recorded() -> bool:
     """Whether :func:`transformed` or :func:`traced`, so that only operations of torch will be seen."""
     if torch.compiler.is_compiling():
         return False
-    level, stack = _forward._current_level, _C._functorch.peek_interpreter_stack()
+    level, stack = FORWARD._current_level, FUNCTORCH.peek_interpreter_stack()
     return level >= 0 or stack is not None or _C._get_tracing_state() is not None
 
 

@@ -119,15 +119,15 @@ class RandbasisLinear(MergeableLayer):
         inside = vars(base)
         if inside["_modules"]:
             return None
-        grad, kind = torch.is_grad_enabled(), x.device.type
+        grad, device = torch.is_grad_enabled(), x.device
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         found: list[Any] = [
-            *(x.numel(), x.dtype, x.device, x.dim() == 3 and x.shape[1] == 1, self.rows_first, self.training, grad),
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
-            *(type(base), type(base).forward, "forward" in inside, "_hf_hook" in inside),
+            *(x.numel(), x.dtype, device, x.dim() == 3 and x.shape[1] == 1, self.rows_first, self.training, grad),
+            *(autocast, type(base), type(base).forward, "forward" in inside, "_hf_hook" in inside),
             *map(bool, map(inside.__getitem__, _HOOKS)),
         ]
-        for name, parameter in inside["_parameters"].items():
-            found.append((name, None if parameter is None else (parameter.dtype, parameter.requires_grad)))
+        for parameter in inside["_parameters"].values():
+            found += (None,) if parameter is None else (parameter.dtype, parameter.requires_grad)
         active = self._active_adapter
         for name in (active,) if isinstance(active, str) else active:
             found += name, self.options.get(name)
@@ -237,9 +237,9 @@ class RandbasisLinear(MergeableLayer):
 
     def _linear_parts(self) -> tuple[Tensor, Tensor | None]:
         """``W0`` as ``[out, in]`` and the bias of a plain base layer."""
-        base = self.get_base_layer()
-        weight = cast("Tensor", base.weight)
-        return weight.T if self.transposed else weight, cast("Tensor | None", base.bias)
+        parameters = cast("nn.Module", self._modules["base_layer"])._parameters
+        weight = cast("Tensor", parameters["weight"])
+        return weight.T if self.transposed else weight, parameters.get("bias")
 
     def _delta(self, adapter: str, parts: Sequence[AdaptedPart], *, decoding: bool) -> Tensor:
         return self._cached(adapter, parts, "delta", partial(self._full_delta, adapter, parts), decoding)
