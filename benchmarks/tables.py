@@ -116,7 +116,19 @@ def _verdict(target: Target, finding: Finding | None) -> list[str]:
 def tables(runs: Sequence[Run]) -> dict[str, Callable[[], str]]:
     """Name of a marker → what stands there."""
     families = [
-        *("step", "parts", "memory", "basis", "prefill", "decode", "expand", "switch", "growth", "memory growth"),
+        *(
+            "step",
+            "parts",
+            "memory",
+            "basis",
+            "prefill",
+            "decode",
+            "expand",
+            "switch",
+            "growth",
+            "memory growth",
+            "host",
+        ),
         *("gpu basis", "gpu expand", "gpu step", "gpu memory", "gpu project"),
         *dict.fromkeys(run.family for run in runs),
     ]

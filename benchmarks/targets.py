@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from benchmarks import host_time
 from benchmarks.adapters import FLOOR, Adapter
 from benchmarks.basis_rate import PACKED
 from benchmarks.gpu_expansion import GRAPH, OWN, REDRAWN
@@ -152,6 +153,11 @@ def _switching(run: Run) -> Iterator[tuple[str, Figure, int]]:
                 yield _ratio(run, f"{loaded}: {LOAD}", f"{name}: {SET}")
 
 
+def _host_time(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    if run.family == "host" and _present(run, host_time.LORA):
+        yield from (_ratio(run, side, host_time.LORA) for side in run.timings if side != host_time.LORA)
+
+
 def _generation(run: Run) -> Iterator[tuple[str, Figure, int]]:
     if run.family == "basis" and run.parameters["what"] == PACKED and "compiled" in run.timings:
         values = run.timings["compiled"].values
@@ -199,6 +205,7 @@ TARGETS = (
         _switching,
         at_least=True,
     ),
+    Target("host time of one small layer to that of PEFT LoRA", 1.6, _host_time),
     Target("packed signs generated", 10, _generation, at_least=True, unit="Gbit/s"),
     Target("GPU: expanding an adapter of LLaMA-2 7B, k = 128", 2, _gpu_expansion("LLaMA-2 7B"), unit="ms"),
     Target("GPU: expanding an adapter of LLaMA-2 70B, k = 512", 60, _gpu_expansion("LLaMA-2 70B"), unit="ms"),

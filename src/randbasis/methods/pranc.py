@@ -66,7 +66,8 @@ class BoundPranc(Bound[Pranc]):
 
     def matrix(self, coefficients: Coefficients) -> Tensor:
         """``ΔW``, math (18)."""
-        return weighted_sum(coefficients["pranc_a"], *self.bases, self._scale)
+        (basis,) = self.bases
+        return weighted_sum(coefficients["pranc_a"], basis, self._scale)
 
     def prepare(self, coefficients: Coefficients) -> dict[str, Tensor]:
         """ΔW itself."""
