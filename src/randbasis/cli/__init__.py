@@ -316,10 +316,8 @@ def merge(
     """Add an adapter to the weights of its base: a model that plain transformers loads."""
     with reported(as_json):
         from randbasis.adapters.merging import merge_adapter
-        from randbasis.train.adapter_folder import read_folder
 
-        labels = read_folder(adapter).task.get("labels")
-        merged = merge_adapter(model, adapter, output, dtype=dtype, overwrite=overwrite, labels=labels)
+        merged = merge_adapter(model, adapter, output, dtype=dtype, overwrite=overwrite)
         answer(merged.as_json(), as_json)
 
 

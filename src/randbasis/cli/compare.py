@@ -57,12 +57,10 @@ def average(
     """
     with reported(as_json):
         from randbasis.arithmetic import average_adapters
-        from randbasis.train.adapter_folder import task_of
 
         check_options(context, AVERAGE)
         shares = None if weights is None else _numbers(weights)
         options: dict[str, Any] = {"weights": shares, "heads": heads, "base_name": base_name, "model": base}
-        options["beside"] = task_of(adapters, "")
         done = average_adapters(adapters, output, **options, overwrite=overwrite, track=_progress())
         answer(done.as_json(), as_json)
 

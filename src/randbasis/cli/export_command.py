@@ -55,10 +55,8 @@ def export(
 
 def _merged(source: str, output: Path, base: str | None, dtype: str, *, overwrite: bool) -> dict[str, Any]:
     from randbasis.export import export_merged
-    from randbasis.train.adapter_folder import read_folder
 
-    labels = read_folder(source).task.get("labels") if Path(source).is_dir() else None
-    return export_merged(source, output, base=base, dtype=dtype, overwrite=overwrite, labels=labels).as_json()
+    return export_merged(source, output, base=base, dtype=dtype, overwrite=overwrite).as_json()
 
 
 def _summary(done: "LoraExport") -> dict[str, Any]:
