@@ -94,7 +94,7 @@ class AdapterFilesError(RandbasisError, ValueError):
     """An adapter directory is missing, incomplete, or was not written by this package."""
 
 
-class AdapterMissingError(RandbasisError, FileNotFoundError):
+class AdapterMissingError(AdapterFilesError, FileNotFoundError):
     """There is no adapter where one was to be read."""
 
 

@@ -21,7 +21,7 @@ KINDS = ("peft-lora", "merged", "gguf-lora")
 
 def export(
     context: typer.Context,
-    source: Annotated[str, Argument(help="Folder of an adapter, or packed file, by its path or URL.")],
+    source: Annotated[str, Argument(help="Adapter: folder, packed file, URL, or store:NAME@VERSION.")],
     output: Annotated[Path, Argument(help="Folder to write; with gguf-lora, file.")],
     to: Annotated[str, Option(help="peft-lora, merged or gguf-lora.")],
     base: Annotated[str | None, Option(help="Folder or hub name of the base; by default the one it names.")] = None,

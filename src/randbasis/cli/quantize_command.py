@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def quantize(
     context: typer.Context,
-    adapter: Annotated[str, Argument(help="Folder of an adapter, or a packed file.")],
+    adapter: Annotated[str, Argument(help="Folder, packed file, URL, or store:NAME@VERSION.")],
     output: Annotated[
         str | None, Argument(help="NAME.safetensors for a packed file, any other name for an adapter folder.")
     ] = None,
