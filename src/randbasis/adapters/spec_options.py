@@ -48,10 +48,6 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(options, default=sorted))
 
 
-def _is_of(method: Method, wanted: Method) -> bool:
-    return method == wanted or bare(method) == wanted
-
-
 def bare(method: Method) -> Method:
     """The method without how its basis is kept, which a file does not say."""
     return replace(method, basis_storage="auto")
@@ -93,7 +89,7 @@ def config_of(spec: Spec, where: str, base_name: str | None = None) -> Randbasis
         "base_model_name_or_path": base_name or spec.base.name,
         "base_model_type": spec.base.architecture,
         "base_shapes": compress_shapes(spec.shapes),
-        "base_rows": compress_shapes(rows) or None,
+        "base_rows": compress_shapes(rows) if rows else None,
         "inference_mode": True,
     }
     # A file that another writer made may not say how PEFT picks the layers: by their paths, then.
@@ -124,5 +120,5 @@ def _means(config: RandbasisConfig, spec: Spec) -> bool:
     return (
         config.quantize_coefficients is None
         and all(set(parts_of(name, config.target_slices)) == named for name, named in parts.items())
-        and all(_is_of(config.method_for(one.name), one.method) for one in spec.matrices)
+        and all((m := config.method_for(one.name)) == one.method or bare(m) == one.method for one in spec.matrices)
     )

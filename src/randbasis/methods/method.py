@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -150,8 +151,7 @@ class Method(ABC):
         Args:
             path: module path of the matrix; used only when the basis is not shared.
         """
-        suffix = "" if self.shares_basis else f"/{path}"
-        return tuple(stream_of(f"{self.name}/{role}{suffix}") for role in self.roles)
+        return _streams(self.name, self.roles, "" if self.shares_basis else f"/{path}")
 
     def slab(self, matrix: Matrix, role: str, count: int, rows: int, cols: int) -> Slab:
         """The part of a role's basis that a matrix uses."""
@@ -230,6 +230,12 @@ class Method(ABC):
         out, in_ = matrix.out_features, matrix.in_features
         rank = self.rank(out, in_)
         return rank * out * in_ + self.trained_factors * tokens * rank * (in_ + out)
+
+
+@lru_cache(maxsize=1024)
+def _streams(method: str, roles: tuple[str, ...], suffix: str) -> tuple[int, ...]:
+    """Those of a shared basis are asked for by every matrix."""
+    return tuple([stream_of(f"{method}/{role}{suffix}") for role in roles])
 
 
 def check_coefficients(coefficients: Coefficients, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -122,4 +122,4 @@ def _instead(names: list[str]) -> str:
 
 def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
     """A key that sorts layer 2 before layer 10."""
-    return tuple((part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split("."))
+    return tuple([(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")])
