@@ -15,8 +15,8 @@ from torch import nn
 
 from randbasis.errors import NonFiniteLossError
 from randbasis.train import AdapterSettings, CausalLanguage, LoopSettings, fit, peft_config
-from randbasis.train.adapter_folder import save_parameters
 from randbasis.train.loop import torch_threads
+from randbasis.train.trained_parameters import save_parameters
 from randbasis.train.trainer import parameter_groups
 from studies.budgets import Shape, adapted_shapes, configure
 from studies.cells import Cell, read_cell

@@ -25,7 +25,9 @@ PUBLIC_NAMES = [
     "Vera",
     "VeraConfig",
     "basis_entries",
+    "open_adapter",
     "parse_law",
+    "put",
     "stream_of",
 ]
 

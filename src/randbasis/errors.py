@@ -94,6 +94,10 @@ class AdapterFilesError(RandbasisError, ValueError):
     """An adapter directory is missing, incomplete, or was not written by this package."""
 
 
+class AdapterMissingError(AdapterFilesError, FileNotFoundError):
+    """There is no adapter where one was to be read."""
+
+
 class PackedFileError(RandbasisError, ValueError):
     """A packed adapter file breaks a rule of its format; each rule has a class of its own below this one."""
 
@@ -304,10 +308,6 @@ class HubNameError(RandbasisError, ValueError):
 
 class HubError(RandbasisError, OSError):
     """A hub refused what was sent to it, or could not be reached."""
-
-
-class ExportSourceError(RandbasisError, FileNotFoundError):
-    """There is no adapter to export."""
 
 
 class ExportOptionError(RandbasisError, ValueError):

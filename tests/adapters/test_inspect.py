@@ -15,12 +15,13 @@ from small_bases import adapted, bert, gpt2, llama, saved
 from typer.testing import CliRunner
 
 from randbasis import NolaConfig, PrancConfig, RandbasisConfig, RandLoraConfig, VeraConfig
-from randbasis.adapters.adapter_dir import read_adapter_dir
 from randbasis.adapters.inspection import MatrixReport, inspect_adapter, spectrum
+from randbasis.adapters.saved import open_folder
 from randbasis.cli import app
 from randbasis.cli.report import plot_inspection
 from randbasis.errors import (
     AdapterFilesError,
+    AdapterMissingError,
     BaseMismatchError,
     CoefficientCountError,
     CoefficientValueError,
@@ -167,7 +168,7 @@ def foreign_tensors(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
-    "no directory": (shutil.rmtree, AdapterFilesError, "is nothing"),
+    "no directory": (shutil.rmtree, AdapterMissingError, "there is nothing at"),
     "no configuration": (lambda f: (f / "adapter_config.json").unlink(), AdapterFilesError, "no adapter_config.json"),
     "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), AdapterFilesError, "no adapter_model.safeten"),
     "a pickle": (only_a_pickle, AdapterFilesError, "pickle, which is never read"),
@@ -210,7 +211,7 @@ def test_a_base_model_is_no_adapter(tmp_path: Path):
     with pytest.raises(AdapterFilesError, match="looks like a base model"):
         check_adapter_files(base)
     with pytest.raises(AdapterFilesError, match="is a file"):
-        read_adapter_dir(Path(base) / "config.json")
+        open_folder(Path(base) / "config.json")
 
 
 def test_another_base_is_refused(tmp_path: Path):

@@ -24,7 +24,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from randbasis import NolaConfig, PrancConfig, RandbasisConfig, RandLoraConfig, VeraConfig
-from randbasis.adapters.merging import HEAD_FILE, merge_adapter
+from randbasis.adapters.merging import merge_adapter
 from randbasis.cli import app
 from randbasis.errors import (
     AdapterFilesError,
@@ -36,6 +36,7 @@ from randbasis.errors import (
     SaveError,
 )
 from randbasis.files.output_set import replaced_set
+from randbasis.tuner.saved_files import HEAD_FILE
 
 TOKENS = torch.arange(24).view(2, 12)
 CONFIGS: list[RandbasisConfig] = [

@@ -212,13 +212,13 @@ def one_layer() -> nn.Module:
 
 
 @pytest.mark.parametrize("method", ONE_EACH)
-def test_fewer_than_half_of_the_calls(method: str, tmp_path: Path):
+def test_fewer_than_a_third_of_the_calls(method: str, tmp_path: Path):
     get_peft_model(one_layer(), make_config(method, ["0"])).save_pretrained(tmp_path / "source")
     pack_adapter(tmp_path / "source", tmp_path / "file")
     adapter = read(tmp_path / "file")
     put(one_layer(), adapter)
     base = one_layer()
-    assert calls(lambda: put(base, adapter)) < CALLS_BEFORE / 2
+    assert calls(lambda: put(base, adapter)) < CALLS_BEFORE / 3
 
 
 # --- refusals ---

@@ -25,12 +25,13 @@ from transformers import (
 )
 
 from randbasis import NolaConfig, PrancConfig, RandbasisConfig, RandLoraConfig, VeraConfig
-from randbasis.adapters.merging import HEAD_FILE, merge_adapter
+from randbasis.adapters.merging import merge_adapter
 from randbasis.adapters.packed import pack_adapter
 from randbasis.adapters.putting import load_packed
 from randbasis.errors import BaseMismatchError, MergeError, PartialModelError
 from randbasis.export import export_merged
 from randbasis.train.pooled import PooledClassifier
+from randbasis.tuner.saved_files import HEAD_FILE
 
 pytestmark = pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")
 TOKENS = torch.arange(24).view(2, 12)

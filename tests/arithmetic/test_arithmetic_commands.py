@@ -8,8 +8,8 @@ from tuner_cases import Case
 from typer.testing import CliRunner, Result
 
 from randbasis.adapter_file import verify
+from randbasis.adapters.saved import open_adapter
 from randbasis.cli import app
-from randbasis.train.adapter_folder import read_folder
 
 
 def run(*words: object) -> Result:
@@ -57,7 +57,7 @@ def test_average(folder: Path):
         (["a", "c"], "BasisMismatchError"),
         (["a", "b", "--weights", "half,half"], "WeightsError"),
         (["a", "b", "--weights", "0.5"], "WeightsError"),
-        (["a", "nowhere"], "PackedFileMissingError"),
+        (["a", "nowhere"], "AdapterMissingError"),
         (["a", "b", "--heads", "last"], "WeightsError"),
     ],
 )
@@ -76,4 +76,4 @@ def test_the_task_comes_along_where_all_have_it(folder: Path):
     assert not (folder / "x" / "task.json").exists()
     (folder / "b" / "task.json").write_text(json.dumps(about))
     assert run("average", folder / "a", folder / "b", "--output", folder / "y").exit_code == 0
-    assert read_folder(folder / "y").task == about["task"]
+    assert open_adapter(folder / "y").task == about["task"]

@@ -16,7 +16,7 @@ from randbasis import Nola, Vera
 from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, group_matrices
 from randbasis.adapters.packed import pack_adapter
 from randbasis.arithmetic import difference
-from randbasis.errors import AdapterFilesError, BaseMismatchError, PackedFileMissingError
+from randbasis.errors import AdapterFilesError, AdapterMissingError, BaseMismatchError
 
 
 def saved(case: Case, folder: Path, fill_seed: int = 1, **options: Any) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path):
     PackedAdapter.of(spec, torch.ones(4)).write(tmp_path / "narrow.safetensors")
     with pytest.raises(BaseMismatchError, match=r"q_proj' is \(32, 32\) and \(16, 32\)"):
         difference(tmp_path / "1", tmp_path / "narrow.safetensors")
-    with pytest.raises(PackedFileMissingError):
+    with pytest.raises(AdapterMissingError):
         difference(tmp_path / "1", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(AdapterFilesError):

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from randbasis import NolaConfig, RandLoraConfig, VeraConfig
 from randbasis.adapters.packed import pack_adapter
 from randbasis.adapters.putting import load_packed
-from randbasis.errors import ExportBaseError, ExportSourceError, MergeError, OutputExistsError
+from randbasis.errors import AdapterMissingError, ExportBaseError, MergeError, OutputExistsError
 from randbasis.export import export_merged
 from randbasis.train.pooled import PooledClassifier
 
@@ -141,7 +141,7 @@ def test_no_base_no_adapter_and_an_output_that_exists_are_refused(tmp_path: Path
     adapted(gpt2(), VeraConfig(r=4, target_modules=["c_fc"]), tmp_path / "adapter")
     with pytest.raises(ExportBaseError, match="names none"):
         export_merged(tmp_path / "adapter", tmp_path / "merged")
-    with pytest.raises(ExportSourceError, match="nothing at"):
+    with pytest.raises(AdapterMissingError, match="nothing at"):
         export_merged(tmp_path / "nowhere", tmp_path / "merged")
     with pytest.raises(OutputExistsError, match="for both"):
         export_merged(tmp_path / "adapter", tmp_path / "adapter", overwrite=True)

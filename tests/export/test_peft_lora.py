@@ -28,15 +28,15 @@ from transformers import (
 )
 
 from randbasis import NolaConfig, PrancConfig, RandbasisConfig, RandLoraConfig, VeraConfig
-from randbasis.adapters.adapter_dir import read_adapter_dir
-from randbasis.adapters.packed import pack_adapter, packed_of
+from randbasis.adapters.packed import exact, pack_adapter
 from randbasis.adapters.putting import load_packed
+from randbasis.adapters.saved import open_folder
 from randbasis.errors import (
     AdapterFilesError,
+    AdapterMissingError,
     BaseMismatchError,
     DataMissingError,
     ExportRankError,
-    ExportSourceError,
     HyperparameterError,
     OutputExistsError,
     SaveError,
@@ -338,7 +338,7 @@ def test_a_base_that_is_not_here_keeps_the_paths_and_is_told(made: Path):
 def test_a_packed_file_that_does_not_say_how_peft_picks_its_layers(made: Path):
     """A writer without PEFT leaves that out: the layers are picked by their paths."""
     adapted(gpt2(), NolaConfig(r=2, num_basis=4, target_modules=["c_fc"]), made / "whole")
-    packed = packed_of(read_adapter_dir(made / "whole"), bits=32)
+    packed = exact(open_folder(made / "whole"))
     replace(packed, spec=replace(packed.spec, peft={})).write(made / "file.safetensors")
     export_peft_lora(made / "file.safetensors", made / "lora", base=str(made / "base"))
     config = LoraConfig.from_pretrained(str(made / "lora"))
@@ -365,7 +365,7 @@ def test_what_is_no_adapter_is_refused(made: Path):
     with torch.random.fork_rng(devices=()):
         get_peft_model(gpt2(), LoraConfig(r=1, target_modules=["c_fc"])).save_pretrained(str(made / "foreign"))
     for source, error, named in (
-        ("nowhere", ExportSourceError, "nothing at"),
+        ("nowhere", AdapterMissingError, "nothing at"),
         ("base", AdapterFilesError, "no adapter_config.json"),
         ("foreign", AdapterFilesError, "LORA adapter of PEFT"),
     ):

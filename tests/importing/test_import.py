@@ -22,7 +22,6 @@ from transformers import (
 
 from randbasis import NolaConfig, PrancConfig, RandbasisConfig, RandbasisLinear, VeraConfig
 from randbasis.adapter_file import read
-from randbasis.adapters.merging import HEAD_FILE
 from randbasis.adapters.packed import pack_adapter
 from randbasis.arithmetic import difference
 from randbasis.errors import (
@@ -39,6 +38,7 @@ from randbasis.errors import (
 from randbasis.export import export_peft_lora
 from randbasis.importing import import_as_lora, import_as_merged, import_as_nearest
 from randbasis.methods import Site
+from randbasis.tuner.saved_files import HEAD_FILE
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 OURS: dict[str, RandbasisConfig] = {

@@ -9,8 +9,8 @@ import pytest
 from peft_adapters import adapted, contents, llama
 from typer.testing import CliRunner, Result
 
+from randbasis.adapters.saved import open_adapter
 from randbasis.cli import app
-from randbasis.train.adapter_folder import read_folder
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -108,5 +108,5 @@ def test_the_task_of_a_training_run_comes_along(folders: Path):
     about = {"base_model": "base", "method": "lora", "task": {"task": "causal-lm", "separator": " => "}}
     (folders / "lora" / "task.json").write_text(json.dumps(about))
     assert run(folders / "lora", folders / "out", "--to", "nola", "--basis", "4").exit_code == 0
-    found = read_folder(folders / "out")
+    found = open_adapter(folders / "out")
     assert (found.method, found.task, found.base_model) == ("nola", about["task"], "base")

@@ -10,7 +10,7 @@ from torch import nn
 
 import randbasis
 from randbasis.errors import BaseMismatchError
-from randbasis.train import adapter_folder
+from randbasis.train import trained_parameters
 from randbasis.train.trainer import AdapterTrainer
 
 CONFIGS = {
@@ -43,11 +43,11 @@ def test_memory_that_runs_out_is_not_a_wrong_base(
 
     monkeypatch.setattr(PeftModel, "from_pretrained", fail)
     with pytest.raises(type(error)) as caught:
-        adapter_folder.load_adapter(base(), tmp_path)
+        trained_parameters.load_adapter(base(), tmp_path)
     assert caught.value is error
-    monkeypatch.setattr(adapter_folder.peft, "set_peft_model_state_dict", fail)
+    monkeypatch.setattr(trained_parameters.peft, "set_peft_model_state_dict", fail)
     with pytest.raises(type(error)) as caught:
-        adapter_folder.restore_parameters(adapted, tmp_path)
+        trained_parameters.restore_parameters(adapted, tmp_path)
     assert caught.value is error
 
 
@@ -56,7 +56,7 @@ def test_another_shape_is_a_wrong_base(method: str, tmp_path: Path):
     get_peft_model(base(), CONFIGS[method]()).save_pretrained(str(tmp_path))
     wider = nn.Sequential(nn.Linear(24, 24))
     with pytest.raises(BaseMismatchError):
-        adapter_folder.load_adapter(wider, tmp_path)
+        trained_parameters.load_adapter(wider, tmp_path)
 
 
 def test_the_biases_of_a_head_do_not_decay():

@@ -167,4 +167,7 @@ def test_as_a_module_in_a_fresh_process(trained: Path, held_csv: str, console_en
     bad = subprocess.run(["randbasis", "evaluate", "--adapter", "nowhere"], capture_output=True, text=True,
                          env=console_environment, check=False)  # fmt: skip
     assert bad.returncode == 2
-    assert "error: adapter 'nowhere' is not a folder" in bad.stderr
+    assert (
+        "error: adapter must be a folder, a packed file, its URL, or store:NAME, there is nothing at 'nowhere'"
+        in bad.stderr
+    )

@@ -12,11 +12,11 @@ import randbasis
 from randbasis.errors import HyperparameterError, MissingPackageError, RankError, SettingError, UnknownMethodError
 from randbasis.train import METHOD_NAMES, AdapterSettings, PooledClassifier, peft_config
 from randbasis.train import metrics as metrics_module
-from randbasis.train.adapter_folder import restore_parameters, save_parameters
 from randbasis.train.loop import adapt, count_trained
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.settings import LoopSettings, settings_from_words
 from randbasis.train.task import CUT, count_cut, inference
+from randbasis.train.trained_parameters import restore_parameters, save_parameters
 from randbasis.train.trainer import EpochOrder, parameter_groups
 from randbasis.tuner.targets import split_names
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, BertModel
 import randbasis.train.trainer as trainer_module
 from randbasis.errors import (
     AdapterFilesError,
+    AdapterMissingError,
     CheckpointError,
     ColumnError,
     DataMissingError,
@@ -415,18 +416,19 @@ def test_foreign_and_broken_adapters(sentences_run: TrainSettings, held_csv: str
     output = train(sentences_run).output
     use = UseSettings(adapter=output, data=held_csv)
     (output / "adapter_model.safetensors").rename(output / "adapter_model.bin")
-    with pytest.raises(AdapterFilesError, match="pickles, are not read"):
+    with pytest.raises(AdapterFilesError, match="a pickle, which is never read"):
         evaluate(use)
     (output / "adapter_model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(AdapterFilesError, match="cannot be read as safetensors"):
+    with pytest.raises(AdapterFilesError, match="must be a whole safetensors file"):
         evaluate(use)
+    (output / "adapter_model.bin").rename(output / "adapter_model.safetensors")
     (output / "task.json").unlink()
     with pytest.raises(AdapterFilesError, match=r"no task.json"):
         evaluate(use)
     (output / "task.json").write_text("{")
     with pytest.raises(AdapterFilesError, match=r"task.json is not JSON"):
         evaluate(use)
-    with pytest.raises(AdapterFilesError, match="is not a folder"):
+    with pytest.raises(AdapterMissingError, match="there is nothing at"):
         evaluate(replace(use, adapter=output / "nothing"))
     with pytest.raises(AdapterFilesError, match=r"has no adapter_config.json"):
         evaluate(replace(use, adapter=encoder))

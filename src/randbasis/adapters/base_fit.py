@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from randbasis.adapters.adapter_dir import AdapterDir
 from randbasis.adapters.base_model import auto_class, linear_shapes, meta_model
+from randbasis.adapters.saved import SavedAdapter
 from randbasis.errors import BaseMismatchError, DataMissingError
 from randbasis.tuner.base_shapes import expected_shape
 from randbasis.tuner.layer import RandbasisLinear
@@ -61,7 +61,7 @@ class BaseFit:
         return _inside(plain_path(name), self.prefix)
 
 
-def find_fit(found: AdapterDir, config: PreTrainedConfig) -> BaseFit:
+def find_fit(found: SavedAdapter, config: PreTrainedConfig) -> BaseFit:
     """The first class that has exactly the adapter's layers and head; else one of its layers, without its head.
 
     The adapter's task comes first, then the class that the base was saved from. No weights are read.
@@ -84,7 +84,7 @@ def find_fit(found: AdapterDir, config: PreTrainedConfig) -> BaseFit:
             fitting.append((fit, model))
     if not fitting:
         raise refusal or BaseMismatchError(f"no class of transformers for {config.model_type!r} can be built")
-    return choose(fitting, found.modules, found.head, str(found.path))
+    return choose(fitting, found.modules, found.head, found.where)
 
 
 def placements(
@@ -181,7 +181,7 @@ def auto_classes(config: PreTrainedConfig, task_type: Any) -> list[Any]:
     return [getattr(transformers, auto) for *_, auto in sorted(ranked)]
 
 
-def _check_layers(found: AdapterDir, model: PreTrainedModel, prefix: str) -> None:
+def _check_layers(found: SavedAdapter, model: PreTrainedModel, prefix: str) -> None:
     """Raise unless the adapter's layers are those that its configuration picks from this model, shape by shape."""
     there = {f"{prefix}.{key}" if prefix else key: shape for key, shape in linear_shapes(model).items()}
     name = model.name_or_path or type(model).__name__
@@ -200,9 +200,9 @@ def _check_layers(found: AdapterDir, model: PreTrainedModel, prefix: str) -> Non
             raise _mismatch(found, f"{key!r}, which the adapter has no coefficients for and {name} has")
 
 
-def _mismatch(found: AdapterDir, what: str) -> BaseMismatchError:
+def _mismatch(found: SavedAdapter, what: str) -> BaseMismatchError:
     return BaseMismatchError(
-        f"the adapter in {found.path} was made for another base model: the first matrix that differs is {what}; "
+        f"the adapter in {found.where} was made for another base model: the first matrix that differs is {what}; "
         f"use {found.config.base_model_name_or_path or 'the base model that it was made for'}"
     )
 

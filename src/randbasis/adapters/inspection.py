@@ -1,9 +1,8 @@
-"""What an adapter directory holds: counts, and norm and spectrum of each ΔW, without the base model's weights."""
+"""What a saved adapter holds: counts, and norm and spectrum of each ΔW, without the base model's weights."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,8 +10,8 @@ from peft import PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
-from randbasis.adapters.adapter_dir import AdapterDir, read_adapter_dir
 from randbasis.adapters.base_model import hollow_model, linear_shapes, meta_model, read_config, shape_of
+from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter
 from randbasis.errors import AdapterFilesError
 from randbasis.methods import Factors
 from randbasis.tuner.adapted_part import AdaptedPart
@@ -82,10 +81,10 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What an adapter directory holds.
+    """What a saved adapter holds.
 
     Attributes:
-        path: the directory.
+        adapter: where it is.
         base_model: folder or hub name of the base that it names.
         config: its configuration.
         head_parameters: what was trained whole beside the adapter.
@@ -93,7 +92,7 @@ class Inspection:
         matrices: one entry for each adapted matrix, in the model's order.
     """
 
-    path: Path
+    adapter: str
     base_model: str
     config: RandbasisConfig
     head_parameters: int
@@ -114,7 +113,7 @@ class Inspection:
     def as_json(self) -> dict[str, Any]:
         """Plain values, one row a matrix."""
         return {
-            "adapter": str(self.path),
+            "adapter": self.adapter,
             "base_model": self.base_model,
             "method": self.config.method,
             "seed": self.config.seed,
@@ -129,16 +128,16 @@ class Inspection:
 
 
 def inspect_adapter(
-    path: str | Path,
+    adapter: AdapterLocation,
     model: str | None = None,
     *,
     full_spectrum_side: int = FULL_SPECTRUM_SIDE,
     track: Track = iter,
 ) -> Inspection:
-    """Read an adapter directory and look at each of its ΔW.
+    """Read an adapter and look at each of its ΔW.
 
     Args:
-        path: the directory.
+        adapter: where it is: see :func:`randbasis.adapters.saved.open_adapter`.
         model: folder or hub name of the base, of which only the configuration is read. None takes the shapes that the
             adapter was saved with; slices of attention projections need the configuration all the same.
         full_spectrum_side: smaller side up to which a ΔW that is not of low rank gets a spectrum.
@@ -146,12 +145,13 @@ def inspect_adapter(
 
     Raises:
         AdapterFilesError: a file is missing, damaged or foreign.
+        RandbasisError: as :func:`randbasis.adapters.saved.open_adapter`.
         BaseMismatchError: the adapter was made for another base model.
         CoefficientCountError: coefficients do not fit the configuration.
         CoefficientValueError: coefficients are not finite.
         DataMissingError: the configuration of the base model is needed and cannot be read.
     """
-    found = read_adapter_dir(path)
+    found = open_adapter(adapter).ours()
     adapted = _restored(found, model)
     entries = [(key, layer, one) for key, layer in _layers(adapted) for one in layer.matrices("default")]
     reports: list[MatrixReport] = []
@@ -160,11 +160,11 @@ def inspect_adapter(
         out, in_ = one.bound.out_features, one.bound.in_features
         reports.append(MatrixReport(key, one.part.name, out, in_, one.bound.method.count(out, in_), norm, values))
     return Inspection(
-        found.path,
+        found.where,
         model or found.config.base_model_name_or_path or "",
         found.config,
         sum(torch.Size(shape).numel() for shape in found.head.values()),
-        found.weights.stat().st_size,
+        found.bytes,
         tuple(reports),
     )
 
@@ -202,7 +202,7 @@ def _spectrum(layer: RandbasisLinear, one: AdaptedPart, side: int) -> tuple[floa
     return norm, _numbers(_singular_values(matrix)) if smaller <= side else None
 
 
-def _restored(found: AdapterDir, model: str | None) -> PeftModel:
+def _restored(found: SavedAdapter, model: str | None) -> PeftModel:
     """The adapter with its coefficients, on a model that has only the layers it adapts."""
     hollow = hollow_model(_shapes(found, model), _model_config(found, model))
     adapted = cast("PeftModel", get_peft_model(cast("Any", hollow), found.bare_config()))
@@ -211,7 +211,7 @@ def _restored(found: AdapterDir, model: str | None) -> PeftModel:
     return adapted
 
 
-def _shapes(found: AdapterDir, model: str | None) -> dict[str, tuple[int, int]]:
+def _shapes(found: SavedAdapter, model: str | None) -> dict[str, tuple[int, int]]:
     if model is not None:
         known: Mapping[str, tuple[int, int]] = linear_shapes(meta_model(read_config(model)))
         return {key: shape_of(key, known) for key in found.modules}
@@ -219,20 +219,20 @@ def _shapes(found: AdapterDir, model: str | None) -> dict[str, tuple[int, int]]:
     unknown = next((key for key, shape in shapes.items() if shape is None), None)
     if unknown is not None:
         raise AdapterFilesError(
-            f"{found.path} does not say which shape {unknown!r} has (base_shapes in its configuration); "
+            f"{found.where} does not say which shape {unknown!r} has (base_shapes in its configuration); "
             "name the base model that it was made for"
         )
     return {key: shape for key, shape in shapes.items() if shape is not None}
 
 
-def _model_config(found: AdapterDir, model: str | None) -> dict[str, Any]:
-    """The configuration of the base, which alone knows how many rows the q of a fused projection has."""
-    if model is None and not found.config.target_slices:
+def _model_config(found: SavedAdapter, model: str | None) -> dict[str, Any]:
+    """The configuration of the base, which knows how many rows the q of a fused projection has; a spec says it."""
+    if model is None and (found.whole is not None or not found.config.target_slices):
         return {}
     name = model or found.config.base_model_name_or_path
     if not name:
         raise AdapterFilesError(
-            f"{found.path} adapts slices of fused projections and does not name its base model, whose configuration "
+            f"{found.where} adapts slices of fused projections and does not name its base model, whose configuration "
             "tells where they lie; name the base model"
         )
     return read_config(name).to_dict()

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils.hub import cached_file  # pyright: ignore[reportUnknownVariableType]
 
-from randbasis.adapters.adapter_dir import AdapterDir, read_adapter_dir
 from randbasis.adapters.base_fit import BaseFit, find_fit, under_prefix
 from randbasis.adapters.base_model import model_readable, quiet_transformers, read_config
+from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter, paths_of
 from randbasis.adapters.whole_model import load_whole
 from randbasis.errors import (
     HyperparameterError,
@@ -28,10 +28,7 @@ from randbasis.errors import (
 from randbasis.files.output_set import COMPANIONS, MERGED_MARK, check_output, replaced_set
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.registration import PREFIX
-from randbasis.tuner.saved_files import SAVED_PREFIX
-
-HEAD_FILE = "head.safetensors"
-"""Where a head goes that the class of the merged model has no place for."""
+from randbasis.tuner.saved_files import HEAD_FILE, SAVED_PREFIX
 
 PROCESSORS = frozenset({"preprocessor_config.json", "processor_config.json"})
 """Companions of a model that are no part of a tokenizer."""
@@ -71,7 +68,7 @@ class Merged:
 
 def merge_adapter(
     model: str,
-    adapter: str | Path,
+    adapter: AdapterLocation,
     output: str | Path,
     *,
     dtype: str = "auto",
@@ -87,15 +84,16 @@ def merge_adapter(
 
     Args:
         model: folder or hub name of the base.
-        adapter: directory of the adapter.
+        adapter: where it is: see :func:`randbasis.adapters.saved.open_adapter`.
         output: folder to write.
         dtype: ``"auto"`` (as the base is stored), ``"float32"``, ``"bfloat16"`` or ``"float16"``; the sum is taken in
             float32 and then rounded.
         overwrite: replace ``output`` when it exists.
-        labels: names of the classes, when a classifier head was trained.
+        labels: names of the classes, when a classifier head was trained; None takes those of the adapter's task.
 
     Raises:
         AdapterFilesError: a file of the adapter is missing, damaged or foreign.
+        RandbasisError: as :func:`randbasis.adapters.saved.open_adapter`.
         BaseMismatchError: the adapter was made for another base model.
         DataMissingError: the base model cannot be read.
         HyperparameterError: the dtype is unknown.
@@ -106,8 +104,9 @@ def merge_adapter(
     """
     if dtype not in DTYPES:
         raise HyperparameterError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}; {near(dtype, DTYPES)}")
-    output = check_output(output, (model, adapter), overwrite=overwrite, model=True)
-    found = read_adapter_dir(adapter)
+    output = check_output(output, (model, *paths_of(adapter)), overwrite=overwrite, model=True)
+    found = open_adapter(adapter).ours()
+    labels = labels or found.task.get("labels")
     fit = find_fit(found, read_config(model))
     base = load_base(model, fit, dtype, head_paths(fit, found.head))
     if labels and fit.head:
@@ -115,7 +114,7 @@ def merge_adapter(
         base.config.label2id = {label: index for index, label in enumerate(labels)}
     matrices = _merge(base, found, fit)
     apart = _head_of(found) if found.head and not fit.head else {}
-    files, size = write_model(base, output, model, apart, tokenizer=found.path)
+    files, size = write_model(base, output, model, apart, tokenizer=found.folder)
     head = "merged" if fit.head else "apart" if apart else "none"
     parameters = sum(parameter.numel() for parameter in base.parameters())
     stored = str(base.dtype).removeprefix("torch.")
@@ -123,7 +122,7 @@ def merge_adapter(
 
 
 def write_model(
-    base: PreTrainedModel, output: Path, name: str, head: Mapping[str, Tensor], *, tokenizer: Path
+    base: PreTrainedModel, output: Path, name: str, head: Mapping[str, Tensor], *, tokenizer: Path | None
 ) -> tuple[tuple[str, ...], int]:
     """Save a merged model with its tokenizer or image processor.
 
@@ -132,7 +131,7 @@ def write_model(
         output: folder to write.
         name: folder or hub name of the base, whose files are copied.
         head: what its class has no place for.
-        tokenizer: folder of the adapter, whose tokenizer comes before that of the base, where it has one.
+        tokenizer: folder of the adapter, if it is in one, whose tokenizer comes before that of the base.
 
     Returns:
         The names of all files, and the size of all of them.
@@ -211,7 +210,7 @@ def _dequantized(base: PreTrainedModel) -> PreTrainedModel:
     return cast("Any", plain).to(plain.config.dtype)  # what was not quantized has the dtype of its file
 
 
-def _merge(base: PreTrainedModel, found: AdapterDir, fit: BaseFit) -> int:
+def _merge(base: PreTrainedModel, found: SavedAdapter, fit: BaseFit) -> int:
     """Merge in place; returns the number of changed matrices."""
     config = found.bare_config(head=fit.head)
     if fit.prefix:  # its words would pick the encoder's pooler too, which a head on the hidden states leaves out
@@ -225,19 +224,19 @@ def _merge(base: PreTrainedModel, found: AdapterDir, fit: BaseFit) -> int:
     return count
 
 
-def copy_companions(model: str, stage: Path, first: Path) -> None:
+def copy_companions(model: str, stage: Path, first: Path | None) -> None:
     """Copy what stands beside the weights of a model: :data:`randbasis.files.output_set.COMPANIONS`.
 
     Args:
         model: folder or hub name of the model.
         stage: where to.
-        first: folder whose tokenizer is taken instead of the model's, where it holds a whole one.
+        first: folder whose tokenizer is taken instead of the model's, where it holds a whole one; None for none.
     """
-    trained = {name for name in COMPANIONS if (first / name).is_file()}
+    trained = {} if first is None else {name: first / name for name in COMPANIONS if (first / name).is_file()}
     has_own = "tokenizer_config.json" in trained
     for name in COMPANIONS:
         own = has_own and name not in PROCESSORS
-        path = (first / name if name in trained else None) if own else _cached(model, name)
+        path = trained.get(name) if own else _cached(model, name)
         if path is not None:
             shutil.copyfile(path, stage / name)
 
@@ -249,12 +248,12 @@ def _cached(model: str, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def save_head(found: AdapterDir, folder: Path) -> None:
+def save_head(found: SavedAdapter, folder: Path) -> None:
     """Write what was trained whole beside an adapter to :data:`HEAD_FILE`, under its paths in the model."""
     save_file(_head_of(found), folder / HEAD_FILE, metadata={"format": "pt"})
 
 
-def _head_of(found: AdapterDir) -> dict[str, Tensor]:
+def _head_of(found: SavedAdapter) -> dict[str, Tensor]:
     return {
         name.removeprefix(SAVED_PREFIX): tensor for name, tensor in found.load().items() if f".{PREFIX}" not in name
     }

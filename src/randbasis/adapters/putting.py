@@ -3,6 +3,7 @@
 The model is the one that PEFT makes of a directory with the same adapter, bit for bit.
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 from peft import PeftModel
@@ -14,6 +15,7 @@ from randbasis.adapter_file import PackedAdapter, read
 from randbasis.adapters.base_model import linear_shapes
 from randbasis.adapters.packed import config_of
 from randbasis.files.locations import Location
+from randbasis.tuner.base_weight import layer_shape
 from randbasis.tuner.checked_loading import adapted_layers, held_meaning
 from randbasis.tuner.config import RandbasisConfig, StoredLayers
 from randbasis.tuner.filling import fill
@@ -57,6 +59,7 @@ def put(
     if isinstance(model, PeftModel) and name in model.peft_config:
         _check_same(model, name, adapter, config.stored)
         fill(model, name, adapter, where)
+        cast("Any", model.base_model)._cast_adapter_dtype(name, autocast_adapter_dtype)
         adapted = model
     else:
         adapted = _added(model, config, name, autocast_adapter_dtype)
@@ -66,7 +69,6 @@ def put(
             take_off(adapted, name)
             raise
     config.restored, config.stored = True, None
-    cast("Any", adapted.base_model)._cast_adapter_dtype(name, autocast_adapter_dtype)
     return adapted if is_trainable else adapted.eval()
 
 
@@ -89,7 +91,12 @@ def load_packed(model: nn.Module, file: Location, adapter_name: str = "default",
 def _check_model(model: nn.Module, adapter: PackedAdapter, where: str) -> None:
     """Everything that could be refused later is refused before the first layer is touched."""
     architecture = cast("Any", BaseTuner).get_model_config(model).get("model_type")
-    shapes = {plain_path(name): shape for name, shape in linear_shapes(model).items()}
+    modules = dict(cast("Iterator[tuple[str, nn.Module]]", model.named_modules()))
+    wanted = adapter.spec.shapes
+    # The layers of the adapter alone, which are few; all of them where the message has to name what differs.
+    shapes = {name: shape for name in wanted if name in modules and (shape := layer_shape(modules[name])) is not None}
+    if shapes != wanted:
+        shapes = {plain_path(name): shape for name, shape in linear_shapes(model).items()}
     adapter.spec.check_base(shapes, architecture, where)
     if adapter.extra:
         check_places(model, {name: tuple(tensor.shape) for name, tensor in adapter.extra.items()}, where)

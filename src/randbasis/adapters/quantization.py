@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from randbasis.adapter_file import PackedAdapter, read
+from randbasis.adapter_file import PackedAdapter
 from randbasis.adapter_file.codec import CODED, rounded
-from randbasis.adapters.adapter_dir import read_adapter_dir
-from randbasis.adapters.packed import packed_of, write_adapter_dir
+from randbasis.adapters.packed import exact, write_adapter_dir
+from randbasis.adapters.saved import AdapterLocation, open_adapter, paths_of, task_of
 from randbasis.errors import PrecisionError
 from randbasis.files.output_set import check_file_output, check_output
 from randbasis.low_rank import distance, norm
@@ -74,7 +74,7 @@ class Quantization:
 
 
 def quantize_adapter(
-    source: str | Path,
+    source: AdapterLocation,
     output: str | Path | None = None,
     *,
     bits: int = 4,
@@ -82,7 +82,6 @@ def quantize_adapter(
     model: str | None = None,
     base_name: str | None = None,
     overwrite: bool = False,
-    beside: Mapping[str, str] | None = None,
     track: Track = iter,
 ) -> Quantization:
     """Quantize the coefficients of a trained adapter, symmetric, one scale a vector or a group, math (11).
@@ -90,7 +89,8 @@ def quantize_adapter(
     Needs no data: the scales come from the coefficients alone. Heads and streams stay as they are.
 
     Args:
-        source: directory that training or ``save_pretrained`` wrote, or a packed file.
+        source: where the adapter is: see :func:`randbasis.adapters.saved.open_adapter`. The task of a folder comes
+            along into a directory.
         output: a name that ends in ``.safetensors`` becomes a packed file, any other a directory for PEFT whose values
             are the quantized ones, in float32 (float16 at 16 bits); None writes nothing.
         bits: one of :data:`PRECISIONS`.
@@ -99,7 +99,6 @@ def quantize_adapter(
             the shapes of their layers.
         base_name: name of the base to write; None takes the source's.
         overwrite: replace the output.
-        beside: name → text of further files of a directory that is written.
         track: shows the progress over the adapted matrices, such as ``rich.progress.track``.
 
     Raises:
@@ -113,26 +112,28 @@ def quantize_adapter(
     if bits not in PRECISIONS:
         raise PrecisionError(f"bits must be one of {list(PRECISIONS)}, got {bits!r}; 4 is the usual choice")
     if output is not None and str(output).endswith(PACKED_SUFFIX):
-        check_file_output(output, (source,), overwrite=overwrite)
+        check_file_output(output, paths_of(source), overwrite=overwrite)
     elif output is not None:
-        check_output(output, (source,), overwrite=overwrite)
-    exact = _exact(source, model, base_name)
-    chosen = exact.at(bits, group)
-    at_each = [chosen if one == bits else exact.at(one, group if one in CODED else 0) for one in PRECISIONS]
-    deltas = delta_errors(exact, at_each, track=track)
-    precisions = [_precision(exact, one, error) for one, error in zip(at_each, deltas, strict=True)]
+        check_output(output, paths_of(source), overwrite=overwrite)
+    found = open_adapter(source).ours()
+    stored = exact(found, model=model, base_name=base_name)
+    chosen = stored.at(bits, group)
+    at_each = [chosen if one == bits else stored.at(one, group if one in CODED else 0) for one in PRECISIONS]
+    deltas = delta_errors(stored, at_each, track=track)
+    precisions = [_precision(stored, one, error) for one, error in zip(at_each, deltas, strict=True)]
     if output is not None and str(output).endswith(PACKED_SUFFIX):
         chosen.write(output, overwrite=overwrite)
     elif output is not None:
-        write_adapter_dir(chosen, output, where=str(source), base_name=base_name, overwrite=overwrite, beside=beside)
+        beside = task_of([found])
+        write_adapter_dir(chosen, output, where=found.where, base_name=base_name, overwrite=overwrite, beside=beside)
     return Quantization(
-        str(source),
+        found.where,
         None if output is None else str(output),
         bits,
         group,
-        exact.spec.count,
-        exact.spec.size,
-        len(exact.to_bytes()),
+        stored.spec.count,
+        stored.spec.size,
+        len(stored.to_bytes()),
         tuple(precisions),
     )
 
@@ -174,12 +175,6 @@ def delta_errors(exact: PackedAdapter, others: Sequence[PackedAdapter], *, track
         for index, (_, delta) in enumerate(rest):
             squares[index] += distance(wanted, delta.double().factors()) ** 2
     return [_ratio(math.sqrt(square), math.sqrt(total)) for square in squares]
-
-
-def _exact(source: str | Path, model: str | None, base_name: str | None) -> PackedAdapter:
-    if Path(source).is_file() or "://" in str(source):
-        return read(source)
-    return packed_of(read_adapter_dir(source), bits=32, model=model, base_name=base_name)
 
 
 def _precision(exact: PackedAdapter, quantized: PackedAdapter, delta_error: float) -> Precision:

@@ -7,7 +7,7 @@ weighted sum is told.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from randbasis.adapter_file import PackedAdapter
 from randbasis.adapters.inspection import Track
 from randbasis.adapters.packed import write_adapter_dir
+from randbasis.adapters.saved import AdapterLocation, open_adapter, paths_of, task_of
 from randbasis.arithmetic.changes import OurChanges, read_packed
 from randbasis.arithmetic.same_basis import check_same_basis
 from randbasis.errors import HeadMismatchError, WeightsError, near
@@ -25,7 +26,6 @@ from randbasis.files.locations import local_output
 from randbasis.files.output_set import check_file_output, check_output
 from randbasis.files.whole_file import refuse_existing
 from randbasis.low_rank import distance, norm, weighted_sum
-from randbasis.tuner.saved_files import check_adapter_files
 
 HEADS = ("average", "first")
 SUFFIX = ".safetensors"
@@ -75,7 +75,7 @@ class Average:
 
 
 def average_adapters(
-    adapters: Sequence[str | Path],
+    adapters: Sequence[AdapterLocation],
     output: str | Path,
     *,
     weights: Sequence[float] | None = None,
@@ -83,13 +83,13 @@ def average_adapters(
     base_name: str | None = None,
     model: str | None = None,
     overwrite: bool = False,
-    beside: Mapping[str, str] | None = None,
     track: Track = iter,
 ) -> Average:
     """Write the adapter whose coefficients are the weighted sum of those of others.
 
     Args:
-        adapters: directories or packed files of this package, of one basis.
+        adapters: of this package and of one basis; where they are: see
+            :func:`randbasis.adapters.saved.open_adapter`. The task that all of them have comes along into a directory.
         output: a packed file where its name ends in ``.safetensors``, else a directory; 32 bits a coefficient.
         weights: one for each adapter, of any sign and sum; None takes the mean.
         heads: ``"average"`` or ``"first"``: what becomes of modules that were trained whole beside the adapters. They
@@ -98,7 +98,6 @@ def average_adapters(
         model: folder or hub name of the base, of which only the configuration is read; needed where a directory does
             not tell the shapes of its layers.
         overwrite: replace the output.
-        beside: name → text of further files of a directory that is written.
         track: shows the progress over the layers, whose ΔW are compared with the weighted sum.
 
     Raises:
@@ -116,13 +115,15 @@ def average_adapters(
     output = local_output(output)
     if output.suffix == SUFFIX:
         refuse_existing(output, overwrite=overwrite)
-        check_file_output(output, adapters, overwrite=overwrite)
+        check_file_output(output, paths_of(*adapters), overwrite=overwrite)
     else:
-        check_output(output, adapters, overwrite=overwrite)
-    packed = [read_packed(path, model) for path in adapters]
-    for path, one in zip(adapters[1:], packed[1:], strict=True):
-        check_same_basis(packed[0], one, (str(adapters[0]), str(path)), base_name=base_name)
-    extra = _heads(packed, shares, adapters) if heads == "average" else dict(packed[0].extra)
+        check_output(output, paths_of(*adapters), overwrite=overwrite)
+    saved = [open_adapter(one).ours() for one in adapters]
+    names = [one.where for one in saved]
+    packed = [read_packed(one, model) for one in saved]
+    for name, one in zip(names[1:], packed[1:], strict=True):
+        check_same_basis(packed[0], one, (names[0], name), base_name=base_name)
+    extra = _heads(packed, shares, names) if heads == "average" else dict(packed[0].extra)
     values = sum((w * one.values().double() for w, one in zip(shares, packed, strict=True)), start=torch.zeros(()))
     first = packed[0].spec
     base = replace(first.base, name=Path(base_name).name) if base_name else first.base
@@ -132,7 +133,8 @@ def average_adapters(
     if output.suffix == SUFFIX:
         made.write(output, overwrite=overwrite)
     else:
-        name = base_name or _full_name(adapters[0])
+        name = base_name or saved[0].config.base_model_name_or_path  # with the folders above it
+        beside = task_of(saved)
         write_adapter_dir(made, output, where=str(output), base_name=name, overwrite=overwrite, beside=beside)
     return Average(output, first.method.name, tuple(shares), first.count, len(extra), size, apart)
 
@@ -196,11 +198,3 @@ def _distances(
             norms.append(norm(total))
             distances.append(distance(result.change(key), total))
     return math.hypot(*norms), math.hypot(*distances)
-
-
-def _full_name(path: str | Path) -> str | None:
-    """The base as a directory names it, with the folders above it."""
-    if not Path(path).is_dir():
-        return None
-    options: Mapping[str, Any] = check_adapter_files(path)
-    return options.get("base_model_name_or_path")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from randbasis.adapter_file import PackedAdapter, SpecMatrix, read
-from randbasis.adapters.adapter_dir import read_adapter_dir
-from randbasis.adapters.packed import packed_of
+from randbasis.adapter_file import PackedAdapter, SpecMatrix
+from randbasis.adapters.packed import exact
+from randbasis.adapters.saved import AdapterLocation, open_adapter
 from randbasis.importing import PeftAdapter, read_peft_adapter
 from randbasis.methods import Delta, Factors
 from randbasis.tuner.registration import TYPE_NAME
-from randbasis.tuner.saved_files import check_adapter_files, natural_order
+from randbasis.tuner.saved_files import natural_order
 
 _Part = tuple[SpecMatrix, Delta]
 
@@ -79,37 +79,36 @@ class PeftChanges(Changes):
         return self.found.factors(key)
 
 
-def read_changes(path: str | Path, model: str | None = None) -> Changes:
+def read_changes(adapter: AdapterLocation, model: str | None = None) -> Changes:
     """Read an adapter of this package, or a LoRA, VeRA or RandLoRA of PEFT.
 
     Args:
-        path: directory, or packed file of this package.
+        adapter: where it is: see :func:`randbasis.adapters.saved.open_adapter`.
         model: folder or hub name of the base, of which only the configuration is read; needed where an adapter does not
             tell the shapes of its layers.
 
     Raises:
         RandbasisError: there is no such adapter, or a file of it is damaged; each rule has its class.
     """
-    if Path(path).is_dir() and check_adapter_files(path).get("peft_type") != TYPE_NAME:
-        return PeftChanges(read_peft_adapter(path, model))
-    return OurChanges(read_packed(path, model))
+    found = open_adapter(adapter)
+    if found.kind != TYPE_NAME and not found.is_head:
+        return PeftChanges(read_peft_adapter(found, model))
+    return OurChanges(read_packed(found, model))
 
 
-def read_packed(path: str | Path, model: str | None = None) -> PackedAdapter:
-    """A directory or packed file of this package, with the coefficients as they are stored.
+def read_packed(adapter: AdapterLocation, model: str | None = None) -> PackedAdapter:
+    """An adapter of this package, with the coefficients as they are stored.
 
     Args:
-        path: directory or packed file.
+        adapter: as for :func:`read_changes`.
         model: as for :func:`read_changes`.
 
     Raises:
         RandbasisError: there is no such adapter, or a file of it is damaged; each rule has its class.
     """
-    if not Path(path).is_dir():
-        return read(path)
-    found = read_adapter_dir(path)
+    found = open_adapter(adapter).ours()
     name = found.config.base_model_name_or_path
-    return packed_of(found, bits=32, model=model, base_name=Path(name).name if name else None)
+    return exact(found, model=model, base_name=Path(name).name if name else None)
 
 
 def joined_parts(parts: Sequence[_Part]) -> Factors:

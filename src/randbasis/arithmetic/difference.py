@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from randbasis.adapters.inspection import Track
+from randbasis.adapters.saved import AdapterLocation, open_adapter
 from randbasis.arithmetic.changes import Changes, OurChanges, read_changes
 from randbasis.arithmetic.same_basis import check_same_basis
 from randbasis.errors import BaseMismatchError, BasisMismatchError, MatrixMismatchError
@@ -146,13 +146,16 @@ class Difference:
         }
 
 
-def difference(first: str | Path, second: str | Path, *, model: str | None = None, track: Track = iter) -> Difference:
+def difference(
+    first: AdapterLocation, second: AdapterLocation, *, model: str | None = None, track: Track = iter
+) -> Difference:
     """How far apart the ΔW of two adapters are, whatever their methods and seeds.
 
     Where the ranks are low, no matrix of a layer's size is formed.
 
     Args:
-        first: directory or packed file of this package, or directory of PEFT's LoRA, VeRA or RandLoRA.
+        first: of this package, or a LoRA, VeRA or RandLoRA of PEFT; where it is: see
+            :func:`randbasis.adapters.saved.open_adapter`.
         second: the same.
         model: folder or hub name of the base, of which only the configuration is read; needed where an adapter does not
             tell the shapes of its layers.
@@ -162,16 +165,18 @@ def difference(first: str | Path, second: str | Path, *, model: str | None = Non
         BaseMismatchError: a layer has another shape in one than in the other.
         RandbasisError: there is no such adapter, or a file of it is damaged; each rule has its class.
     """
-    one, two = read_changes(first, model), read_changes(second, model)
+    saved = open_adapter(first), open_adapter(second)
+    one, two = (read_changes(each, model) for each in saved)
+    names = saved[0].where, saved[1].where
     shapes, others = one.shapes, two.shapes
     shared = [key for key in shapes if key in others]
     for key in shared:
         if shapes[key] != others[key]:
             raise BaseMismatchError(
-                f"{first} and {second} must be for one base model to be compared, but {key!r} is {shapes[key]} and "
-                f"{others[key]} (out, in); use adapters for one base"
+                f"{names[0]} and {names[1]} must be for one base model to be compared, but {key!r} is {shapes[key]} "
+                f"and {others[key]} (out, in); use adapters for one base"
             )
-    reason = _other_basis(one, two, (str(first), str(second)))
+    reason = _other_basis(one, two, names)
     vectors = None if reason else (_vectors(one), _vectors(two))
     rows: list[LayerDifference] = []
     with torch.no_grad():

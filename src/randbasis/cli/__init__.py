@@ -32,7 +32,13 @@ of_loop = partial(Option, rich_help_panel="Optimisation")
 of_task = partial(Option, rich_help_panel="Task")
 of_texts = partial(Option, rich_help_panel="Texts")
 
-Adapter = Annotated[str | None, Option(help="Folder of a training run, or of a PEFT adapter of a language model.")]
+Adapter = Annotated[
+    str | None,
+    Option(
+        help="Folder of a training run; or any adapter of a language model: "
+        "folder, packed file, URL, store:NAME@VERSION."
+    ),
+]
 Base = Annotated[str | None, Option(help="Folder or hub name of the base; by default the one the adapter names.")]
 Rows = Annotated[str | None, of_data(help="csv, tsv, jsonl, json or txt, also .gz; or a folder or zip of images.")]
 Kind = Annotated[str | None, of_data("--format", help="csv, tsv, jsonl, json, txt; when the name does not tell.")]
@@ -283,7 +289,7 @@ def plan(
 @app.command(epilog="Example: randbasis inspect runs/sst2 --plot spectra.png")
 def inspect(
     context: typer.Context,
-    adapter: Annotated[str, typer.Argument(help="Folder of an adapter.")],
+    adapter: Annotated[str, typer.Argument(help="Folder, packed file, URL, or store:NAME@VERSION.")],
     model: Annotated[str | None, Option(help="Folder or hub name of the base; only its config.json is read.")] = None,
     plot: Annotated[Path | None, Option(help="PNG of norms and spectra to write.")] = None,
     overwrite: Overwrite = False,
@@ -307,7 +313,7 @@ def inspect(
 @app.command(epilog="Example: randbasis merge --model MODEL --adapter runs/e2e --output merged --dtype bfloat16")
 def merge(
     model: Annotated[str, Option(help="Folder or hub name of the base.")],
-    adapter: Annotated[str, Option(help="Folder of an adapter.")],
+    adapter: Annotated[str, Option(help="Folder, packed file, URL, or store:NAME@VERSION.")],
     output: Annotated[Path, Option(help="Folder for the model and its tokenizer.")],
     dtype: Annotated[str, Option(help="auto (as the base is stored), float32, bfloat16, float16.")] = "auto",
     overwrite: Overwrite = False,
@@ -316,10 +322,8 @@ def merge(
     """Add an adapter to the weights of its base: a model that plain transformers loads."""
     with reported(as_json):
         from randbasis.adapters.merging import merge_adapter
-        from randbasis.train.adapter_folder import read_folder
 
-        labels = read_folder(adapter).task.get("labels")
-        merged = merge_adapter(model, adapter, output, dtype=dtype, overwrite=overwrite, labels=labels)
+        merged = merge_adapter(model, adapter, output, dtype=dtype, overwrite=overwrite)
         answer(merged.as_json(), as_json)
 
 

@@ -23,7 +23,9 @@ Base = Annotated[str | None, Option(help="Folder or hub name of the base, for ad
 
 def diff(
     context: typer.Context,
-    first: Annotated[str, Argument(help="Folder or packed file of an adapter; a LoRA, VeRA or RandLoRA of PEFT too.")],
+    first: Annotated[
+        str, Argument(help="Folder, packed file, URL, or store:NAME@VERSION; a LoRA, VeRA or RandLoRA of PEFT too.")
+    ],
     second: Annotated[str, Argument(help="Another one for the same base.")],
     base: Base = None,
     as_json: AsJson = False,
@@ -42,7 +44,9 @@ def diff(
 
 def average(
     context: typer.Context,
-    adapters: Annotated[list[str], Argument(help="Folders or packed files of adapters of one basis.")],
+    adapters: Annotated[
+        list[str], Argument(help="Adapters of one basis: folders, packed files, URLs, store:NAME@VERSION.")
+    ],
     output: Annotated[Path, Option(help="Folder to write; a packed file if it ends in .safetensors.")],
     weights: Annotated[str | None, Option(help="One for each: 0.5,0.5, or 1,-1; by default the mean.")] = None,
     heads: Annotated[str, Option(help="average or first: what becomes of heads.")] = "average",
@@ -57,12 +61,10 @@ def average(
     """
     with reported(as_json):
         from randbasis.arithmetic import average_adapters
-        from randbasis.train.adapter_folder import task_of
 
         check_options(context, AVERAGE)
         shares = None if weights is None else _numbers(weights)
         options: dict[str, Any] = {"weights": shares, "heads": heads, "base_name": base_name, "model": base}
-        options["beside"] = task_of(adapters, "")
         done = average_adapters(adapters, output, **options, overwrite=overwrite, track=_progress())
         answer(done.as_json(), as_json)
 

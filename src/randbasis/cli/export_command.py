@@ -21,7 +21,7 @@ KINDS = ("peft-lora", "merged", "gguf-lora")
 
 def export(
     context: typer.Context,
-    source: Annotated[str, Argument(help="Folder of an adapter, or packed file, by its path or URL.")],
+    source: Annotated[str, Argument(help="Adapter: folder, packed file, URL, or store:NAME@VERSION.")],
     output: Annotated[Path, Argument(help="Folder to write; with gguf-lora, file.")],
     to: Annotated[str, Option(help="peft-lora, merged or gguf-lora.")],
     base: Annotated[str | None, Option(help="Folder or hub name of the base; by default the one it names.")] = None,
@@ -55,10 +55,8 @@ def export(
 
 def _merged(source: str, output: Path, base: str | None, dtype: str, *, overwrite: bool) -> dict[str, Any]:
     from randbasis.export import export_merged
-    from randbasis.train.adapter_folder import read_folder
 
-    labels = read_folder(source).task.get("labels") if Path(source).is_dir() else None
-    return export_merged(source, output, base=base, dtype=dtype, overwrite=overwrite, labels=labels).as_json()
+    return export_merged(source, output, base=base, dtype=dtype, overwrite=overwrite).as_json()
 
 
 def _summary(done: "LoraExport") -> dict[str, Any]:

@@ -67,12 +67,11 @@ def import_(
         else:
             from randbasis.importing import import_as_nearest
             from randbasis.train.adapter import peft_config
-            from randbasis.train.adapter_folder import task_of
             from randbasis.train.settings import AdapterSettings
 
             options = {option: given[option] for option in _HYPERPARAMETERS}
             config: Any = peft_config(AdapterSettings(to, targets=(), **options), task_type=None, head=[])
-            found = import_as_nearest(source, output, config, limit=limit, beside=task_of([source], to), **common)
+            found = import_as_nearest(source, output, config, limit=limit, **common)
             answer_table(found.as_json(), _nearest_table(found), as_json)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def quantize(
     context: typer.Context,
-    adapter: Annotated[str, Argument(help="Folder of an adapter, or a packed file.")],
+    adapter: Annotated[str, Argument(help="Folder, packed file, URL, or store:NAME@VERSION.")],
     output: Annotated[
         str | None, Argument(help="NAME.safetensors for a packed file, any other name for an adapter folder.")
     ] = None,
@@ -35,7 +35,6 @@ def quantize(
     """
     with reported(as_json):
         from randbasis.adapters.quantization import quantize_adapter
-        from randbasis.train.adapter_folder import task_of
 
         check_options(context, QUANTIZE)
         progress = partial(track, description="matrices", console=Console(stderr=True), transient=True)
@@ -47,7 +46,6 @@ def quantize(
             model=model,
             base_name=base_name,
             overwrite=overwrite,
-            beside=task_of([adapter], ""),
             track=progress,
         )
         answer_table(done.as_json(), _table(done), as_json)

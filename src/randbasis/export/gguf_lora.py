@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from randbasis.adapters.inspection import Track
+from randbasis.adapters.saved import AdapterLocation, paths_of
 from randbasis.errors import (
     ExportArchitectureError,
     ExportBaseError,
@@ -27,8 +28,8 @@ from randbasis.errors import (
 )
 from randbasis.export.pairs import LoraPair, lora_pairs
 from randbasis.export.peft_lora import LoraExport, stored_dtype
-from randbasis.export.source import Source, opened
-from randbasis.files.locations import Location, local_output
+from randbasis.export.source import Source, open_source
+from randbasis.files.locations import local_output
 from randbasis.files.output_set import check_file_output
 from randbasis.files.whole_file import flush_directory
 from randbasis.optional import needing
@@ -68,7 +69,7 @@ FAMILIES = {
 
 
 def export_gguf_lora(
-    source: Location,
+    source: AdapterLocation,
     output: str | Path,
     *,
     base: str | None = None,
@@ -82,7 +83,7 @@ def export_gguf_lora(
     The factors are those of :func:`randbasis.export.export_peft_lora`; the base has to be one of :data:`FAMILIES`.
 
     Args:
-        source: adapter directory, or path or URL of a packed file.
+        source: where the adapter is: see :func:`randbasis.adapters.saved.open_adapter`.
         output: file to write.
         base: folder or hub name of the base, whose configuration tells heads and layers; None takes the one that the
             adapter names, where it is on this machine.
@@ -101,21 +102,21 @@ def export_gguf_lora(
     output, stored = local_output(output), stored_dtype(dtype)
     if output.is_dir() or (output.exists() and not overwrite):
         raise OutputExistsError(f"output {str(output)!r} exists; give overwrite to replace a file, or another name")
-    check_file_output(output, (source, base), overwrite=overwrite)
+    check_file_output(output, (*paths_of(source), base), overwrite=overwrite)
     _gguf()
-    with opened(source, base) as adapter:
-        config, family = _family(adapter)
-        names = gguf_names(config, family, [adapter.path(name) for name in adapter.found.modules])
-        _check_extra(adapter)
-        pairs = lora_pairs(adapter.packed, rank, stored, track)
-        tensors: dict[str, Tensor] = {}
-        for pair in pairs:
-            path = adapter.path(pair.name)
-            tensors[f"{names[path]}.lora_a"] = pair.down
-            tensors[f"{names[path]}.lora_b"] = gguf_rows(pair.up, path, config, family)
-        _write(output, family, _alpha(pairs), tensors, adapter.base)
-        size = output.stat().st_size
-        return LoraExport(output, adapter.found.config.method, adapter.base, tuple(pairs), dtype, "none", size)
+    adapter = open_source(source, base)
+    config, family = _family(adapter)
+    names = gguf_names(config, family, [adapter.path(name) for name in adapter.found.modules])
+    _check_extra(adapter)
+    pairs = lora_pairs(adapter.packed, rank, stored, track)
+    tensors: dict[str, Tensor] = {}
+    for pair in pairs:
+        path = adapter.path(pair.name)
+        tensors[f"{names[path]}.lora_a"] = pair.down
+        tensors[f"{names[path]}.lora_b"] = gguf_rows(pair.up, path, config, family)
+    _write(output, family, _alpha(pairs), tensors, adapter.base)
+    size = output.stat().st_size
+    return LoraExport(output, adapter.found.config.method, adapter.base, tuple(pairs), dtype, "none", size)
 
 
 def gguf_names(config: PreTrainedConfig, family: Family, paths: list[str]) -> dict[str, str]:

@@ -16,10 +16,10 @@ from randbasis.adapters.base_fit import BaseFit
 from randbasis.adapters.base_model import meta_model
 from randbasis.adapters.inspection import Track
 from randbasis.adapters.merging import DTYPES, save_head
+from randbasis.adapters.saved import AdapterLocation, paths_of
 from randbasis.errors import HyperparameterError, near
 from randbasis.export.pairs import LoraPair, lora_pairs, total_error
-from randbasis.export.source import Source, opened
-from randbasis.files.locations import Location
+from randbasis.export.source import Source, open_source
 from randbasis.files.output_set import check_output, replaced_set
 from randbasis.tuner.saved_files import SAVED_PREFIX, WEIGHTS_FILE, anchored
 
@@ -83,7 +83,7 @@ class LoraExport:
 
 
 def export_peft_lora(
-    source: Location,
+    source: AdapterLocation,
     output: str | Path,
     *,
     base: str | None = None,
@@ -99,7 +99,7 @@ def export_peft_lora(
     comes along.
 
     Args:
-        source: adapter directory, or path or URL of a packed file.
+        source: where the adapter is: see :func:`randbasis.adapters.saved.open_adapter`.
         output: folder to write.
         base: folder or hub name of the base, of which only the configuration is read, and which the export names.
         rank: largest rank of a pair; None takes the method's own factors.
@@ -108,7 +108,7 @@ def export_peft_lora(
         track: shows the progress over the layers.
 
     Raises:
-        ExportSourceError: there is no adapter.
+        AdapterMissingError: there is no adapter.
         ExportRankError: no rank is given and ΔW has full rank.
         RankError: the rank is not a positive integer.
         HyperparameterError: the dtype is unknown.
@@ -119,20 +119,20 @@ def export_peft_lora(
         SaveError: the operating system refused, for example because the disk is full.
     """
     stored = stored_dtype(dtype)
-    output = check_output(output, (source, base), overwrite=overwrite)
-    with opened(source, base) as adapter:
-        pairs = lora_pairs(adapter.packed, rank, stored, track)
-        extra = adapter.extra
-        config = lora_config(adapter, pairs)
-        tensors = extra | lora_tensors((adapter.path(pair.name), pair) for pair in pairs)
-        with replaced_set(output) as stage:
-            save_file(tensors, stage / WEIGHTS_FILE, metadata={"format": "pt"})
-            config.save_pretrained(str(stage))
-            if adapter.head_apart:
-                save_head(adapter.found, stage)
-            size = sum(file.stat().st_size for file in stage.iterdir())
-        head = "apart" if adapter.head_apart else "saved" if extra else "none"
-        return LoraExport(output, adapter.found.config.method, adapter.base, tuple(pairs), dtype, head, size)
+    output = check_output(output, (*paths_of(source), base), overwrite=overwrite)
+    adapter = open_source(source, base)
+    pairs = lora_pairs(adapter.packed, rank, stored, track)
+    extra = adapter.extra
+    config = lora_config(adapter, pairs)
+    tensors = extra | lora_tensors((adapter.path(pair.name), pair) for pair in pairs)
+    with replaced_set(output) as stage:
+        save_file(tensors, stage / WEIGHTS_FILE, metadata={"format": "pt"})
+        config.save_pretrained(str(stage))
+        if adapter.head_apart:
+            save_head(adapter.found, stage)
+        size = sum(file.stat().st_size for file in stage.iterdir())
+    head = "apart" if adapter.head_apart else "saved" if extra else "none"
+    return LoraExport(output, adapter.found.config.method, adapter.base, tuple(pairs), dtype, head, size)
 
 
 def stored_dtype(name: str) -> torch.dtype:

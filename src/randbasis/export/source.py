@@ -1,23 +1,18 @@
-"""SOURCE → MATRICES: an adapter directory or a packed file, and the class of transformers that has its layers."""
+"""SOURCE → MATRICES: a saved adapter, and the class of transformers that has its layers."""
 
 import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from randbasis.adapter_file import PackedAdapter
 from randbasis.adapter_file.paths import split_path
-from randbasis.adapters.adapter_dir import AdapterDir, read_adapter_dir
 from randbasis.adapters.base_fit import BaseFit, auto_classes, find_fit
 from randbasis.adapters.base_model import linear_shapes, meta_model, read_config
-from randbasis.adapters.packed import packed_of, unpack_adapter
-from randbasis.errors import DataMissingError, ExportBaseError, ExportSourceError
-from randbasis.files.locations import Location, local_path
+from randbasis.adapters.packed import exact
+from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter
+from randbasis.errors import DataMissingError, ExportBaseError
 from randbasis.tuner.saved_files import SAVED_PREFIX, plain_path
 
 
@@ -26,13 +21,13 @@ class Source:
     """An adapter to export.
 
     Attributes:
-        found: its directory.
+        found: as it was read.
         packed: its matrices, each with what its method is told of it and its coefficients.
         base: folder or hub name of the base, where one is known.
         fit: the class of transformers that has its layers; None where the base was not to be had.
     """
 
-    found: AdapterDir
+    found: SavedAdapter
     packed: PackedAdapter
     base: str | None
     fit: BaseFit | None
@@ -61,31 +56,7 @@ class Source:
         return {SAVED_PREFIX + self.path(name.removeprefix(SAVED_PREFIX)): tensor for name, tensor in tensors.items()}
 
 
-@contextmanager
-def adapter_directory(source: Location) -> Generator[Path]:
-    """The adapter directory itself, or the one that a packed file unpacks to, for as long as the block lasts.
-
-    Raises:
-        ExportSourceError: there is neither.
-        RandbasisError: the packed file breaks a rule; see :func:`randbasis.adapter_file.read`.
-    """
-    path = local_path(source)
-    if path is not None and path.is_dir():
-        yield path
-        return
-    if path is not None and not path.is_file():
-        raise ExportSourceError(
-            f"source must be an adapter directory or a packed file, there is nothing at {str(source)!r}; "
-            "give what save_pretrained, `randbasis train` or `randbasis pack` wrote"
-        )
-    with TemporaryDirectory() as folder:
-        unpacked = Path(folder) / Path(source).stem
-        unpack_adapter(source, unpacked)
-        yield unpacked
-
-
-@contextmanager
-def opened(source: Location, base: str | None = None) -> Generator[Source]:
+def open_source(source: AdapterLocation, base: str | None = None) -> Source:
     """Read an adapter and find the class of its base; no weights of the base are read.
 
     Without ``base``, the base that the adapter names is looked for on this machine alone. Where it is not there, the
@@ -93,24 +64,23 @@ def opened(source: Location, base: str | None = None) -> Generator[Source]:
     warning says so.
 
     Args:
-        source: adapter directory, or path or URL of a packed file.
+        source: where the adapter is: see :func:`randbasis.adapters.saved.open_adapter`.
         base: folder or hub name of the base, of which only the configuration is read.
 
     Raises:
-        ExportSourceError: there is no adapter.
+        AdapterMissingError: there is no adapter.
         ExportBaseError: the base is not to be had, and without it the paths cannot be told.
         BaseMismatchError: the adapter was made for another base than ``base``.
         DataMissingError: the configuration of ``base`` cannot be read.
         RandbasisError: a file of the adapter is missing, damaged or foreign, each rule with its class.
     """
-    with adapter_directory(source) as path:
-        found = read_adapter_dir(path)
-        name = base or found.config.base_model_name_or_path or None
-        fit = _fit(found, name, given=base is not None)
-        yield Source(found, packed_of(found, bits=32, model=base, base_name=name), name, fit)
+    found = open_adapter(source).ours()
+    name = base or found.config.base_model_name_or_path or None
+    fit = _fit(found, name, given=base is not None)
+    return Source(found, exact(found, model=base, base_name=name), name, fit)
 
 
-def _fit(found: AdapterDir, name: str | None, *, given: bool) -> BaseFit | None:
+def _fit(found: SavedAdapter, name: str | None, *, given: bool) -> BaseFit | None:
     if given and name:
         return find_fit(found, read_config(name))
     if not name:
@@ -123,13 +93,13 @@ def _fit(found: AdapterDir, name: str | None, *, given: bool) -> BaseFit | None:
         warnings.warn(
             f"the layers keep the paths that they were trained under, because they could not be looked up in the base "
             f"that the adapter names ({error}); name the base to have them checked",
-            stacklevel=5,
+            stacklevel=4,
         )
         return None
     return find_fit(found, config)
 
 
-def check_paths(found: AdapterDir) -> None:
+def check_paths(found: SavedAdapter) -> None:
     """Raise unless the class of transformers for the task of an adapter has its layers and head, told by the names.
 
     A reader builds the base by that class, and PEFT leaves out without a word what has no place in it.
@@ -154,7 +124,7 @@ def check_paths(found: AdapterDir) -> None:
     raise _no_base(found, f"and no class of transformers for {kind!r} and its task has {found.modules[0]!r} and a head")
 
 
-def _no_base(found: AdapterDir, why: str) -> ExportBaseError:
+def _no_base(found: SavedAdapter, why: str) -> ExportBaseError:
     return ExportBaseError(
         f"base must be given: {found.config.base_model_name_or_path or 'the base model'!r} is not on this machine, "
         f"{why}, so that a reader would leave out what it does not know; give the folder or hub name of the base "

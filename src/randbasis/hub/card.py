@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from randbasis.adapters.adapter_dir import AdapterDir
+from randbasis.adapters.saved import SavedAdapter
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.meaning import MEANING
 from randbasis.tuner.registration import PREFIX
@@ -59,7 +59,7 @@ class CardFacts:
     eval_rows: int | None = None
 
 
-def model_card(found: AdapterDir, facts: CardFacts) -> str:
+def model_card(found: SavedAdapter, facts: CardFacts) -> str:
     """The text of ``README.md``: metadata for the hub and Markdown for the reader.
 
     Args:
@@ -81,7 +81,7 @@ def model_card(found: AdapterDir, facts: CardFacts) -> str:
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
 
-def _introduction(found: AdapterDir, facts: CardFacts) -> str:
+def _introduction(found: SavedAdapter, facts: CardFacts) -> str:
     config = found.config
     return (
         f"# {facts.repo_id.rpartition('/')[2]}\n\n"
@@ -91,7 +91,7 @@ def _introduction(found: AdapterDir, facts: CardFacts) -> str:
     )
 
 
-def _rows(found: AdapterDir, facts: CardFacts) -> Iterable[tuple[str, str]]:
+def _rows(found: SavedAdapter, facts: CardFacts) -> Iterable[tuple[str, str]]:
     config = found.config
     yield "method", ", ".join(_citation(config))
     for name, value in config.hyperparameters().items():
@@ -109,7 +109,7 @@ def _rows(found: AdapterDir, facts: CardFacts) -> Iterable[tuple[str, str]]:
         yield f"`{name}`", f"{size:,} bytes, {bits} bits a coefficient"
 
 
-def _loading(found: AdapterDir, facts: CardFacts) -> str:
+def _loading(found: SavedAdapter, facts: CardFacts) -> str:
     parts = ["## How to load it", "```sh\npip install randbasis\n```"]
     if facts.task.get("pooling", "model") == "model" and facts.task.get("task") != "image-classification":
         parts.append(_peft_snippet(found, facts))
@@ -120,7 +120,7 @@ def _loading(found: AdapterDir, facts: CardFacts) -> str:
     return "\n\n".join(parts)
 
 
-def _peft_snippet(found: AdapterDir, facts: CardFacts) -> str:
+def _peft_snippet(found: SavedAdapter, facts: CardFacts) -> str:
     auto = _AUTO.get(str(found.config.task_type), "AutoModel")
     labels = [shape[0] for name, shape in found.head.items() if name.endswith(".weight")]
     options = (
@@ -176,7 +176,7 @@ def _citation(config: RandbasisConfig) -> list[str]:
     return [part.strip() for part in told.partition(":")[0].split(",")]
 
 
-def _coefficients(found: AdapterDir) -> int:
+def _coefficients(found: SavedAdapter) -> int:
     beside = (f".{PREFIX}streams.", f".{MEANING}.")
     return sum(
         prod(shape)

@@ -12,15 +12,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from randbasis.adapters.adapter_dir import AdapterDir, read_adapter_dir
 from randbasis.adapters.packed import packed_of
+from randbasis.adapters.saved import SavedAdapter, open_folder
 from randbasis.errors import AdapterFilesError, HubError, HubNameError, RandbasisError
 from randbasis.files.output_set import check_output, replaced_set
 from randbasis.hub.card import CardFacts, model_card
-from randbasis.train.adapter_folder import read_folder
 from randbasis.train.run import SUMMARY_FILE
-from randbasis.train.task import TASK_FILE
-from randbasis.tuner.saved_files import CONFIG_FILE, WEIGHTS_FILE
+from randbasis.tuner.saved_files import CONFIG_FILE, TASK_FILE, WEIGHTS_FILE
 
 CARD_FILE = "README.md"
 PACKED_FILE = "packed.safetensors"
@@ -105,14 +103,14 @@ def build_hub_folder(
     """
     folder = check_output(folder, (source,), overwrite=overwrite)
     _check_repo(repo_id, "repo_id")
-    found = read_adapter_dir(source)
+    found = open_folder(source).ours()
     base = base_name or _hub_base(found)
     _check_repo(base, "base_name")
     files = _files(found, base, repo_id, license, packed_bits)
     with replaced_set(folder) as stage:
         for name, content in files.items():
             (stage / name).write_bytes(content)
-    own = files[CARD_FILE] == _own_card(found.path)
+    own = files[CARD_FILE] == _own_card(Path(source))
     return HubFolder(folder, {name: len(content) for name, content in files.items()}, files[CARD_FILE].decode(), own)
 
 
@@ -158,7 +156,7 @@ def push_to_hub(
                 repo_id=repo_id,
                 folder_path=built.path,
                 revision=revision,
-                commit_message=message or f"{read_adapter_dir(source).config.method} adapter, by randbasis",
+                commit_message=message or f"{open_folder(source).method} adapter, by randbasis",
             )
     return Pushed(str(url), commit.oid, built.files, built.own_card)
 
@@ -168,20 +166,21 @@ def has_own_card(source: str | Path) -> bool:
     return _own_card(Path(source)) is not None
 
 
-def _files(found: AdapterDir, base: str, repo_id: str, license: str | None, bits: int | None) -> dict[str, bytes]:
-    config = _with_base(found.path / CONFIG_FILE, base_model_name_or_path=base)
+def _files(found: SavedAdapter, base: str, repo_id: str, license: str | None, bits: int | None) -> dict[str, bytes]:
+    folder = found.weights.parent
+    config = _with_base(folder / CONFIG_FILE, base_model_name_or_path=base)
     files = {CONFIG_FILE: config, WEIGHTS_FILE: found.weights.read_bytes()}
     task: dict[str, Any] = {}
-    if (found.path / TASK_FILE).is_file():
-        task = read_folder(found.path).task
-        files[TASK_FILE] = _with_base(found.path / TASK_FILE, base_model=base)
+    if (folder / TASK_FILE).is_file():
+        task = found.task
+        files[TASK_FILE] = _with_base(folder / TASK_FILE, base_model=base)
     packed = None
     if bits is not None:
         files[PACKED_FILE] = packed_of(found, bits=bits, base_name=base).to_bytes()
         packed = PACKED_FILE, bits, len(files[PACKED_FILE])
-    metrics, rows = _scores(found.path)
+    metrics, rows = _scores(folder)
     facts = CardFacts(repo_id, base, license, len(files[WEIGHTS_FILE]), packed, task, metrics, rows)
-    files[CARD_FILE] = _own_card(found.path) or model_card(found, facts).encode()
+    files[CARD_FILE] = _own_card(folder) or model_card(found, facts).encode()
     return files
 
 
@@ -214,7 +213,7 @@ def _own_card(path: Path) -> bytes | None:
     return None if _EMPTY_CARD.encode() in card else card
 
 
-def _hub_base(found: AdapterDir) -> str:
+def _hub_base(found: SavedAdapter) -> str:
     name = found.config.base_model_name_or_path
     if not name or Path(name).exists() or Path(name).is_absolute():
         raise HubNameError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from randbasis.adapter_file import SpecMatrix
 from randbasis.adapters.base_model import linear_shapes, meta_model, read_config, shape_of
 from randbasis.adapters.inspection import Track
+from randbasis.adapters.saved import task_of
 from randbasis.errors import BaseMismatchError, CoefficientValueError, ResidualError, UnknownMethodError
 from randbasis.files.output_set import check_output, replaced_set
 from randbasis.importing.least_squares import Bases, Fit, Stop, nearest, relative
@@ -134,13 +135,12 @@ def import_as_nearest(
     limit: float | None = None,
     stop: Stop | None = None,
     overwrite: bool = False,
-    beside: Mapping[str, str] | None = None,
     track: Track = iter,
 ) -> ImportedAdapter:
     """Write the NOLA or VeRA of a seed that is nearest to an adapter of PEFT, as an adapter directory.
 
     A few hundred numbers cannot say what a LoRA of other random matrices says: the residual is then near 1. It is 0, up
-    to rounding, where the adapter was one of this seed and configuration.
+    to rounding, where the adapter was one of this seed and configuration. The task of a training run comes along.
 
     Args:
         source: directory of PEFT's LoRA, or of VeRA or RandLoRA with its random matrices.
@@ -150,7 +150,6 @@ def import_as_nearest(
         limit: largest residual of all matrices together; nothing is written above it.
         stop: when the least squares end.
         overwrite: replace the output.
-        beside: name → text of further files of the directory.
         track: shows the progress over the matrices.
 
     Raises:
@@ -183,7 +182,7 @@ def import_as_nearest(
     with replaced_set(folder) as stage:
         save_file(tensors, stage / WEIGHTS_FILE, metadata={"format": "pt"})
         made.save_pretrained(str(stage))
-        for name, text in (beside or {}).items():
+        for name, text in task_of([found.saved], config.method).items():
             (stage / name).write_text(text, encoding="utf-8")
     return result
 

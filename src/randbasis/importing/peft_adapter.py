@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from randbasis.adapters.base_model import linear_shapes, meta_model, read_config, shape_of
+from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter
 from randbasis.errors import (
     AdapterFilesError,
     BaseMismatchError,
@@ -30,9 +31,7 @@ from randbasis.tuner.saved_files import (
     CONFIG_FILE,
     SAVED_PREFIX,
     WEIGHTS_FILE,
-    check_adapter_files,
     natural_order,
-    tensor_shapes,
 )
 
 REPLACED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -49,18 +48,29 @@ class PeftAdapter(ABC):
     """A directory whose files are there and mean a ΔW of linear layers and, perhaps, a head.
 
     Attributes:
-        path: the directory.
-        options: its configuration, as the file holds it.
-        stored: tensor name → shape, as in the file.
+        saved: the directory as it was read.
     """
 
     kind: ClassVar[str]
     tensors: ClassVar[tuple[str, ...]]
     full_rank: ClassVar[bool] = False
 
-    path: Path
-    options: Mapping[str, Any]
-    stored: Mapping[str, tuple[int, ...]]
+    saved: SavedAdapter
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return self.saved.weights.parent
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Its configuration, as the file holds it."""
+        return self.saved.options
+
+    @property
+    def stored(self) -> Mapping[str, tuple[int, ...]]:
+        """Tensor name → shape, as in the file."""
+        return self.saved.shapes
 
     @property
     def layers(self) -> list[str]:
@@ -77,7 +87,7 @@ class PeftAdapter(ABC):
 
     def load(self, names: Collection[str]) -> dict[str, Tensor]:
         """Tensors by their names in the file."""
-        with cast("Any", safe_open)(self.path / WEIGHTS_FILE, "pt") as file:
+        with cast("Any", safe_open)(self.saved.weights, "pt") as file:
             return {name: file.get_tensor(name) for name in names}
 
     @abstractmethod
@@ -306,40 +316,39 @@ class RandLoraAdapter(ProjectedAdapter):
         return Factors(scaling * narrow.flatten(0, 1).T, wide.T)
 
 
-def read_peft_adapter(path: str | Path, model: str | None = None) -> PeftAdapter:
+def read_peft_adapter(adapter: AdapterLocation, model: str | None = None) -> PeftAdapter:
     """Check a directory of PEFT's LoRA, VeRA or RandLoRA; tensors are read when they are needed.
 
     Args:
-        path: the directory.
+        adapter: the directory, or what :func:`randbasis.adapters.saved.open_adapter` made of it.
         model: folder or hub name of the base, of which only the configuration is read. VeRA and RandLoRA need it, since
             their files do not tell the shapes of the layers; None takes the one that the adapter names.
 
     Raises:
+        AdapterMissingError: there is nothing.
         AdapterFilesError: a file is missing or damaged, or the adapter is of this package.
         UnsupportedAdapterError: it is of another method of PEFT, or does more than to add a ΔW to linear layers.
         ProjectionsMissingError: VeRA or RandLoRA without its random matrices.
         BaseMismatchError: a layer is not in the base model, or has another shape there.
         DataMissingError: the configuration of the base model is needed and cannot be read.
     """
-    path = Path(path)
-    options = check_adapter_files(path)
-    kind = options.get("peft_type")
+    saved = open_adapter(adapter)
+    kind = saved.kind
     if kind == TYPE_NAME:
         raise AdapterFilesError(
-            f"{path} must be an adapter of PEFT's LoRA, VeRA or RandLoRA, it is one of randbasis already; "
+            f"{saved.where} must be an adapter of PEFT's LoRA, VeRA or RandLoRA, it is one of randbasis already; "
             "`randbasis export` brings it into other forms"
         )
     if kind not in _KINDS:
         raise UnsupportedAdapterError(
-            f"{path} must be an adapter of PEFT's {', '.join(one.kind for one in _KINDS.values())}, it is of peft_type "
-            f"{kind!r}; convert it to LoRA with PEFT first (peft.convert_to_lora)"
+            f"{saved.where} must be an adapter of PEFT's {', '.join(one.kind for one in _KINDS.values())}, it is of "
+            f"peft_type {kind!r}; convert it to LoRA with PEFT first (peft.convert_to_lora)"
         )
-    stored = tensor_shapes(path / WEIGHTS_FILE)
     if kind == "LORA":
-        found: PeftAdapter = LoraAdapter(path, options, stored)
+        found: PeftAdapter = LoraAdapter(saved)
         found.check()
         return found
-    bare = _KINDS[kind](path, options, stored, {})
+    bare = _KINDS[kind](saved, {})
     bare.check()
     return replace(bare, shapes=_base_shapes(bare, model))
 

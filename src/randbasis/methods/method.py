@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from randbasis.basis import check_seed, parse_law, stream_of
@@ -109,8 +110,7 @@ class Method(ABC):
         Args:
             path: module path of the matrix; used only when the basis is not shared.
         """
-        suffix = "" if self.shares_basis else f"/{path}"
-        return tuple(stream_of(f"{self.name}/{role}{suffix}") for role in self.roles)
+        return _streams(self.name, self.roles, "" if self.shares_basis else f"/{path}")
 
     @property
     def unit(self) -> float:
@@ -123,6 +123,12 @@ class Method(ABC):
     @abstractmethod
     def bind(self, site: Site) -> Bound[Any]:
         """The method on one matrix: whoever uses it more than once keeps the result."""
+
+
+@lru_cache(maxsize=1024)
+def _streams(method: str, roles: tuple[str, ...], suffix: str) -> tuple[int, ...]:
+    """Those of a shared basis are asked for by every matrix."""
+    return tuple([stream_of(f"{method}/{role}{suffix}") for role in roles])
 
 
 def check_coefficients(coefficients: Coefficients, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:

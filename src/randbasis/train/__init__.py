@@ -1,7 +1,6 @@
 """DATA → COEFFICIENTS: ``train`` makes a whole run from settings; ``fit`` trains any PEFT configuration."""
 
 from randbasis.train.adapter import METHOD_NAMES, peft_config
-from randbasis.train.adapter_folder import load_adapter, read_folder
 from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.classification import TextClassification
 from randbasis.train.generation import GenerationSettings
@@ -12,6 +11,7 @@ from randbasis.train.run import Prepared, TrainOutcome, prepare, train
 from randbasis.train.settings import AdapterSettings, DataSettings, LoopSettings, TrainSettings
 from randbasis.train.tabular import Table, read_table
 from randbasis.train.task import Task
+from randbasis.train.trained_parameters import load_adapter
 
 __all__ = [
     "METHOD_NAMES",
@@ -33,7 +33,6 @@ __all__ = [
     "load_adapter",
     "peft_config",
     "prepare",
-    "read_folder",
     "read_images",
     "read_table",
     "train",

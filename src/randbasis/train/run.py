@@ -15,7 +15,6 @@ from randbasis.errors import CheckpointError, EmptyDataError, SettingError
 from randbasis.files.locations import local_output
 from randbasis.files.output_set import check_output, replaced_set, saving
 from randbasis.train.adapter import peft_config
-from randbasis.train.adapter_folder import ADAPTER_WEIGHTS, HEAD_WEIGHTS, save_parameters
 from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.classification import TextClassification
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
@@ -25,8 +24,10 @@ from randbasis.train.ranks import Ranks, joined
 from randbasis.train.settings import DataSettings, TrainSettings
 from randbasis.train.splits import few_shot, hold_out, sample
 from randbasis.train.tabular import Table, read_table
-from randbasis.train.task import TASK_FILE, Example, Task, count_cut, warn_of_cut
+from randbasis.train.task import Example, Task, count_cut, warn_of_cut
+from randbasis.train.trained_parameters import save_parameters
 from randbasis.train.trainer import checkpoint_to_resume, last_checkpoint
+from randbasis.tuner.saved_files import HEAD_FILE, TASK_FILE, WEIGHTS_FILE
 
 CHECKPOINTS = "checkpoints"
 EARLIER = ".checkpoints-before"
@@ -263,7 +264,7 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 def _save(settings: TrainSettings, prepared: Prepared, result: FitResult, processes: int) -> dict[str, Any]:
     with replaced_set(local_output(settings.output), kept=(CHECKPOINTS,)) as stage:
         save_parameters(result.model, stage)
-        weights = next(stage / name for name in (ADAPTER_WEIGHTS, HEAD_WEIGHTS) if (stage / name).exists())
+        weights = next(stage / name for name in (WEIGHTS_FILE, HEAD_FILE) if (stage / name).exists())
         summary = _summary(settings, prepared, result) | {"adapter_bytes": weights.stat().st_size}
         if processes > 1:
             summary["processes"] = processes

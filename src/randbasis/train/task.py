@@ -15,8 +15,6 @@ from randbasis.train.tabular import Table
 Example = dict[str, Any]
 Batch = dict[str, Any]
 
-TASK_FILE = "task.json"
-
 CUT = "cut"
 """Key of an example: whether its text was longer than the maximum length."""
 

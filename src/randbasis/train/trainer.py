@@ -15,10 +15,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from randbasis.errors import CheckpointError, NonFiniteLossError, SaveError
 from randbasis.files.output_set import saving
-from randbasis.train.adapter_folder import restore_parameters, save_parameters
 from randbasis.train.host_names import TRAINER_NAMES
 from randbasis.train.ranks import Ranks
 from randbasis.train.task import Batch, Example, Task
+from randbasis.train.trained_parameters import restore_parameters, save_parameters
 from randbasis.tuner.host_names import check_names
 
 check_names(TRAINER_NAMES)

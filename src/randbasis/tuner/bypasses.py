@@ -64,7 +64,7 @@ def check_whole(key: str, base: nn.Module) -> None:
     if not isinstance(weight, Tensor):
         return
     names = _SHAPE_NAMES.get(type(base), ())
-    cut = bool(names) and weight.dim() == 2 and tuple(weight.shape) != tuple(getattr(base, name) for name in names)
+    cut = bool(names) and weight.dim() == 2 and tuple(weight.shape) != tuple([getattr(base, name) for name in names])
     if cut or isinstance(weight, DTensor) or getattr(base, "_hf_tp_plan", None) is not None:
         raise ShardedBaseError(
             f"target {key!r} must have its whole weight in this process, got one that is spread over devices (a "

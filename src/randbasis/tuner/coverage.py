@@ -46,7 +46,7 @@ def warn_of_gaps(model: nn.Module, config: RandbasisConfig, matched: Sequence[st
 def _unmatched_names(config: RandbasisConfig, matched: Sequence[str]) -> list[str]:
     if config.target_modules is None or isinstance(config.target_modules, str):
         return []
-    return sorted(name for name in config.target_modules if not names_any(name, matched))
+    return sorted([name for name in config.target_modules if not names_any(name, matched)])
 
 
 def names_any(name: str, keys: Iterable[str]) -> bool:
@@ -56,7 +56,9 @@ def names_any(name: str, keys: Iterable[str]) -> bool:
 
 def _missing_layers(config: RandbasisConfig, matched: Sequence[str]) -> list[int]:
     wanted = config.layers_to_transform
-    numbers = {wanted} if isinstance(wanted, int) else set(wanted or ())
+    if wanted is None:
+        return []
+    numbers = {wanted} if isinstance(wanted, int) else set(wanted)
     found = {int(number) for key in matched for number in re.findall(r"(?<=\.)\d+(?=\.)", key)}
     return sorted(numbers - found)
 

@@ -43,7 +43,8 @@ def fill(model: nn.Module, adapter: str, packed: PackedAdapter, where: str) -> N
         for number, one in enumerate(packed.spec.matrices):
             layer, index, adapted = places[one.name, one.part]
             # The method's order is that of the file and of the layer.
-            for target in layer.trained_coefficients(adapter, adapted).values():
+            for attribute in adapted.attributes.values():
+                target = cast("Tensor", getattr(layer, attribute)[adapter].weight)
                 target.copy_(values[done : done + target.numel()].view(target.shape))
                 done += target.numel()
             if packed.streams is not None:

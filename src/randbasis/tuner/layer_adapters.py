@@ -109,16 +109,17 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         streams: tuple[int, ...],
         options: AdapterOptions,
     ) -> AdaptedPart:
-        bound = method.bind(Site(part.rows, self.in_features, streams))
+        rows, suffix = part.rows, part.suffix
+        bound = method.bind(Site(rows, self.in_features, streams))
         attributes: dict[str, str] = {}
-        starts = method.starts(part.rows, self.in_features)
-        for name, shape in method.coefficient_shapes(part.rows, self.in_features).items():
+        starts = method.starts(rows, self.in_features)
+        for name, shape in method.coefficient_shapes(rows, self.in_features).items():
             start = torch.full(shape, starts[name], dtype=torch.float32)
             if not options.init_weights:
                 stream = f"{method.name}/init/{len(self.options)}/{name}/{path}"
                 noise = basis_entries(method.seed, stream, "normal", (1, 1, start.numel()))
                 start = start + (NOISE / 2) * (starts[name] or 1.0) * noise.view(shape).to(start.device)
-            attribute = f"randbasis_{name}{part.suffix}"
+            attribute = f"randbasis_{name}{suffix}"
             self._container(attribute)[adapter] = Coefficients(start)
             attributes[name] = attribute
         return AdaptedPart(part, bound, attributes)
@@ -144,8 +145,8 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         if adapter in self.randbasis_meaning:
             del self.randbasis_meaning[adapter]
         if meaning is not None:
-            self.randbasis_meaning[adapter] = HeldMeaning(adapter, meaning)
-            self._move_adapter_to_device_of_base_layer(adapter)
+            held, device = HeldMeaning(adapter, meaning), base_device(self.get_base_layer())
+            self.randbasis_meaning[adapter] = held if device is None else held.to(device)
 
     def cast_to_base(self, adapter: str) -> None:
         """Give the coefficients of an adapter the dtype of the base layer, when that is a floating dtype."""

@@ -89,7 +89,7 @@ def meaning_of(common: Method, bits: int | None, matrices: Iterable[SpecMatrix])
     shared = _identity(common) | {"quantize_coefficients": bits}
     first = ("method", "seed")
     options = {name: shared[name] for name in (*first, *sorted(shared.keys() - set(first)))}
-    layers = sorted((one.out_features, one.in_features, one.start, one.rows) for one in listed)
+    layers = sorted([(one.out_features, one.in_features, one.start, one.rows) for one in listed])
     apart = len(_common_path([one.name for one in listed]))
     patterns = sorted(
         # Without what stands before all of them: a head more or less changes that.

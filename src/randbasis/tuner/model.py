@@ -93,7 +93,7 @@ class RandbasisModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every target before the first is replaced, so that a refusal leaves the model as it was."""
         if self.trained_before is None:
-            self.trained_before = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+            self.trained_before = frozenset([name for name, p in model.named_parameters() if p.requires_grad])
         config = cast("RandbasisConfig", peft_config)
         self._checked = {}
         if config.target_modules == DUMMY_TARGET_MODULES:
@@ -120,7 +120,7 @@ class RandbasisModel(BaseTuner):
         warn_of_gaps(model, config, matched, all_linear=all_linear)
 
     def _matched(self, config: RandbasisConfig, modules: Mapping[str, nn.Module]) -> list[str]:
-        inside = tuple(f"{key}." for key, module in modules.items() if isinstance(module, BaseTunerLayer))
+        inside = tuple([f"{key}." for key, module in modules.items() if isinstance(module, BaseTunerLayer)])
         return [
             key
             for key in modules
@@ -149,6 +149,8 @@ class RandbasisModel(BaseTuner):
     def _parts(self, config: RandbasisConfig, key: str, rows: int) -> list[Part]:
         """The rows of a layer that the configuration names: those that it was saved with, else by the model's code."""
         wanted = parts_of(key, config.target_slices)
+        if not wanted:
+            return [Part("", 0, rows)]
         saved = [(name, expected_shape(config.base_rows, f"{key}[{name}]")) for name in wanted]
         known = [Part(name, *bounds) for name, bounds in saved if bounds is not None]
         if known and len(known) == len(wanted):
@@ -209,7 +211,7 @@ class RandbasisModel(BaseTuner):
         self._see_to_calls(model)
         config = cast("RandbasisConfig", self.peft_config[adapter_name])
         config.made_for = compress_shapes(shapes)
-        config.made_for_rows = compress_shapes(rows) or None
+        config.made_for_rows = compress_shapes(rows) if rows else None
         config.made_for_type = cast("dict[str, Any]", self.get_model_config(self.model)).get("model_type")
         place_meaning(model, adapter_name, config)
 

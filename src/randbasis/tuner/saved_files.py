@@ -18,6 +18,10 @@ from randbasis.files.output_set import check_finished
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+HEAD_FILE = "head.safetensors"
+"""A head alone, where no adapter was trained, or one that the class of an exported or merged model has no place for."""
+TASK_FILE = "task.json"
+"""What `randbasis train` writes beside an adapter: labels, columns and lengths, which are needed to use it again."""
 MODEL_FILE = "config.json"
 SAVED_PREFIX = "base_model.model."
 """What PEFT puts before the path of a module in the base model."""
@@ -118,4 +122,4 @@ def _instead(names: list[str]) -> str:
 
 def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
     """A key that sorts layer 2 before layer 10."""
-    return tuple((part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split("."))
+    return tuple([(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")])

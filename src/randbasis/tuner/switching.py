@@ -28,7 +28,7 @@ def activate(layers: Iterable[RandbasisLinear], adapters: str | list[str], *, in
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             layer.unmerge()
         for attribute in layer.adapter_layer_names:
-            for name, coefficients in _children(_children(layer)[attribute]).items():
+            for name, coefficients in _children(layer, attribute).items():
                 for parameter in vars(coefficients)["_parameters"].values():
                     wanted = name in trained
                     if parameter.requires_grad is not wanted and parameter.is_leaf:
@@ -36,6 +36,6 @@ def activate(layers: Iterable[RandbasisLinear], adapters: str | list[str], *, in
         layer._active_adapter = names  # pyright: ignore[reportPrivateUsage]
 
 
-def _children(module: nn.Module) -> dict[str, nn.Module]:
-    """Direct ones by name, as torch keeps them: its own accessors cost many times a look into a dictionary."""
-    return cast("dict[str, nn.Module]", vars(module)["_modules"])
+def _children(layer: nn.Module, attribute: str) -> dict[str, nn.Module]:
+    """What a container of a layer holds, by name: torch's own accessors cost many times a look into a dictionary."""
+    return cast("dict[str, nn.Module]", vars(vars(layer)["_modules"][attribute])["_modules"])

@@ -1,4 +1,4 @@
-"""Using what a run left: scores, answers and texts from an adapter folder."""
+"""Using what a run left: scores, answers and texts from a saved adapter."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from randbasis.adapters.base_model import read_config
+from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter
 from randbasis.errors import AdapterFilesError, EmptyDataError, OutputExistsError, SettingError, near
 from randbasis.files.locations import local_output
 from randbasis.files.output_set import check_file_output, saving
-from randbasis.train.adapter_folder import load_adapter, read_folder
 from randbasis.train.base_model import read_tokenizer
 from randbasis.train.causal_lm import CausalLanguage, end_token_id
 from randbasis.train.classification import TextClassification, allowed_length
@@ -25,6 +25,7 @@ from randbasis.train.settings import DTYPES, check_distinct
 from randbasis.train.splits import sample
 from randbasis.train.tabular import Row, Table, read_table
 from randbasis.train.task import Task, warn_of_cut
+from randbasis.train.trained_parameters import load_adapter
 
 COLUMN_KEYS = ("text", "text_pair", "label", "prompt", "target")
 
@@ -36,8 +37,8 @@ class UseSettings:
     """How a trained adapter is used.
 
     Args:
-        adapter: folder of a run, or of a PEFT adapter of a causal language model; ``None`` for the base alone, which
-            must be one.
+        adapter: folder of a run, or any other adapter of a causal language model: see
+            :func:`randbasis.adapters.saved.open_adapter`; ``None`` for the base alone, which must be such a model.
         model: folder or hub name of the base; ``None`` for the one that the adapter names.
         data: rows, or images; not needed to generate from prompts.
         kind: kind of the file when its name does not tell.
@@ -51,7 +52,7 @@ class UseSettings:
         generation: how texts are generated.
     """
 
-    adapter: str | Path | None = None
+    adapter: AdapterLocation | None = None
     model: str | None = None
     data: str | Path | None = None
     kind: str | None = None
@@ -85,10 +86,10 @@ class UseSettings:
 
         Raises:
             SettingError: a value is out of range.
-            AdapterFilesError: the adapter folder lacks what is needed.
+            AdapterFilesError: the adapter lacks what is needed.
         """
         self.check()
-        task = read_folder(self.adapter).task if self.adapter is not None else {}
+        task = {} if self.adapter is None else open_adapter(self.adapter).task
         columns: dict[str, str | None] = task.get("columns") or {}
         prompted = self.columns.get("prompt") is not None or columns.get("prompt") is not None
         return {"task": task.get("task", CausalLanguage.name), "prompted": prompted}
@@ -114,7 +115,7 @@ class Found:
 
     task: TrainedTask
     base: str
-    adapter: Path | None
+    adapter: SavedAdapter | None
 
     def load(self, settings: UseSettings) -> nn.Module:
         """Base and adapter, ready to answer.
@@ -131,25 +132,22 @@ class Found:
 
 
 def find(settings: UseSettings) -> Found:
-    """Look at the adapter folder and the base's tokenizer.
+    """Look at the adapter and the base's tokenizer.
 
     Raises:
-        AdapterFilesError: the adapter folder lacks what is needed, or its task is not described.
+        AdapterFilesError: the adapter lacks what is needed, or its task is not described.
         SettingError: no base is named, or a column is given that the task has not.
     """
     settings.check()
-    folder = read_folder(settings.adapter) if settings.adapter is not None else None
-    base = settings.model or (folder.base_model if folder else "")
+    saved = None if settings.adapter is None else open_adapter(settings.adapter)
+    base = settings.model or (saved.base_model if saved else "")
     if not base:
-        raise SettingError(f"the adapter {str(settings.adapter)!r} does not name its base; give model")
-    if folder and folder.task:
-        task = _described(folder.task, base)
-    else:
-        task = _language_task(folder is not None, base, settings)
+        raise SettingError(f"the adapter {saved.where if saved else None!r} does not name its base; give model")
+    task = _described(saved.task, base) if saved and saved.task else _language_task(saved, base, settings)
     _rename_columns(task, settings.columns)
     if isinstance(task, CausalLanguage):
         task.generation = settings.generation
-    return Found(task, base, folder.path if folder else None)
+    return Found(task, base, saved)
 
 
 def evaluate(settings: UseSettings, *, texts: bool | None = None) -> dict[str, Any]:
@@ -299,20 +297,28 @@ def _described(description: dict[str, Any], name: str) -> TrainedTask:
         raise AdapterFilesError(f"the task.json of the adapter lacks {error}; was it edited?") from error
 
 
-def _language_task(adapted: bool, name: str, settings: UseSettings) -> CausalLanguage:
-    """The task of a base language model, or of an adapter that another tool wrote for one."""
+def _language_task(saved: SavedAdapter | None, name: str, settings: UseSettings) -> CausalLanguage:
+    """The task of a base language model, or of an adapter for one that has no description of its task."""
     config = read_config(name)
     architectures: list[str] = config.architectures or []
     if not any(architecture.endswith("ForCausalLM") for architecture in architectures):
         raise AdapterFilesError(
-            f"{'the adapter has no task.json, and ' if adapted else ''}the base {name!r} is not a causal language "
-            "model, so labels and columns are not known; give the output folder of a training run"
+            f"{_undescribed(saved)}the base {name!r} is not a causal language model, so labels and columns are not "
+            "known; give the output folder of a training run"
         )
     tokenizer = read_tokenizer(name)
     columns: dict[str, str | None] = {key: settings.columns.get(key) for key in ("prompt", "target", "text")}
     separator = " => " if columns["target"] else ""
     limit = allowed_length(tokenizer, config)
     return CausalLanguage(tokenizer, columns, limit, separator, end_token_id(tokenizer, None))
+
+
+def _undescribed(saved: SavedAdapter | None) -> str:
+    if saved is None:
+        return ""
+    if saved.whole is None:
+        return "the adapter has no task.json, and "
+    return f"{saved.where} is a packed adapter, which holds no description of its task (task.json of a folder), and "
 
 
 def _rename_columns(task: TrainedTask, names: dict[str, str]) -> None:

@@ -1,0 +1,306 @@
+"""AN ADAPTER AT REST: the one reader of a folder, a packed file, a URL and a store entry.
+
+:func:`open_adapter` checks what it finds and reads all of it but the values of the tensors; no pickle is ever read. A
+folder may hold an adapter of this package, one of PEFT's own methods, or a head alone, as ``train --method none``
+leaves it; the other places hold packed files, which are of this package.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftConfig
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor
+
+from randbasis.adapter_file import PackedAdapter, read
+from randbasis.adapters.spec_options import config_of, named_tensors
+from randbasis.errors import AdapterFilesError, AdapterMissingError, RandbasisError, StoreMissingError
+from randbasis.files.locations import Location, local_path
+from randbasis.files.output_set import check_finished
+from randbasis.store import AdapterStore
+from randbasis.tuner.config import RandbasisConfig
+from randbasis.tuner.registration import PREFIX, TYPE_NAME
+from randbasis.tuner.saved_files import (
+    CONFIG_FILE,
+    HEAD_FILE,
+    SAVED_PREFIX,
+    TASK_FILE,
+    WEIGHTS_FILE,
+    check_adapter_files,
+    natural_order,
+    tensor_shapes,
+)
+
+STORE_VARIABLE = "RANDBASIS_STORE"
+"""Environment variable that names the file of the store behind ``store:NAME``."""
+STORE_FILE = "adapters.db"
+"""The store in the working directory, where the variable is not set."""
+_ENTRY = re.compile(r"store:(?P<name>.*?)(@(?P<version>\d+))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter that is in no model.
+
+    Attributes:
+        where: what it was read from, for messages.
+        options: its configuration as PEFT's file of it says; empty of a head alone.
+        folder: where it lies, if that is a folder.
+        whole: its content, if it was a packed file.
+    """
+
+    where: str
+    options: Mapping[str, Any]
+    folder: Path | None = None
+    whole: PackedAdapter | None = None
+
+    @property
+    def kind(self) -> str:
+        """``peft_type`` of its configuration; empty of a head alone."""
+        return str(self.options.get("peft_type") or "")
+
+    def ours(self) -> "SavedAdapter":
+        """Itself, if it is an adapter of this package.
+
+        Raises:
+            AdapterFilesError: it is not, or its two files do not belong together.
+            RandbasisError: a hyper-parameter in the configuration is one that its method cannot take.
+        """
+        if self.is_head:
+            raise AdapterFilesError(
+                f"{self.where} must be an adapter of randbasis, it has no {CONFIG_FILE} and holds a trained head "
+                "alone, which changes no layer; give the folder of a run with another method than none"
+            )
+        if self.kind != TYPE_NAME:
+            what = f"a {self.kind} adapter of PEFT" if self.kind else "no PEFT adapter (it has no peft_type)"
+            raise AdapterFilesError(
+                f"{self.where}: {CONFIG_FILE} must be of an adapter of randbasis (peft_type {TYPE_NAME!r}), it is "
+                f"{what}; give an adapter that randbasis wrote, or use PEFT itself for this one"
+            )
+        if not self.modules:
+            first = next(iter(self.shapes), "none at all")
+            raise AdapterFilesError(
+                f"{self.weights} has no tensor of randbasis (…{PREFIX}…), the first is {first!r}; "
+                f"{CONFIG_FILE} and {WEIGHTS_FILE} do not belong together"
+            )
+        _ = self.config
+        return self
+
+    # --- what it is ---
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it is a head alone."""
+        return self.folder is not None and not (self.folder / CONFIG_FILE).is_file()
+
+    @cached_property
+    def config(self) -> RandbasisConfig:
+        """The configuration of an adapter of this package."""
+        return _own_config(self.folder) if self.whole is None else config_of(self.whole.spec, self.where)
+
+    @cached_property
+    def about(self) -> Mapping[str, Any]:
+        """What training wrote of it: ``task``, ``method`` and ``base_model``; empty where it wrote nothing.
+
+        Raises:
+            AdapterFilesError: the file is not a JSON object.
+        """
+        if self.folder is None or not (self.folder / TASK_FILE).is_file():
+            return {}
+        return _read_json(self.folder / TASK_FILE)
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """The description of its task; empty for packed files, and for adapters of other tools."""
+        return self.about.get("task", {})
+
+    @property
+    def method(self) -> str:
+        """As the command names it; for adapters of other tools as PEFT does."""
+        own = self.about.get("method") or self.options.get("method")
+        return str(own or self.kind or "none")
+
+    @property
+    def base_model(self) -> str:
+        """Folder or hub name of the base that it was made for; empty where it does not say."""
+        return str(self.about.get("base_model") or self.options.get("base_model_name_or_path") or "")
+
+    # --- its tensors ---
+
+    @property
+    def weights(self) -> Path:
+        """The file of tensors in a folder."""
+        return (self.folder or Path()) / (HEAD_FILE if self.is_head else WEIGHTS_FILE)
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Tensor name → shape, under the names that they have in a folder."""
+        if self.whole is None:
+            return tensor_shapes(self.weights)
+        return {name: tuple(tensor.shape) for name, tensor in named_tensors(self.whole).items()}
+
+    @property
+    def modules(self) -> list[str]:
+        """Paths of the modules in the base model that an adapter of this package adapts, layers in their order."""
+        found = dict.fromkeys(name.partition(f".{PREFIX}")[0] for name in self.shapes if f".{PREFIX}" in name)
+        return sorted((name.removeprefix(SAVED_PREFIX) for name in found), key=natural_order)
+
+    @property
+    def head(self) -> dict[str, tuple[int, ...]]:
+        """Parameter path → shape of what was trained whole beside an adapter of this package."""
+        return {
+            name.removeprefix(SAVED_PREFIX): shape for name, shape in self.shapes.items() if f".{PREFIX}" not in name
+        }
+
+    def load(self) -> dict[str, Tensor]:
+        """All tensors, under the names that they have in a folder."""
+        return load_file(self.weights) if self.whole is None else named_tensors(self.whole)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file of tensors, or of the packed file."""
+        return self.weights.stat().st_size if self.whole is None else len(self.whole.to_bytes())
+
+    def bare_config(self, *, head: bool = False) -> RandbasisConfig:
+        """A copy of the configuration that puts the adapter on any model without a basis being stored or drawn.
+
+        Args:
+            head: keep ``modules_to_save``.
+        """
+        config = deepcopy(self.config)
+        config.basis_storage = "recompute"
+        config.init_weights = True
+        config.task_type = None
+        config.base_model_name_or_path = None
+        if not head:
+            config.modules_to_save = None
+        return config
+
+
+AdapterLocation = Location | bytes | PackedAdapter | SavedAdapter
+"""Where an adapter may be: what :func:`open_adapter` takes."""
+
+
+def open_adapter(location: AdapterLocation) -> SavedAdapter:
+    """Look at an adapter, wherever it is.
+
+    Args:
+        location: a folder; a packed file, by its path, its URL or its bytes; ``store:NAME`` or ``store:NAME@VERSION``,
+            in the store that the environment variable :data:`STORE_VARIABLE` names, else :data:`STORE_FILE` in the
+            working directory; or an adapter that is at hand.
+
+    Raises:
+        AdapterMissingError: there is nothing.
+        AdapterFilesError: a file of a folder is missing or damaged.
+        PackedFileError: a packed file breaks a rule of the format; each rule has its class.
+        StoreMissingError: there is no store.
+        NotStoredError: the store has no such adapter or version.
+        RemoteError: a URL could not be reached.
+    """
+    if isinstance(location, SavedAdapter):
+        return location
+    if isinstance(location, PackedAdapter):
+        return _of_packed(location, "the packed adapter")
+    if isinstance(location, bytes):
+        return _of_packed(PackedAdapter.from_bytes(location), "the packed adapter")
+    if isinstance(location, str) and (entry := _ENTRY.fullmatch(location)):
+        return _stored(entry["name"], entry["version"])
+    path = local_path(location)
+    if path is not None and path.is_dir():
+        return open_folder(path)
+    if path is not None and not path.is_file():
+        raise AdapterMissingError(
+            f"adapter must be a folder, a packed file, its URL, or store:NAME, there is nothing at {str(location)!r}; "
+            "give what save_pretrained, `randbasis train` or `randbasis pack` wrote"
+        )
+    return _of_packed(read(location), str(location))
+
+
+def paths_of(*adapters: AdapterLocation) -> list[Location]:
+    """Those that are named by a path or a URL, for what must not be written over what is read."""
+    return [one for one in adapters if isinstance(one, str | Path)]
+
+
+def open_folder(path: str | Path) -> SavedAdapter:
+    """As :func:`open_adapter`, of a folder alone.
+
+    Raises:
+        AdapterFilesError: it is none, or a file in it is missing or damaged.
+    """
+    path = Path(path)
+    check_finished(path)
+    options: Mapping[str, Any] = {}
+    if (path / CONFIG_FILE).exists() or not (path / HEAD_FILE).is_file():
+        options = check_adapter_files(path)
+    found = SavedAdapter(str(path), options, folder=path)
+    _ = found.shapes
+    return found
+
+
+def task_of(sources: Sequence[SavedAdapter], method: str = "") -> dict[str, str]:
+    """What to write beside an adapter that is made of others, where all of them have one and the same task.
+
+    Args:
+        sources: the adapters that it is made of; packed files have no task.
+        method: what it is then, as the command names it; empty for that of the first.
+
+    Returns:
+        The name and text of the description, or nothing.
+    """
+    first = sources[0]
+    if not first.task or any(one.task != first.task for one in sources[1:]):
+        return {}
+    about = {"base_model": first.base_model, "method": method or first.method, "task": first.task}
+    return {TASK_FILE: json.dumps(about, indent=2, ensure_ascii=False) + "\n"}
+
+
+def _of_packed(packed: PackedAdapter, where: str) -> SavedAdapter:
+    options = {
+        "peft_type": TYPE_NAME,
+        "method": packed.spec.method.name,
+        "base_model_name_or_path": packed.spec.base.name,
+    }
+    return SavedAdapter(where, options, whole=packed)
+
+
+def _stored(name: str, version: str | None) -> SavedAdapter:
+    named = os.environ.get(STORE_VARIABLE)
+    path = Path(named or STORE_FILE)
+    if not path.is_file():
+        raise StoreMissingError(
+            f"store:{name} is looked for in the store that the environment variable {STORE_VARIABLE} names, else in "
+            f"{STORE_FILE!r} in the working directory, got {STORE_VARIABLE}={named!r} and no file at {str(path)!r}; "
+            "set the variable to the file of a store, or go to where it lies"
+        )
+    with AdapterStore(path, create=False) as store:
+        found = store.get(name, version=None if version is None else int(version))
+    return _of_packed(found.packed(), f"store:{name}@{found.record.version}")
+
+
+def _own_config(path: Path | None) -> RandbasisConfig:
+    try:
+        return cast("RandbasisConfig", PeftConfig.from_pretrained(str(path)))
+    except RandbasisError:
+        raise
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise AdapterFilesError(
+            f"{path}: {CONFIG_FILE} must hold the options of an adapter of randbasis, but {type(error).__name__}: "
+            f"{error}; take the file from where the adapter was saved"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterFilesError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise AdapterFilesError(f"{path} holds a {type(content).__name__}; an object is needed")
+    return cast(dict[str, Any], content)

@@ -1,0 +1,124 @@
+"""SPEC ↔ PEFT CONFIGURATION: the same adapter in the words of a packed file and in those of a directory."""
+
+import json
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from randbasis.adapter_file import PackedAdapter, Spec
+from randbasis.errors import RandbasisError, SpecValueError
+from randbasis.methods import Method
+from randbasis.tuner.base_shapes import compress_shapes
+from randbasis.tuner.config import RandbasisConfig, config_class
+from randbasis.tuner.meaning import meaning_tensor
+from randbasis.tuner.registration import PREFIX
+from randbasis.tuner.saved_files import SAVED_PREFIX
+from randbasis.tuner.targets import Part, parts_of
+
+STREAMS = f"{PREFIX}streams"
+_ELSEWHERE = {
+    *("method", "seed", "law", "peft_type", "peft_version", "inference_mode"),
+    *("base_model_name_or_path", "base_shapes", "base_rows", "base_model_type"),
+    "quantize_coefficients",
+}
+"""Keys of a PEFT configuration that the spec holds in its own words, or that PEFT fills in when it writes.
+
+The values in a file are what the adapter computes with, so that what quantized them in training has no place in it.
+"""
+_UNORDERED = ("target_modules", "exclude_modules")
+
+
+def peft_options(config: RandbasisConfig) -> dict[str, Any]:
+    """The options that are not the usual ones and that the spec does not hold in its own words."""
+    mine, usual = (_plain(one.to_dict()) for one in (config, config_class(config.method)()))
+    held = _ELSEWHERE | config.hyperparameters().keys()
+    options = {key: value for key, value in mine.items() if key not in held and value != usual[key]}
+    for key in _UNORDERED:
+        if isinstance(options.get(key), list):
+            options[key].sort()
+    return options
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(options, default=sorted))
+
+
+def bare(method: Method) -> Method:
+    """The method without how its basis is kept, which a file does not say."""
+    return replace(method, basis_storage="auto")
+
+
+def named_tensors(adapter: PackedAdapter) -> dict[str, Tensor]:
+    """The tensors of a packed adapter, under the names that they have in a directory."""
+    tensors = dict(adapter.extra)
+    streams: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
+    for one, delta in adapter.matrices():
+        suffix = Part(one.part, one.start, one.start + one.rows).suffix
+        for name, values in delta.coefficients.items():
+            tensors[f"{SAVED_PREFIX}{one.name}.{PREFIX}{name}{suffix}.weight"] = values.clone()
+        streams.setdefault(one.name, []).append((one.start, delta.bound.site.streams))
+    if adapter.streams is not None:
+        for name, rows in streams.items():
+            stored = torch.tensor([values for _, values in sorted(rows)], dtype=torch.int64)
+            tensors[f"{SAVED_PREFIX}{name}.{STREAMS}.weight"] = stored
+    return tensors | meaning_tensor(adapter.spec.method, None, adapter.spec.matrices)
+
+
+def config_of(spec: Spec, where: str, base_name: str | None = None) -> RandbasisConfig:
+    """The PEFT configuration of a spec.
+
+    Args:
+        spec: of a packed adapter.
+        where: what it was read from, for messages.
+        base_name: folder or hub name of the base; None takes the spec's.
+
+    Raises:
+        SpecValueError: the options for PEFT mean other matrices, methods or values than the spec lists.
+        RandbasisError: an option is one that the method cannot take.
+    """
+    common = spec.method
+    rows = {f"{one.name}[{one.part}]": (one.start, one.start + one.rows) for one in spec.matrices if one.part}
+    told: dict[str, Any] = {
+        **{key: value for key, value in vars(common).items() if key != "basis_storage"},
+        "method": common.name,
+        "base_model_name_or_path": base_name or spec.base.name,
+        "base_model_type": spec.base.architecture,
+        "base_shapes": compress_shapes(spec.shapes),
+        "base_rows": compress_shapes(rows) if rows else None,
+        "inference_mode": True,
+    }
+    # A file that another writer made may not say how PEFT picks the layers: by their paths, then.
+    picked: dict[str, Any] = {"target_modules": list(spec.shapes)}
+    try:
+        config = RandbasisConfig(**(picked | deepcopy(dict(spec.peft)) | told))  # PEFT writes into lists
+        agrees = not (spec.peft.keys() & told.keys()) and _means(config, spec)
+    except RandbasisError as error:
+        raise type(error)(f"{where}: {error}") from error
+    except (TypeError, KeyError, AttributeError, ValueError, re.error) as error:
+        raise SpecValueError(
+            f"{where}: peft in the spec must hold options of {common.name}, but {type(error).__name__}: {error}; "
+            "pack the adapter again"
+        ) from error
+    if not agrees:
+        raise SpecValueError(
+            f"{where}: peft in the spec must mean the matrices and hyper-parameters that the spec lists, got "
+            f"{dict(spec.peft)}; pack the adapter again"
+        )
+    return config
+
+
+def _means(config: RandbasisConfig, spec: Spec) -> bool:
+    """Whether a configuration gives each matrix of a spec the same method, and each layer the same parts."""
+    parts: dict[str, set[str]] = {}
+    for one in spec.matrices:
+        parts.setdefault(one.name, set()).update([one.part] if one.part else [])
+    return (
+        config.quantize_coefficients is None
+        and all(set(parts_of(name, config.target_slices)) == named for name, named in parts.items())
+        and all((m := config.method_for(one.name)) == one.method or bare(m) == one.method for one in spec.matrices)
+    )
