@@ -79,7 +79,12 @@ class Bound(ABC, Generic[M]):
         self.out_features, self.in_features = site.out_features, site.in_features
         self.rank = method.rank(site.out_features, site.in_features)
         self._hash = hash((method, site))
-        self.bases = tuple(_stored(method, stream, *shape) for stream, shape in zip(site.streams, shapes, strict=False))
+        law = parse_law(method.law)
+        bases: list[Stored] = []
+        for stream, shape in zip(site.streams, shapes, strict=False):
+            slab = Slab(Basis(method.seed, stream, law), *shape)
+            bases.append(hold(slab, choose_storage(slab, method.basis_storage, shared=method.shares_basis)))
+        self.bases = tuple(bases)
 
     def delta(self, coefficients: Coefficients) -> "Delta":
         """ΔW of some coefficients."""
@@ -185,11 +190,6 @@ class Delta:
     def double(self) -> "Delta":
         """The same in float64, for whatever measures it."""
         return Delta(self.bound, {name: values.double() for name, values in self.coefficients.items()})
-
-
-def _stored(method: "Method", stream: int, count: int, rows: int, cols: int) -> Stored:
-    slab = Slab(Basis(method.seed, stream, parse_law(method.law)), count, rows, cols)
-    return hold(slab, choose_storage(slab, method.basis_storage, shared=method.shares_basis))
 
 
 def matmul_rows(x: Tensor, weight: Tensor) -> Tensor:
