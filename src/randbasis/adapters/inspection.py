@@ -1,7 +1,7 @@
 """What a saved adapter holds: counts, and norm and spectrum of each ΔW, without the base model's weights."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,12 +10,12 @@ from peft import PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 
-from randbasis.adapters.base_model import hollow_model, linear_shapes, meta_model, read_config, shape_of
+from randbasis.adapters.base_model import hollow_model, read_config
+from randbasis.adapters.packed import layer_shapes
 from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter
 from randbasis.errors import AdapterFilesError
 from randbasis.methods import Factors
 from randbasis.tuner.adapted_part import AdaptedPart
-from randbasis.tuner.base_shapes import expected_shape
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.registration import PREFIX
@@ -204,25 +204,11 @@ def _spectrum(layer: RandbasisLinear, one: AdaptedPart, side: int) -> tuple[floa
 
 def _restored(found: SavedAdapter, model: str | None) -> PeftModel:
     """The adapter with its coefficients, on a model that has only the layers it adapts."""
-    hollow = hollow_model(_shapes(found, model), _model_config(found, model))
+    hollow = hollow_model(layer_shapes(found, model), _model_config(found, model))
     adapted = cast("PeftModel", get_peft_model(cast("Any", hollow), found.bare_config()))
     tensors = {name: tensor for name, tensor in found.load().items() if f".{PREFIX}" in name}
     set_peft_model_state_dict(adapted, tensors)
     return adapted
-
-
-def _shapes(found: SavedAdapter, model: str | None) -> dict[str, tuple[int, int]]:
-    if model is not None:
-        known: Mapping[str, tuple[int, int]] = linear_shapes(meta_model(read_config(model)))
-        return {key: shape_of(key, known) for key in found.modules}
-    shapes = {key: expected_shape(found.config.base_shapes, key) for key in found.modules}
-    unknown = next((key for key, shape in shapes.items() if shape is None), None)
-    if unknown is not None:
-        raise AdapterFilesError(
-            f"{found.where} does not say which shape {unknown!r} has (base_shapes in its configuration); "
-            "name the base model that it was made for"
-        )
-    return {key: shape for key, shape in shapes.items() if shape is not None}
 
 
 def _model_config(found: SavedAdapter, model: str | None) -> dict[str, Any]:

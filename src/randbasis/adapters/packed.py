@@ -160,7 +160,7 @@ def packed_bytes(config: RandbasisConfig, base: Base, layers: Iterable[tuple[str
 
 def _stored(found: SavedAdapter, model: str | None) -> Iterator[_Stored]:
     config = found.config
-    for key, (out, in_) in _layer_shapes(found, model).items():
+    for key, (out, in_) in layer_shapes(found, model).items():
         method = bare(config.method_for(key))
         path = SAVED_PREFIX + key
         for index, part in enumerate(_parts(found, key, out, model)):
@@ -170,7 +170,17 @@ def _stored(found: SavedAdapter, model: str | None) -> Iterator[_Stored]:
             yield _Stored(matrix, names, streams)
 
 
-def _layer_shapes(found: SavedAdapter, model: str | None) -> dict[str, tuple[int, int]]:
+def layer_shapes(found: SavedAdapter, model: str | None) -> dict[str, tuple[int, int]]:
+    """``(out, in)`` of each adapted layer, as the base model has it, or as the adapter was saved with.
+
+    Args:
+        found: the adapter.
+        model: folder or hub name of the base, of which only the configuration is read; None takes what was saved.
+
+    Raises:
+        AdapterFilesError: the adapter does not say it.
+        BaseMismatchError: the base model has no such layer.
+    """
     if model is not None:
         known = linear_shapes(meta_model(read_config(model)))
         return {key: shape_of(key, known) for key in found.modules}

@@ -10,17 +10,21 @@ from rich.progress import track
 from rich.table import Table
 from typer import Argument, Option
 
-from randbasis.cli.console import AsJson, Overwrite, answer, answer_table, reported
+from randbasis.cli.console import answer, answer_table, reported
 from randbasis.cli.options import AVERAGE, DIFF, check_options
+from randbasis.cli.parameters import AsJson, Overwrite
 from randbasis.errors import WeightsError
 
 if TYPE_CHECKING:
     from randbasis.arithmetic import Difference
     from randbasis.arithmetic.difference import Apart
 
+commands = typer.Typer(rich_markup_mode="markdown")
+
 Base = Annotated[str | None, Option(help="Folder or hub name of the base, for adapters that do not tell their shapes.")]
 
 
+@commands.command(epilog="Example: randbasis diff runs/a runs/b --json")
 def diff(
     context: typer.Context,
     first: Annotated[
@@ -42,6 +46,7 @@ def diff(
         answer_table(found.as_json(), _difference_table(found), as_json)
 
 
+@commands.command(epilog="Example: randbasis average runs/a runs/b --weights 0.5,0.5 --output runs/mean")
 def average(
     context: typer.Context,
     adapters: Annotated[

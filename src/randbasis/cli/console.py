@@ -11,21 +11,17 @@ import sys
 import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import typer
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
-from typer import Option
 
 from randbasis.errors import RandbasisError
 
 TRACEBACK_VARIABLE = "RANDBASIS_TRACEBACK"
 USAGE = (ValueError, TypeError, FileNotFoundError, FileExistsError)
-
-AsJson = Annotated[bool, Option("--json", help="One JSON document on the output stream.")]
-Overwrite = Annotated[bool, Option(help="Replace what is in the output.")]
 
 
 @contextmanager

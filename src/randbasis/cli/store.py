@@ -11,15 +11,16 @@ from rich.progress import Progress
 from rich.table import Table
 from typer import Argument, Option
 
-from randbasis.cli.console import AsJson, Overwrite, answer, answer_table, reported
+from randbasis.cli.console import answer, answer_table, reported
 from randbasis.cli.options import STORE_ADD, STORE_GET, check_options
+from randbasis.cli.parameters import AsJson, Overwrite
 from randbasis.files.whole_file import refuse_existing, write
 from randbasis.methods import method_class
 
 if TYPE_CHECKING:
     from randbasis.store import Record
 
-store = typer.Typer(
+commands = typer.Typer(
     name="store",
     help="Keep adapters in one file: by name, version, tag, base and method.",
     no_args_is_help=True,
@@ -34,7 +35,7 @@ Base = Annotated[str | None, Option(help="Only those for this base, by its finge
 Method = Annotated[str | None, Option(help="Only nola, vera, randlora or pranc.")]
 
 
-@store.command(epilog="Example: randbasis store add adapters.db runs/*.safetensors --tag support")
+@commands.command(epilog="Example: randbasis store add adapters.db runs/*.safetensors --tag support")
 def add(
     context: typer.Context,
     store: Store,
@@ -54,7 +55,7 @@ def add(
             _answer_records(opened.add_many(batch), as_json)
 
 
-@store.command(epilog="Example: randbasis store get adapters.db team/user-1 --output user-1.safetensors")
+@commands.command(epilog="Example: randbasis store get adapters.db team/user-1 --output user-1.safetensors")
 def get(
     context: typer.Context,
     store: Store,
@@ -82,7 +83,7 @@ def get(
         answer({**found.record.as_json(), "output": output}, as_json)
 
 
-@store.command("list", epilog="Example: randbasis store list adapters.db --tag support --limit 1000 --json")
+@commands.command("list", epilog="Example: randbasis store list adapters.db --tag support --limit 1000 --json")
 def list_(
     store: Store,
     tag: Tag = None,
@@ -105,7 +106,7 @@ def list_(
         answer_table(page.as_json(), _table(page.records, caption), as_json)
 
 
-@store.command(epilog="Example: randbasis store history adapters.db team/user-1")
+@commands.command(epilog="Example: randbasis store history adapters.db team/user-1")
 def history(
     store: Store,
     name: Name,
@@ -122,7 +123,7 @@ def history(
             _answer_records(opened.history(name, before=before, limit=limit), as_json)
 
 
-@store.command(epilog="Example: randbasis store rollback adapters.db team/user-1 --to 3")
+@commands.command(epilog="Example: randbasis store rollback adapters.db team/user-1 --to 3")
 def rollback(
     store: Store,
     name: Name,
@@ -138,7 +139,7 @@ def rollback(
             answer(opened.rollback(name, to).as_json(), as_json)
 
 
-@store.command(epilog="Example: randbasis store remove adapters.db team/user-1 --version 2")
+@commands.command(epilog="Example: randbasis store remove adapters.db team/user-1 --version 2")
 def remove(
     store: Store,
     name: Name,
@@ -154,7 +155,7 @@ def remove(
             answer(opened.remove(name, version).as_json(), as_json)
 
 
-@store.command(epilog="Example: randbasis store gc adapters.db --keep 3")
+@commands.command(epilog="Example: randbasis store gc adapters.db --keep 3")
 def gc(
     store: Store,
     keep: Annotated[int, Option(help="Versions of every adapter to keep.")],
@@ -170,7 +171,7 @@ def gc(
         answer({**freed.as_json(), "file_bytes": opened.path.stat().st_size}, as_json)
 
 
-@store.command(epilog="Example: randbasis store verify adapters.db")
+@commands.command(epilog="Example: randbasis store verify adapters.db")
 def verify(store: Store, timeout: Timeout = 30.0, as_json: AsJson = False) -> None:
     """Hash everything again; exits with 1 where something is not as it was put in."""
     with reported(as_json):
@@ -183,7 +184,7 @@ def verify(store: Store, timeout: Timeout = 30.0, as_json: AsJson = False) -> No
         raise typer.Exit(1)
 
 
-@store.command(epilog="Example: randbasis store export adapters.db backup --tag support")
+@commands.command(epilog="Example: randbasis store export adapters.db backup --tag support")
 def export(
     store: Store,
     output: Annotated[str, Argument(help="Folder, or file with --one-file; or a URL: s3://, ….")],
@@ -208,7 +209,7 @@ def export(
         answer({**done.as_json(), "output": output}, as_json)
 
 
-@store.command("import", epilog="Example: randbasis store import adapters.db backup --prefix old/")
+@commands.command("import", epilog="Example: randbasis store import adapters.db backup --prefix old/")
 def import_(
     store: Store,
     source: Annotated[str, Argument(help="Folder or file that was exported, or another store; or its URL.")],

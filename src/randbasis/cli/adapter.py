@@ -1,0 +1,175 @@
+"""One adapter at rest: ``randbasis plan``, ``inspect``, ``pack``, ``unpack``, ``verify`` and ``quantize``."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from typer import Argument, Option
+
+from randbasis.cli.console import answer, answer_table, reported
+from randbasis.cli.options import INSPECT, PACK, PLAN, QUANTIZE, check_options
+from randbasis.cli.parameters import AsJson, Overwrite
+
+if TYPE_CHECKING:
+    from randbasis.adapters.quantization import Quantization
+
+commands = typer.Typer(rich_markup_mode="markdown")
+
+
+@commands.command(
+    epilog="Example: randbasis plan MODEL --method nola --basis 64 --targets query,value. MODEL may be a folder with "
+    "nothing but a config.json."
+)
+def plan(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder or hub name of the base; only its config.json is read.")],
+    method: Annotated[str, Option(help="nola, vera, randlora, pranc; or lora.")] = "nola",
+    rank: Annotated[int | None, Option(help="Rank (nola, vera, randlora, lora).")] = None,
+    basis: Annotated[int | None, Option(help="Basis matrices (nola, pranc).")] = None,
+    basis_b: Annotated[int | None, Option(help="Basis matrices of B, where another number than of A (nola).")] = None,
+    unique_basis: Annotated[bool, Option(help="A basis of its own for each layer (nola).")] = False,
+    targets: Annotated[str, Option(help="all-linear, or NAME,NAME, slices too: c_attn[q,v].")] = "all-linear",
+    as_json: AsJson = False,
+) -> None:
+    """Count what an adapter would have, and its bytes, from a configuration alone."""
+    with reported(as_json):
+        from randbasis.adapters.plan import plan as run
+        from randbasis.cli.report import plan_table
+        from randbasis.train.adapter import method_words, peft_config
+        from randbasis.train.settings import AdapterSettings, named_targets
+
+        check_options(context, PLAN, methods=method_words())
+        names = named_targets(targets)
+        settings = AdapterSettings(method, rank, basis, basis_b, unique_basis=unique_basis, targets=names)
+        planned = run(model, peft_config(settings, task_type="CAUSAL_LM", head=[]))
+        answer_table(planned.as_json(), plan_table(planned), as_json)
+
+
+@commands.command(epilog="Example: randbasis inspect runs/sst2 --plot spectra.png")
+def inspect(
+    context: typer.Context,
+    adapter: Annotated[str, typer.Argument(help="Folder, packed file, URL, or store:NAME@VERSION.")],
+    model: Annotated[str | None, Option(help="Folder or hub name of the base; only its config.json is read.")] = None,
+    plot: Annotated[Path | None, Option(help="PNG of norms and spectra to write.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell method, seed and counts of an adapter, and norm and spectrum of each change of a weight."""
+    with reported(as_json):
+        from randbasis.adapters.inspection import inspect_adapter
+        from randbasis.cli.report import inspection_table, plot_inspection
+        from randbasis.use.evaluation import refuse_existing
+
+        check_options(context, INSPECT)
+        refuse_existing(plot, (adapter, model), overwrite=overwrite)
+        progress = partial(track, description="matrices", console=Console(stderr=True), transient=True)
+        found = inspect_adapter(adapter, model, track=progress)
+        if plot is not None:
+            plot_inspection(found, plot)
+        answer_table(found.as_json(), inspection_table(found), as_json)
+
+
+@commands.command(epilog="Example: randbasis pack runs/e2e e2e.safetensors --bits 4")
+def pack(
+    context: typer.Context,
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
+    file: Annotated[str, typer.Argument(help="File to write; or a URL: s3://, hf://, ….")],
+    bits: Annotated[int, Option(help="Of a coefficient: 32 (as it is), 16, 8, 4, 3, 2.")] = 16,
+    group: Annotated[int, Option(help="Coefficients that share a scale; 0 for one scale a vector.")] = 0,
+    bfloat16: Annotated[bool, Option(help="With 16 bits, bfloat16 instead of float16.")] = False,
+    model: Annotated[str | None, Option(help="Folder or hub name of the base; only its config.json is read.")] = None,
+    base_name: Annotated[str | None, Option(help="Name of the base to write; by default the adapter's.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter as one file: a seed, a spec and the coefficients."""
+    given = {"bits": bits, "group": group, "bfloat16": bfloat16, "model": model, "base_name": base_name}
+    with reported(as_json):
+        from randbasis.adapters.packed import pack_adapter
+
+        check_options(context, PACK)
+        answer(pack_adapter(adapter, file, **cast(Any, given), overwrite=overwrite).as_json(), as_json)
+
+
+@commands.command(epilog="Example: randbasis unpack e2e.safetensors runs/again")
+def unpack(
+    file: Annotated[str, typer.Argument(help="Packed file, or its URL.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    base_name: Annotated[str | None, Option(help="Folder or hub name of the base; by default the file's.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a packed file as an adapter folder, which PEFT loads."""
+    with reported(as_json):
+        from randbasis.adapters.packed import unpack_adapter
+
+        adapter = unpack_adapter(file, output, base_name=base_name, overwrite=overwrite)
+        answer({"output": str(output), "coefficients": adapter.spec.count, "bits": adapter.spec.bits}, as_json)
+
+
+@commands.command(epilog="Example: randbasis verify e2e.safetensors --json")
+def verify(
+    file: Annotated[str, typer.Argument(help="Packed file, or its URL.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check every rule and digest of a packed file, and tell what it holds."""
+    with reported(as_json):
+        from randbasis.adapter_file import verify as run
+
+        answer(run(file).as_json(), as_json)
+
+
+@commands.command(epilog="Example: randbasis quantize runs/e2e e2e-4.safetensors --bits 4")
+def quantize(
+    context: typer.Context,
+    adapter: Annotated[str, Argument(help="Folder, packed file, URL, or store:NAME@VERSION.")],
+    output: Annotated[
+        str | None, Argument(help="NAME.safetensors for a packed file, any other name for an adapter folder.")
+    ] = None,
+    bits: Annotated[int, Option(help="Of a coefficient: 16, 8, 4, 3, 2.")] = 4,
+    group_size: Annotated[int, Option(help="Coefficients that share a scale; 0 for one scale a vector.")] = 0,
+    model: Annotated[str | None, Option(help="Folder or hub name of the base; only its config.json is read.")] = None,
+    base_name: Annotated[str | None, Option(help="Name of the base to write; by default the adapter's.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Round the coefficients of a trained adapter to few bits, without data; tell what each precision costs and loses.
+
+    Without an output nothing is written.
+    """
+    with reported(as_json):
+        from randbasis.adapters.quantization import quantize_adapter
+
+        check_options(context, QUANTIZE)
+        progress = partial(track, description="matrices", console=Console(stderr=True), transient=True)
+        done = quantize_adapter(
+            adapter,
+            output,
+            bits=bits,
+            group=group_size,
+            model=model,
+            base_name=base_name,
+            overwrite=overwrite,
+            track=progress,
+        )
+        answer_table(done.as_json(), _precisions_table(done), as_json)
+
+
+def _precisions_table(done: "Quantization") -> Table:
+    table = Table(
+        title=f"{done.coefficients:,} coefficients of {done.matrices} matrices, "
+        + (f"{done.group} share a scale" if done.group else "one scale a vector"),
+        caption=f"wrote {done.output} at {done.bits} bits" if done.output else "nothing written: no output was named",
+    )
+    for column in ("bits", "file, bytes", "largest error", "relative error", "relative error of ΔW"):
+        table.add_column(column, justify="right")
+    table.add_row("unquantized", f"{done.exact_bytes:,}", "", "", "")
+    for one in done.precisions:
+        errors = (one.largest_error, one.relative_error, one.delta_error)
+        style = "bold" if one.bits == done.bits and done.output else None
+        table.add_row(str(one.bits), f"{one.bytes:,}", *(f"{error:.3g}" for error in errors), style=style)
+    return table

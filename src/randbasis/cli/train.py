@@ -1,0 +1,114 @@
+"""``randbasis train``: a few lines over :mod:`randbasis.train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from typer import Option
+
+from randbasis.cli.console import answer, reported
+from randbasis.cli.options import TRAIN, check_options
+from randbasis.cli.parameters import (
+    AsJson,
+    Device,
+    Dtype,
+    Kind,
+    LabelColumn,
+    Overwrite,
+    PairColumn,
+    PromptColumn,
+    TargetColumn,
+    TextColumn,
+    Threads,
+    of_adapter,
+    of_data,
+    of_loop,
+    of_task,
+)
+
+commands = typer.Typer(rich_markup_mode="markdown")
+
+
+@commands.command(
+    epilog="Example: randbasis train --task sequence-classification --model MODEL --data train.tsv --eval-data dev.tsv "
+    "--text-column sentence --label-column label --method nola --rank 4 --basis 64 --seed 1 --output runs/sst2"
+)
+def train(
+    context: typer.Context,
+    task: Annotated[str, Option(help="causal-lm, sequence-classification or image-classification.")],
+    model: Annotated[str, Option(help="Folder or hub name of the base.")],
+    data: Annotated[str, Option(help="csv, tsv, jsonl, json or txt, also .gz; or a folder or zip of images.")],
+    output: Annotated[Path, Option(help="Folder for adapter, task, summary and plot.")],
+    eval_data: Annotated[str | None, of_data(help="Held-out rows; by default a share of the data.")] = None,
+    eval_fraction: Annotated[float, of_data(help="Share to hold out without --eval-data.")] = 0.1,
+    kind: Kind = None,
+    text_column: TextColumn = None,
+    text_pair_column: PairColumn = None,
+    prompt_column: PromptColumn = None,
+    target_column: TargetColumn = None,
+    label_column: LabelColumn = None,
+    label_kind: Annotated[str, of_data(help="auto, class or number (a regression).")] = "auto",
+    limit: Annotated[int | None, of_data(help="Train on that many rows.")] = None,
+    shots: Annotated[int | None, of_data(help="Train on that many rows of each class.")] = None,
+    eval_limit: Annotated[int | None, of_data(help="Evaluate on that many rows.")] = None,
+    method: Annotated[str, Option(help="nola, vera, randlora, pranc; or lora, none (a head alone).")] = "nola",
+    rank: Annotated[int | None, of_adapter(help="Rank (nola, vera, randlora, lora).")] = None,
+    basis: Annotated[int | None, of_adapter(help="Basis matrices (nola, pranc).")] = None,
+    basis_b: Annotated[
+        int | None, of_adapter(help="Basis matrices of B, where another number than of A (nola).")
+    ] = None,
+    alpha: Annotated[float | None, of_adapter(help="Scale (nola, randlora, lora).")] = None,
+    seed: Annotated[int, of_adapter(help="Seed of the basis.")] = 0,
+    law: Annotated[str | None, of_adapter(help="Law of the basis: sign, uniform, normal, sparse(S).")] = None,
+    parametrization: Annotated[str | None, of_adapter(help="offset or plain (nola).")] = None,
+    unique_basis: Annotated[bool, of_adapter(help="A basis of its own for each layer (nola).")] = False,
+    targets: Annotated[str, Option(help="all-linear, or NAME,NAME, slices too: c_attn[q,v].")] = "all-linear",
+    dropout: Annotated[float, of_adapter(help="Dropout on the input of the adapter.")] = 0.0,
+    quantize_coefficients: Annotated[int | None, of_adapter(help="Train at 8, 4, 3 or 2 bits a coefficient.")] = None,
+    batch_size: Annotated[int, of_loop(help="Rows a step.")] = 16,
+    eval_batch_size: Annotated[int | None, of_loop(help="Rows at a time when evaluating.")] = None,
+    epochs: Annotated[float, of_loop(help="Passes over the rows.")] = 3.0,
+    max_steps: Annotated[int | None, of_loop(help="Steps, instead of epochs.")] = None,
+    learning_rate: Annotated[float, of_loop(help="Of the adapter.")] = 1e-2,
+    head_learning_rate: Annotated[float | None, of_loop(help="Of the head; by default as the adapter.")] = None,
+    warmup: Annotated[float, of_loop(help="Share of the steps in which the learning rate rises.")] = 0.06,
+    schedule: Annotated[str, of_loop(help="linear, cosine, constant, ...: how it falls.")] = "linear",
+    weight_decay: Annotated[float, of_loop(help="Of the adapter and the head's matrices.")] = 0.0,
+    max_grad_norm: Annotated[float, of_loop(help="Gradients are clipped to this norm.")] = 1.0,
+    accumulate: Annotated[int, of_loop(help="Batches a step.")] = 1,
+    label_smoothing: Annotated[float, of_loop(help="Of the classes.")] = 0.0,
+    train_seed: Annotated[int, of_loop(help="Head, order, dropout and held-out rows.")] = 0,
+    metric: Annotated[str | None, of_loop(help="accuracy, matthews, pearson, spearman, loss, bleu, ...")] = None,
+    eval_every: Annotated[int | None, of_loop(help="Steps between evaluations.")] = None,
+    early_stop: Annotated[int | None, of_loop(help="Stop after that many evaluations without a better metric.")] = None,
+    keep: Annotated[str, of_loop(help="Save the best or the last parameters.")] = "best",
+    max_length: Annotated[int | None, of_task(help="Tokens a row.")] = None,
+    pooling: Annotated[str, of_task(help="Of a text encoder: auto, mean, cls, or the model's own head.")] = "auto",
+    separator: Annotated[str, of_task(help="Between prompt and target.")] = " => ",
+    end_token: Annotated[str | None, of_task(help="Token that ends a text; by default the tokenizer's.")] = None,
+    image_size: Annotated[int | None, of_task(help="Side of the images in pixels.")] = None,
+    flip: Annotated[bool, of_task(help="Mirror half of the training images.")] = False,
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, Option(help="Go on from the last checkpoint in the output.")] = False,
+    keep_checkpoints: Annotated[bool, Option(help="Leave the checkpoints in the output.")] = False,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    threads: Threads = None,
+    quiet: Annotated[bool, Option(help="No progress.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a base model on a file of rows."""
+    given = dict(locals())
+    with reported(as_json):
+        from randbasis.train.adapter import method_words
+        from randbasis.train.run import train as run
+        from randbasis.train.settings import settings_from_words
+
+        outcome = run(
+            settings_from_words(given),
+            console=None if quiet else Console(stderr=True),
+            check=lambda: check_options(context, TRAIN, methods=method_words()),
+        )
+        if outcome.first:
+            answer({"output": str(output), **outcome.summary}, as_json)

@@ -1,0 +1,159 @@
+"""``randbasis evaluate``, ``predict`` and ``generate``: a few lines over :mod:`randbasis.use`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Option
+
+from randbasis.cli.console import answer, reported
+from randbasis.cli.options import EVALUATE, GENERATE, PREDICT, check_options
+from randbasis.cli.parameters import (
+    Adapter,
+    AsJson,
+    Base,
+    Batch,
+    Beams,
+    Device,
+    Dtype,
+    Kind,
+    LabelColumn,
+    LengthPenalty,
+    Limit,
+    NewTokens,
+    Overwrite,
+    PairColumn,
+    PromptColumn,
+    Rows,
+    Split,
+    TargetColumn,
+    TextColumn,
+    Threads,
+    of_texts,
+)
+
+commands = typer.Typer(rich_markup_mode="markdown")
+
+
+@commands.command(epilog="Example: randbasis evaluate --adapter runs/sst2 --data dev.tsv.gz")
+def evaluate(
+    context: typer.Context,
+    adapter: Adapter = None,
+    data: Rows = None,
+    model: Base = None,
+    kind: Kind = None,
+    split: Split = None,
+    text_column: TextColumn = None,
+    text_pair_column: PairColumn = None,
+    prompt_column: PromptColumn = None,
+    target_column: TargetColumn = None,
+    label_column: LabelColumn = None,
+    texts: Annotated[
+        bool | None, Option(help="Generate texts for BLEU and chrF; by default if there are prompts.")
+    ] = None,
+    max_new_tokens: NewTokens = None,
+    beams: Beams = 1,
+    length_penalty: LengthPenalty = 1.0,
+    limit: Limit = None,
+    batch_size: Batch = 32,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score an adapter: loss, accuracy, Matthews, Pearson and Spearman; BLEU and chrF with several references."""
+    given = dict(locals())
+    with reported(as_json):
+        from randbasis.use.evaluation import evaluate as run
+        from randbasis.use.evaluation import use_from_words
+
+        settings = use_from_words(given)
+        check_options(context, EVALUATE, **settings.facts())
+        answer(run(settings, texts=texts), as_json)
+
+
+@commands.command(epilog="Example: randbasis predict --adapter runs/sst2 --data reviews.csv --output answers.jsonl")
+def predict(
+    context: typer.Context,
+    adapter: Adapter = None,
+    data: Rows = None,
+    model: Base = None,
+    output: Annotated[Path | None, Option(help="File of JSON lines; by default the output stream.")] = None,
+    kind: Kind = None,
+    split: Split = None,
+    text_column: TextColumn = None,
+    text_pair_column: PairColumn = None,
+    prompt_column: PromptColumn = None,
+    max_new_tokens: NewTokens = None,
+    beams: Beams = 1,
+    length_penalty: LengthPenalty = 1.0,
+    limit: Limit = None,
+    batch_size: Batch = 32,
+    overwrite: Overwrite = False,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer every row of a file: a class with its probability, a number, or a text."""
+    given = dict(locals())
+    with reported(as_json):
+        from randbasis.use.evaluation import predict as run
+        from randbasis.use.evaluation import refuse_existing, use_from_words
+
+        refuse_existing(output, (data, adapter, model), overwrite=overwrite)
+        settings = use_from_words(given)
+        check_options(context, PREDICT, **settings.facts())
+        answer_rows(run(settings), output, as_json, overwrite=overwrite)
+
+
+@commands.command(epilog="Example: randbasis generate --adapter runs/e2e --prompt 'name[Alimentum], area[city centre]'")
+def generate(
+    context: typer.Context,
+    adapter: Adapter = None,
+    prompt: Annotated[list[str] | None, Option(help="A prompt; may be given several times.")] = None,
+    data: Rows = None,
+    model: Base = None,
+    output: Annotated[Path | None, Option(help="File of JSON lines; by default the output stream.")] = None,
+    kind: Kind = None,
+    prompt_column: PromptColumn = None,
+    max_new_tokens: NewTokens = None,
+    beams: Beams = 1,
+    length_penalty: LengthPenalty = 1.0,
+    sample: Annotated[bool, of_texts(help="Draw from the distribution.")] = False,
+    temperature: Annotated[float, of_texts(help="Of the distribution.")] = 1.0,
+    top_k: Annotated[int, of_texts(help="Draw among that many tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, of_texts(help="Draw among the fewest tokens of that probability.")] = 1.0,
+    repetition_penalty: Annotated[float, of_texts(help="Above 1 makes used tokens less probable.")] = 1.0,
+    seed: Annotated[int, of_texts(help="Seed of the sampling.")] = 0,
+    limit: Limit = None,
+    batch_size: Batch = 32,
+    overwrite: Overwrite = False,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write texts from prompts: greedy, beam search or sampling."""
+    given = dict(locals())
+    with reported(as_json):
+        from randbasis.use.evaluation import generate as run
+        from randbasis.use.evaluation import refuse_existing, use_from_words
+
+        check_options(context, GENERATE)
+        refuse_existing(output, (data, adapter, model), overwrite=overwrite)
+        answer_rows(run(use_from_words(given), prompt or []), output, as_json, overwrite=overwrite)
+
+
+def answer_rows(rows: list[dict[str, Any]], output: Path | None, as_json: bool, *, overwrite: bool) -> None:
+    """Many results: into a file of JSON lines, or onto the output stream."""
+    from randbasis.use.evaluation import json_line, write_lines
+
+    if output is not None:
+        write_lines(rows, output, overwrite=overwrite)
+        answer({"output": str(output), "rows": len(rows)}, as_json)
+    elif as_json:
+        typer.echo(json_line({"rows": rows}))
+    else:
+        for row in rows:
+            typer.echo(json_line(row))
