@@ -17,6 +17,7 @@ PACKAGE = SOURCE / "randbasis"
 #: Beside each row, the third parties that it may import.
 ROWS: dict[str, set[str]] = {
     "errors": set(),
+    "lazy": set(),
     "basis": {"torch", "numpy", "numba"},
     "ops": {"torch", "numpy", "numba"},
     "methods": {"torch"},
@@ -28,6 +29,7 @@ ROWS: dict[str, set[str]] = {
     "store": set(),
     "tuner": {"torch", "peft", "transformers", "safetensors", "accelerate"},
     "adapters": {"torch", "peft", "transformers", "safetensors"},
+    "peft_import": set(),
     "__init__": set(),
     "export": {"torch", "peft", "transformers", "safetensors"},
     "importing": {"torch", "peft", "transformers", "safetensors"},

@@ -9,27 +9,41 @@ The flow, one line a stage:
     an adapter at rest              :mod:`randbasis.adapters`: folder, packed file, URL, store entry; put on a model
     data → coefficients             :mod:`randbasis.train`, and the command ``randbasis``
 
-Importing the package registers its methods with PEFT.
+Importing the package registers its methods with PEFT: at once where PEFT is imported, else as soon as it is
+(:mod:`randbasis.peft_import`). Nothing heavy is loaded before a name that needs it is asked for.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from randbasis.basis import Basis, Law, basis_entries, parse_law, stream_of
 from randbasis.errors import RandbasisError
-from randbasis.methods import METHODS, Method, Nola, Pranc, RandLora, Vera
-from randbasis.tuner import (
-    NolaConfig,
-    PrancConfig,
-    RandbasisConfig,
-    RandbasisLinear,
-    RandbasisModel,
-    RandLoraConfig,
-    VeraConfig,
-)
+from randbasis.lazy import lazy_names
+from randbasis.peft_import import register_with_peft
 
 if TYPE_CHECKING:
     from randbasis.adapters import open_adapter, put
+    from randbasis.basis import Basis, Law, basis_entries, parse_law, stream_of
+    from randbasis.methods import METHODS, Method, Nola, Pranc, RandLora, Vera
+    from randbasis.tuner import (
+        NolaConfig,
+        PrancConfig,
+        RandbasisConfig,
+        RandbasisLinear,
+        RandbasisModel,
+        RandLoraConfig,
+        VeraConfig,
+    )
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "randbasis.adapters": "open_adapter put",
+            "randbasis.basis": "Basis Law basis_entries parse_law stream_of",
+            "randbasis.methods": "METHODS Method Nola Pranc RandLora Vera",
+            "randbasis.tuner.config": "NolaConfig PrancConfig RandLoraConfig RandbasisConfig VeraConfig",
+            "randbasis.tuner.layer": "RandbasisLinear",
+            "randbasis.tuner.model": "RandbasisModel",
+        },
+    )
 
 __version__ = "0.1.0.dev0"
 
@@ -57,11 +71,4 @@ __all__ = [
     "stream_of",
 ]
 
-_LATER = {"open_adapter": "randbasis.adapters", "put": "randbasis.adapters"}
-"""Name → module that is imported when the name is asked for."""
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LATER[name]), name)
+register_with_peft()

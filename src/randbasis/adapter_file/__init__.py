@@ -5,9 +5,23 @@ specs and named tensors and no layer: :mod:`randbasis.adapters.packed` is the br
 format, byte by byte, is docs/adapter-file.md.
 """
 
-from randbasis.adapter_file.adapter import PackedAdapter, Verification, read, verify
-from randbasis.adapter_file.codec import dequantize, quantize, run_lengths
-from randbasis.adapter_file.spec import Base, MatrixGroup, Spec, SpecMatrix, fingerprint, group_matrices
+from typing import TYPE_CHECKING
+
+from randbasis.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from randbasis.adapter_file.adapter import PackedAdapter, Verification, read, verify
+    from randbasis.adapter_file.codec import dequantize, quantize, run_lengths
+    from randbasis.adapter_file.spec import Base, MatrixGroup, Spec, SpecMatrix, fingerprint, group_matrices
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "randbasis.adapter_file.adapter": "PackedAdapter Verification read verify",
+            "randbasis.adapter_file.codec": "dequantize quantize run_lengths",
+            "randbasis.adapter_file.spec": "Base MatrixGroup Spec SpecMatrix fingerprint group_matrices",
+        },
+    )
 
 __all__ = [
     "Base",

@@ -6,17 +6,16 @@ anywhere: nothing is trusted, and no memory is taken that the file does not back
 """
 
 import json
-import math
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from randbasis.adapter_file.header import Entry, bad_header, parse_header
 from randbasis.errors import (
-    HeaderError,
     HeaderSizeError,
     PackedFileMissingError,
     PrecisionError,
@@ -26,8 +25,6 @@ from randbasis.files.locations import Location, reading
 
 HEADER_LIMIT = 16 << 20
 """Longest header in bytes that is read or written."""
-NESTING_LIMIT = 32
-"""Deepest nesting of JSON that is read."""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -45,7 +42,6 @@ DTYPES: dict[str, torch.dtype] = {
 """Name in the header → dtype: what an adapter may hold."""
 
 _LABELS = {dtype: label for label, dtype in DTYPES.items()}
-_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True)
@@ -59,15 +55,6 @@ class Container:
 
     metadata: Mapping[str, str]
     tensors: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 def label_of(dtype: torch.dtype, what: str) -> str:
@@ -142,7 +129,7 @@ def load(stream: BinaryIO, size: int, where: str) -> Container:
             f"{where}: a header must be at most {HEADER_LIMIT} bytes and fit the file of {size} bytes, this one says "
             f"{length}; it is damaged or no safetensors file: take it from its source again"
         )
-    metadata, entries = _parse_header(stream.read(length), where)
+    metadata, entries = parse_header(stream.read(length), where)
     expected = 8 + length + (entries[-1].stop if entries else 0)
     if size != expected:
         raise _truncated(where, f"its header speaks of {expected} bytes, it has {size}")
@@ -190,104 +177,11 @@ def _truncated(where: str, what: str) -> TruncatedFileError:
     return TruncatedFileError(f"{where}: the file must be whole, but {what}; copy it again from its source")
 
 
-def _bad_header(where: str, rule: str, found: object) -> HeaderError:
-    shown = repr(found)
-    shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
-    return HeaderError(
-        f"{where}: the header of a safetensors file must be {rule}, got {shown}; take the file from its source again"
-    )
-
-
-def parse_object(text: str) -> dict[str, Any]:
-    """A JSON object in which no key stands twice, no number is NaN or infinite, and all text is Unicode.
-
-    Raises:
-        ValueError: the text is anything else.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key stands twice")
-        return found
-
-    def constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        value: object = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
-        _check_plain(value, NESTING_LIMIT)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"it is a {type(value).__name__}, not an object")
-    return cast("dict[str, Any]", value)
-
-
-def _check_plain(value: object, depth: int) -> None:
-    """Raise ValueError unless a parsed value can be written as JSON again."""
-    if depth < 0:
-        raise ValueError("it is nested too deeply")
-    if isinstance(value, str):
-        value.encode()
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("a number is too large")
-    elif isinstance(value, list):
-        for item in cast("list[object]", value):
-            _check_plain(item, depth - 1)
-    elif isinstance(value, dict):
-        for key, item in cast("dict[str, object]", value).items():
-            key.encode()
-            _check_plain(item, depth - 1)
-
-
-def _parse_header(text: bytes, where: str) -> tuple[dict[str, str], list[_Entry]]:
-    try:
-        header = parse_object(text.decode())
-    except ValueError as error:
-        raise _bad_header(where, f"a JSON object in UTF-8 ({error})", text[:60]) from error
-    metadata: Any = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in cast("dict[str, Any]", metadata).values()):
-        raise _bad_header(where, "strings by name in __metadata__", cast("object", metadata))
-    entries = sorted((_parse_entry(name, entry, where) for name, entry in header.items()), key=_place)
-    position = 0
-    for entry in entries:
-        if entry.start != position:
-            raise _bad_header(where, f"without holes and overlaps (tensor {entry.name!r} at {position})", entry.start)
-        position = entry.stop
-    return cast("dict[str, str]", metadata), entries
-
-
-def _place(entry: _Entry) -> tuple[int, int]:
-    return entry.start, entry.stop
-
-
-def _parse_entry(name: str, entry: Any, where: str) -> _Entry:
-    if not isinstance(entry, dict) or cast("dict[str, Any]", entry).keys() != _ENTRY_KEYS:
-        raise _bad_header(where, f"dtype, shape and data_offsets of tensor {name!r}", cast("object", entry))
-    values = cast("dict[str, Any]", entry)
-    label, shape, offsets = values["dtype"], values["shape"], values["data_offsets"]
-    if not isinstance(label, str) or label not in DTYPES:
-        raise _bad_header(where, f"a dtype of {', '.join(DTYPES)} for tensor {name!r}", label)
-    if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
-        raise _bad_header(where, f"lists of whole numbers for tensor {name!r}", values)
-    bytes_each = torch.empty((), dtype=DTYPES[label]).element_size()
-    if math.prod(max(side, 1) for side in shape) >= 1 << 60:
-        raise _bad_header(where, f"a shape that can be meant for tensor {name!r}", shape)
-    if offsets[1] - offsets[0] != bytes_each * math.prod(shape):
-        raise _bad_header(where, f"offsets that fit dtype and shape of tensor {name!r}", values)
-    return _Entry(name, DTYPES[label], tuple(shape), offsets[0], offsets[1])
-
-
-def _whole_numbers(value: object) -> bool:
-    items = cast("list[object]", value) if isinstance(value, list) else [None]
-    return len(items) <= 64 and all(type(item) is int and 0 <= item < 1 << 63 for item in items)
-
-
-def _tensor(entry: _Entry, data: bytearray, where: str) -> Tensor:
+def _tensor(entry: Entry, data: bytearray, where: str) -> Tensor:
+    dtype = DTYPES[entry.dtype]
     if entry.start == entry.stop:
-        return torch.empty(entry.shape, dtype=entry.dtype)
+        return torch.empty(entry.shape, dtype=dtype)
     content = data[entry.start : entry.stop]
-    if entry.dtype is torch.bool and max(content) > 1:
-        raise _bad_header(where, f"followed by bytes 0 and 1 in the BOOL tensor {entry.name!r}", max(content))
-    return torch.frombuffer(content, dtype=entry.dtype).reshape(entry.shape)
+    if dtype is torch.bool and max(content) > 1:
+        raise bad_header(where, f"followed by bytes 0 and 1 in the BOOL tensor {entry.name!r}", max(content))
+    return torch.frombuffer(content, dtype=dtype).reshape(entry.shape)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from randbasis.adapter_file.codec import check_precision
-from randbasis.adapter_file.container import parse_object
+from randbasis.adapter_file.header import parse_object
 from randbasis.adapter_file.paths import Numbers, check_module_path, check_name, parse_ranges
 from randbasis.adapter_file.spec import Base, MatrixGroup, Spec, SpecMatrix
 from randbasis.errors import RandbasisError, SpecKeyError, SpecSyntaxError, SpecValueError, near

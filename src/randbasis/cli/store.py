@@ -15,7 +15,6 @@ from randbasis.cli.console import answer, answer_table, reported
 from randbasis.cli.options import STORE_ADD, STORE_GET, check_options
 from randbasis.cli.parameters import AsJson, Overwrite
 from randbasis.files.whole_file import refuse_existing, write
-from randbasis.methods import method_class
 
 if TYPE_CHECKING:
     from randbasis.store import Record
@@ -99,6 +98,8 @@ def list_(
         from randbasis.store import AdapterStore
 
         if method is not None:
+            from randbasis.methods import method_class
+
             method_class(method)
         with AdapterStore(store, create=False, timeout=timeout) as opened:
             page = opened.list(tag=tag, base=base, method=method, after=after, limit=limit)
@@ -201,6 +202,8 @@ def export(
         from randbasis.store import AdapterStore
 
         if method is not None:
+            from randbasis.methods import method_class
+
             method_class(method)
         with AdapterStore(store, create=False, timeout=timeout) as opened, _shown("versions") as progress:
             done = opened.export(

@@ -2,8 +2,6 @@
 
 import hashlib
 
-from randbasis.adapter_file import PackedAdapter
-from randbasis.adapter_file.container import opened
 from randbasis.store.records import Source
 from randbasis.store.tables import Content
 
@@ -19,6 +17,9 @@ def check_content(source: Source, what: str) -> Content:
         PackedFileMissingError: there is no such file.
         RandbasisError: it breaks a rule of the format; see :func:`randbasis.adapter_file.read`.
     """
+    from randbasis.adapter_file import PackedAdapter  # torch, which a store needs for what is new alone
+    from randbasis.adapter_file.container import opened
+
     if isinstance(source, PackedAdapter):
         data, adapter = source.to_bytes(), source
     elif isinstance(source, bytes):

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-from randbasis.adapter_file.container import parse_object
+from randbasis.adapter_file.header import parse_object
 from randbasis.errors import ManifestError, StoreNameError, StoreOptionError
 from randbasis.store.names import check_adapter_name, check_count, check_digest, check_tags
 from randbasis.store.records import Record

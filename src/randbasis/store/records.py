@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from randbasis.adapter_file import PackedAdapter
+if TYPE_CHECKING:  # it needs torch, and most of a store does not
+    from randbasis.adapter_file import PackedAdapter
 
-Source = bytes | str | Path | PackedAdapter
+Source: TypeAlias = Union[bytes, str, Path, "PackedAdapter"]
 """A packed adapter to put into a store: its bytes, its file, or itself."""
 
 Progress = Callable[[int, int], None]
@@ -85,8 +86,10 @@ class StoredAdapter:
     record: Record
     data: bytes
 
-    def packed(self) -> PackedAdapter:
+    def packed(self) -> "PackedAdapter":
         """The content, parsed."""
+        from randbasis.adapter_file import PackedAdapter
+
         return PackedAdapter.from_bytes(self.data, f"{self.record.name} version {self.record.version}")
 
 

@@ -1,17 +1,40 @@
 """DATA → COEFFICIENTS: ``train`` makes a whole run from settings; ``fit`` trains any PEFT configuration."""
 
-from randbasis.train.adapter import METHOD_NAMES, peft_config
-from randbasis.train.causal_lm import CausalLanguage
-from randbasis.train.classification import TextClassification
-from randbasis.train.generation import GenerationSettings
-from randbasis.train.images import ImageClassification, read_images
-from randbasis.train.loop import FitResult, fit
-from randbasis.train.pooled import PooledClassifier
-from randbasis.train.run import Prepared, TrainOutcome, prepare, train
-from randbasis.train.settings import AdapterSettings, DataSettings, LoopSettings, TrainSettings
-from randbasis.train.tabular import Table, read_table
-from randbasis.train.task import Task
-from randbasis.train.trained_parameters import load_adapter
+from typing import TYPE_CHECKING
+
+from randbasis.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from randbasis.train.adapter import METHOD_NAMES, peft_config
+    from randbasis.train.causal_lm import CausalLanguage
+    from randbasis.train.classification import TextClassification
+    from randbasis.train.generation import GenerationSettings
+    from randbasis.train.images import ImageClassification, read_images
+    from randbasis.train.loop import FitResult, fit
+    from randbasis.train.pooled import PooledClassifier
+    from randbasis.train.run import Prepared, TrainOutcome, prepare, train
+    from randbasis.train.settings import AdapterSettings, DataSettings, LoopSettings, TrainSettings
+    from randbasis.train.tabular import Table, read_table
+    from randbasis.train.task import Task
+    from randbasis.train.trained_parameters import load_adapter
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "randbasis.train.adapter": "METHOD_NAMES peft_config",
+            "randbasis.train.causal_lm": "CausalLanguage",
+            "randbasis.train.classification": "TextClassification",
+            "randbasis.train.generation": "GenerationSettings",
+            "randbasis.train.images": "ImageClassification read_images",
+            "randbasis.train.loop": "FitResult fit",
+            "randbasis.train.pooled": "PooledClassifier",
+            "randbasis.train.run": "Prepared TrainOutcome prepare train",
+            "randbasis.train.settings": "AdapterSettings DataSettings LoopSettings TrainSettings",
+            "randbasis.train.tabular": "Table read_table",
+            "randbasis.train.task": "Task",
+            "randbasis.train.trained_parameters": "load_adapter",
+        },
+    )
 
 __all__ = [
     "METHOD_NAMES",

@@ -1,5 +1,17 @@
 """TRAINED ADAPTER → ANSWERS: ``evaluate``, ``predict`` and ``generate`` use what a run left."""
 
-from randbasis.use.evaluation import Found, UseSettings, evaluate, find, generate, predict, write_lines
+from typing import TYPE_CHECKING
+
+from randbasis.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from randbasis.use.evaluation import Found, UseSettings, evaluate, find, generate, predict, write_lines
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "randbasis.use.evaluation": "Found UseSettings evaluate find generate predict write_lines",
+        },
+    )
 
 __all__ = ["Found", "UseSettings", "evaluate", "find", "generate", "predict", "write_lines"]
