@@ -229,6 +229,10 @@ class CheckpointError(RandbasisError, FileNotFoundError):
 class SaveError(RandbasisError, OSError):
     """A file could not be written, for example because the disk is full."""
 
+    def __str__(self) -> str:
+        """The message, which says what the number means."""
+        return self.strerror or super().__str__()
+
 
 class LocationError(RandbasisError, ValueError):
     """A URL has a scheme that nothing opens, lacks a part, or stands where only a path of this machine can."""

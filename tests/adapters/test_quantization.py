@@ -118,10 +118,10 @@ def test_refusals_leave_everything_as_it_was(adapter, tmp_path):
     pack_adapter(adapter, kept)
     before = kept.read_bytes()
     for options, error in (
-        ({"bits": 5}, PrecisionError),
-        ({"bits": 32}, PrecisionError),
-        ({"group": -1}, PrecisionError),
-        ({"bits": 16, "group": 4}, PrecisionError),
+        ({"bits": 5, "overwrite": True}, PrecisionError),
+        ({"bits": 32, "overwrite": True}, PrecisionError),
+        ({"group": -1, "overwrite": True}, PrecisionError),
+        ({"bits": 16, "group": 4, "overwrite": True}, PrecisionError),
         ({}, OutputExistsError),
     ):
         with pytest.raises(error):

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from randbasis.errors import AdapterFilesError, LocationError, OutputExistsError, SaveError
-from randbasis.files.output_set import check_file_output, check_finished, check_output, replaced_set
+from randbasis.files.output_checks import check_output_file, check_output_folder
+from randbasis.files.output_set import check_finished, replaced_set
 
 OLD = {
     "adapter_config.json": "old",
@@ -77,8 +78,8 @@ def test_an_adapter_is_not_written_beside_a_model_of_others(there: Path):
     fill(there, {"config.json": "{}", "model.safetensors": "mine"})
     before = contents(there)
     with pytest.raises(OutputExistsError, match="a model that this package did not write"):
-        check_output(there, (), overwrite=True)
-    assert check_output(there, (), overwrite=True, model=True) == there
+        check_output_folder(there, (), overwrite=True)
+    assert check_output_folder(there, (), overwrite=True, model=True) == there
     assert contents(there) == before
 
 
@@ -204,25 +205,25 @@ def test_an_output_that_is_contains_or_lies_in_a_source_is_refused(output: str, 
     (tmp_path / "link").symlink_to(tmp_path / "runs")
     for root in (tmp_path, tmp_path / "link" / ".."):
         with pytest.raises(OutputExistsError, match=named):
-            check_output(root / output, (tmp_path / "runs" / "a",), overwrite=True)
+            check_output_folder(root / output, (tmp_path / "runs" / "a",), overwrite=True)
     if output.startswith("runs"):
         with pytest.raises(OutputExistsError, match=named):
-            check_output(tmp_path / output.replace("runs", "link"), (tmp_path / "runs" / "a",), overwrite=True)
+            check_output_folder(tmp_path / output.replace("runs", "link"), (tmp_path / "runs" / "a",), overwrite=True)
     assert contents(tmp_path / "runs" / "a") == OLD
 
 
 def test_a_packed_file_in_its_output_is_a_source_too(there: Path):
     fill(there, {"packed.safetensors": "file"})
     with pytest.raises(OutputExistsError, match="must not contain"):
-        check_output(there, (there / "packed.safetensors",), overwrite=True)
+        check_output_folder(there, (there / "packed.safetensors",), overwrite=True)
 
 
 def test_a_file_takes_no_part_of_what_is_read(there: Path):
     for name in ("adapter_model.safetensors", "task.json"):
         with pytest.raises(OutputExistsError, match="read from"):
-            check_file_output(there / name, (there,), overwrite=True)
-    check_file_output(there / "notes.txt", (there,), overwrite=True)
-    check_file_output(there / "other.safetensors", (there,), overwrite=False)
+            check_output_file(there / name, (there,), overwrite=True)
+    check_output_file(there / "notes.txt", (there,), overwrite=True)
+    check_output_file(there / "other.safetensors", (there,), overwrite=False)
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/folder", "memory://out", Path("s3://bucket/folder"), Path("hf://a/b")])
@@ -231,10 +232,10 @@ def test_a_folder_behind_a_url_is_refused_and_none_is_made_here(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LocationError, match="path of this machine"):
-        check_output(url, (), overwrite=True)
+        check_output_folder(url, (), overwrite=True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_file_urls_are_paths_of_this_machine(tmp_path: Path):
     for url in (f"file://{tmp_path}/out", Path(f"file://{tmp_path}/out")):
-        assert check_output(url, (), overwrite=False) == tmp_path / "out"
+        assert check_output_folder(url, (), overwrite=False) == tmp_path / "out"

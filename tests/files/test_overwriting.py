@@ -1,6 +1,8 @@
 """Commands that write over what others of them wrote: no file of an earlier set is left to be read as the new one's."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -96,6 +98,7 @@ def test_a_run_that_fails_leaves_what_somebody_put_there_meanwhile(run: TrainSet
     assert contents(Path(run.output)) == {"notes.txt": b"mine"}
 
 
+EXISTS = "exists; give overwrite to replace it, or another name"
 WRITERS: dict[str, Callable[[Path, Path], list[object]]] = {
     "export": lambda a, out: ["export", a, out, "--to", "peft-lora"],
     "export merged": lambda a, out: ["export", a, out, "--to", "merged"],
@@ -144,7 +147,8 @@ def test_every_command_that_writes_a_folder_keeps_the_rule(name: str, adapters: 
     (out / "mine").mkdir(parents=True)
     for file in [*old, "notes.txt", "mine/rows.csv"]:
         (out / file).write_text("there")
-    assert command(*WRITERS[name](source, out))[0] == 2
+    code, said = command(*WRITERS[name](source, out))
+    assert (code, EXISTS in said) == (2, True), said
     code, said = command(*WRITERS[name](source, out), "--overwrite")
     assert code == 0, said
     now = contents(out)
@@ -152,6 +156,62 @@ def test_every_command_that_writes_a_folder_keeps_the_rule(name: str, adapters: 
     assert not now.keys() & old
     assert not [file for file in now if file.startswith(".")]
     assert "config.json" in now or "adapter_config.json" in now
+
+
+FILE_WRITERS: dict[str, Callable[[Path, Path], list[object]]] = {
+    "pack": lambda a, out: ["pack", a, out, "--base-name", "me/base"],
+    "quantize": lambda a, out: ["quantize", a, out, "--base-name", "me/base"],
+    "average": lambda a, out: ["average", a, a, "--output", out],
+    "export": lambda a, out: ["export", a, out, "--to", "gguf-lora"],
+    "inspect": lambda a, out: ["inspect", a, "--plot", out],
+    "predict": lambda a, out: [
+        *("predict", "--adapter", a, "--data", a.with_name("rows.csv"), "--prompt-column", "prompt"),
+        *("--max-new-tokens", 1, "--output", out),
+    ],
+    "generate": lambda a, out: ["generate", "--adapter", a, "--prompt", "a", "--max-new-tokens", 1, "--output", out],
+    "store get": lambda a, out: ["store", "get", a.with_name("store.db"), "packed", "--output", out],
+}
+SUFFIXES = {"inspect": ".png", "predict": ".jsonl", "generate": ".jsonl", "export": ".gguf"}
+
+
+@pytest.mark.parametrize("name", FILE_WRITERS)
+def test_every_command_that_writes_a_file_keeps_the_rule(
+    name: str, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    root = tmp_path / "root"
+    shutil.copytree(adapters, root)
+    source = root / "runs" / "a"
+    (root / "runs" / "rows.csv").write_text("prompt\na b\n")
+    assert command("store", "add", root / "runs" / "store.db", root / "runs" / "packed")[0] == 0
+    out = (root / "out").with_suffix(SUFFIXES.get(name, ".safetensors"))
+    out.write_text("there")
+    before = contents(root)
+    words = FILE_WRITERS[name](source, out)
+
+    def refused(told: str, place: Path, *more: str, code: int = 2) -> None:
+        done, said = command(*FILE_WRITERS[name](source, place), *more)
+        assert (done, told in said) == (code, True), said
+        assert contents(root) == before
+
+    refused(EXISTS, out)
+    refused("must lie in a folder", out / out.name, "--overwrite")
+    part = root / "runs" / "store.db" if name == "store get" else source / "adapter_model.safetensors"
+    refused("output must not", part, "--overwrite")
+    (root / f"folder{out.suffix}").mkdir()
+    refused("exists and is a folder", root / f"folder{out.suffix}", "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        refused("the disk is full", out, "--overwrite", code=1)
+        refused("what was there before is kept", (root / "new" / "out").with_suffix(out.suffix), code=1)
+    assert not (root / "new").exists()
+    assert command(*words, "--overwrite")[0] == 0
+    after = contents(root)
+    assert after.keys() == before.keys()
+    assert {file for file in after if after[file] != before[file]} == {out.name}
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_data_and_base_are_sources_of_a_run(run: TrainSettings, tmp_path: Path):

@@ -25,7 +25,9 @@ from randbasis.errors import (
     MissingPackageError,
     near,
 )
-from randbasis.files.output_set import COMPANIONS, MERGED_MARK, check_output, replaced_set
+from randbasis.files.our_files import COMPANIONS, MERGED_MARK
+from randbasis.files.output_checks import check_output_folder
+from randbasis.files.output_set import replaced_set
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.registration import PREFIX
 from randbasis.tuner.saved_files import HEAD_FILE, SAVED_PREFIX
@@ -104,7 +106,7 @@ def merge_adapter(
     """
     if dtype not in DTYPES:
         raise HyperparameterError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}; {near(dtype, DTYPES)}")
-    output = check_output(output, (model, *paths_of(adapter)), overwrite=overwrite, model=True)
+    output = check_output_folder(output, (model, *paths_of(adapter)), overwrite=overwrite, model=True)
     found = open_adapter(adapter).ours()
     labels = labels or found.task.get("labels")
     fit = find_fit(found, read_config(model))
@@ -225,7 +227,7 @@ def _merge(base: PreTrainedModel, found: SavedAdapter, fit: BaseFit) -> int:
 
 
 def copy_companions(model: str, stage: Path, first: Path | None) -> None:
-    """Copy what stands beside the weights of a model: :data:`randbasis.files.output_set.COMPANIONS`.
+    """Copy what stands beside the weights of a model: :data:`randbasis.files.our_files.COMPANIONS`.
 
     Args:
         model: folder or hub name of the model.

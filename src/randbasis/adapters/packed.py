@@ -24,7 +24,8 @@ from randbasis.errors import (
     PrecisionError,
     UnsafeNameError,
 )
-from randbasis.files.output_set import check_file_output, check_output, replaced_set
+from randbasis.files.output_checks import check_output_file, check_output_folder
+from randbasis.files.output_set import replaced_set
 from randbasis.methods import check_coefficients
 from randbasis.tuner.adapted_part import AdaptedPart
 from randbasis.tuner.base_shapes import expected_shape
@@ -87,8 +88,8 @@ def pack_adapter(
         OutputExistsError: the file exists and ``overwrite`` is not given.
         SaveError: the file could not be written.
     """
+    check_output_file(file, (source,), overwrite=overwrite)
     found = open_folder(source).ours()
-    check_file_output(file, (source,), overwrite=overwrite)
     packed = packed_of(found, bits=bits, group=group, bfloat16=bfloat16, model=model, base_name=base_name)
     packed.write(file, overwrite=overwrite)
     return verify(file)
@@ -281,7 +282,7 @@ def unpack_adapter(
         LocationError: the directory is not of this machine.
         SaveError: it could not be written.
     """
-    check_output(path, (file,), overwrite=overwrite)
+    check_output_folder(path, (file,), overwrite=overwrite)
     adapter = read(file)
     write_adapter_dir(adapter, path, where=str(file), base_name=base_name, overwrite=overwrite)
     return adapter
@@ -303,7 +304,7 @@ def write_adapter_dir(
         beside: name → text of further files of the directory.
     """
     config = config_of(adapter.spec, where, base_name)
-    folder = check_output(path, (), overwrite=overwrite)
+    folder = check_output_folder(path, (), overwrite=overwrite)
     with replaced_set(folder) as stage:
         _write_dir(stage, adapter, config)
         for name, text in (beside or {}).items():

@@ -13,7 +13,7 @@ from randbasis.adapter_file.codec import CODED, rounded
 from randbasis.adapters.packed import exact, write_adapter_dir
 from randbasis.adapters.saved import AdapterLocation, open_adapter, paths_of, task_of
 from randbasis.errors import PrecisionError
-from randbasis.files.output_set import check_file_output, check_output
+from randbasis.files.output_checks import check_output_file, check_output_folder
 from randbasis.low_rank import distance, norm
 
 PRECISIONS = (16, *CODED)
@@ -112,9 +112,9 @@ def quantize_adapter(
     if bits not in PRECISIONS:
         raise PrecisionError(f"bits must be one of {list(PRECISIONS)}, got {bits!r}; 4 is the usual choice")
     if output is not None and str(output).endswith(PACKED_SUFFIX):
-        check_file_output(output, paths_of(source), overwrite=overwrite)
+        check_output_file(output, paths_of(source), overwrite=overwrite)
     elif output is not None:
-        check_output(output, paths_of(source), overwrite=overwrite)
+        check_output_folder(output, paths_of(source), overwrite=overwrite)
     found = open_adapter(source).ours()
     stored = exact(found, model=model, base_name=base_name)
     chosen = stored.at(bits, group)

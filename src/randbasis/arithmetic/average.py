@@ -23,8 +23,7 @@ from randbasis.arithmetic.changes import OurChanges, read_packed
 from randbasis.arithmetic.same_basis import check_same_basis
 from randbasis.errors import HeadMismatchError, WeightsError, near
 from randbasis.files.locations import local_output
-from randbasis.files.output_set import check_file_output, check_output
-from randbasis.files.whole_file import refuse_existing
+from randbasis.files.output_checks import check_output_file, check_output_folder
 from randbasis.low_rank import distance, norm, weighted_sum
 
 HEADS = ("average", "first")
@@ -114,10 +113,9 @@ def average_adapters(
     shares = _checked_weights(adapters, weights, heads)
     output = local_output(output)
     if output.suffix == SUFFIX:
-        refuse_existing(output, overwrite=overwrite)
-        check_file_output(output, paths_of(*adapters), overwrite=overwrite)
+        check_output_file(output, paths_of(*adapters), overwrite=overwrite)
     else:
-        check_output(output, paths_of(*adapters), overwrite=overwrite)
+        check_output_folder(output, paths_of(*adapters), overwrite=overwrite)
     saved = [open_adapter(one).ours() for one in adapters]
     names = [one.where for one in saved]
     packed = [read_packed(one, model) for one in saved]

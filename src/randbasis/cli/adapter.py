@@ -13,6 +13,7 @@ from typer import Argument, Option
 from randbasis.cli.console import answer, answer_table, reported
 from randbasis.cli.options import INSPECT, PACK, PLAN, QUANTIZE, check_options
 from randbasis.cli.parameters import AsJson, Overwrite
+from randbasis.files.output_checks import check_output_file
 
 if TYPE_CHECKING:
     from randbasis.adapters.quantization import Quantization
@@ -62,14 +63,14 @@ def inspect(
     with reported(as_json):
         from randbasis.adapters.inspection import inspect_adapter
         from randbasis.cli.report import inspection_table, plot_inspection
-        from randbasis.use.evaluation import refuse_existing
 
         check_options(context, INSPECT)
-        refuse_existing(plot, (adapter, model), overwrite=overwrite)
+        if plot is not None:
+            check_output_file(plot, (adapter, model), overwrite=overwrite)
         progress = partial(track, description="matrices", console=Console(stderr=True), transient=True)
         found = inspect_adapter(adapter, model, track=progress)
         if plot is not None:
-            plot_inspection(found, plot)
+            plot_inspection(found, plot, overwrite=overwrite)
         answer_table(found.as_json(), inspection_table(found), as_json)
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from randbasis.adapters.inspection import Inspection, MatrixReport
 from randbasis.adapters.plan import Plan, PlannedMatrix
+from randbasis.files.whole_file import whole_file
 from randbasis.optional import needing
 from randbasis.tuner.base_shapes import generic_path
 
@@ -69,15 +70,18 @@ def inspection_table(inspection: Inspection) -> Table:
     return table
 
 
-def plot_inspection(inspection: Inspection, path: str | Path) -> None:
+def plot_inspection(inspection: Inspection, path: str | Path, *, overwrite: bool = False) -> None:
     """Norm of ΔW over the layers, a line for each kind, and spectra over their index, as PNG.
 
     Args:
         inspection: what to draw.
         path: the file to write.
+        overwrite: replace the file.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
+        OutputExistsError: the file exists and ``overwrite`` is not given.
+        SaveError: it could not be written.
     """
     with needing("the plot", "matplotlib", "train"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -97,7 +101,8 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
     spectra.set(xlabel="index", ylabel="singular value of ΔW", title="spectrum", yscale="log")
     norms.legend(frameon=False, fontsize="small")
     figure.suptitle(f"{inspection.config.method}, seed {inspection.config.seed}: {_totals(inspection)}")
-    figure.savefig(path, dpi=120)
+    with whole_file(path, overwrite=overwrite) as temporary:
+        figure.savefig(temporary, dpi=120, format=Path(path).suffix.removeprefix(".") or None)
 
 
 def _kinds(matrices: Iterable[_Matrix]) -> dict[str, list[_Matrix]]:

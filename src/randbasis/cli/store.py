@@ -14,7 +14,8 @@ from typer import Argument, Option
 from randbasis.cli.console import answer, answer_table, reported
 from randbasis.cli.options import STORE_ADD, STORE_GET, check_options
 from randbasis.cli.parameters import AsJson, Overwrite
-from randbasis.files.whole_file import refuse_existing, write
+from randbasis.files.output_checks import check_output_file
+from randbasis.files.whole_file import write
 
 if TYPE_CHECKING:
     from randbasis.store import Record
@@ -74,7 +75,7 @@ def get(
 
         check_options(context, STORE_GET)
         if output is not None:
-            refuse_existing(output, overwrite=overwrite)
+            check_output_file(output, (store,), overwrite=overwrite)
         with AdapterStore(store, create=False, timeout=timeout) as opened:
             found = opened.get(name, version=version, digest=digest)
         if output is not None:

@@ -31,6 +31,7 @@ from randbasis.cli.parameters import (
     Threads,
     of_texts,
 )
+from randbasis.files.output_checks import check_output_file
 
 commands = typer.Typer(rich_markup_mode="markdown")
 
@@ -99,9 +100,10 @@ def predict(
     given = dict(locals())
     with reported(as_json):
         from randbasis.use.evaluation import predict as run
-        from randbasis.use.evaluation import refuse_existing, use_from_words
+        from randbasis.use.evaluation import use_from_words
 
-        refuse_existing(output, (data, adapter, model), overwrite=overwrite)
+        if output is not None:
+            check_output_file(output, (data, adapter, model), overwrite=overwrite)
         settings = use_from_words(given)
         check_options(context, PREDICT, **settings.facts())
         answer_rows(run(settings), output, as_json, overwrite=overwrite)
@@ -138,10 +140,11 @@ def generate(
     given = dict(locals())
     with reported(as_json):
         from randbasis.use.evaluation import generate as run
-        from randbasis.use.evaluation import refuse_existing, use_from_words
+        from randbasis.use.evaluation import use_from_words
 
         check_options(context, GENERATE)
-        refuse_existing(output, (data, adapter, model), overwrite=overwrite)
+        if output is not None:
+            check_output_file(output, (data, adapter, model), overwrite=overwrite)
         answer_rows(run(use_from_words(given), prompt or []), output, as_json, overwrite=overwrite)
 
 

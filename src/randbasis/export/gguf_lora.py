@@ -5,10 +5,7 @@ the pairs of a rotation side by side instead of half a head apart. B has to foll
 architectures listed here, stay as they are.
 """
 
-import os
-import secrets
-from collections.abc import Generator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,15 +20,13 @@ from randbasis.errors import (
     ExportArchitectureError,
     ExportBaseError,
     ExportHeadError,
-    OutputExistsError,
-    SaveError,
 )
 from randbasis.export.pairs import LoraPair, lora_pairs
 from randbasis.export.peft_lora import LoraExport, stored_dtype
 from randbasis.export.source import Source, open_source
 from randbasis.files.locations import local_output
-from randbasis.files.output_set import check_file_output
-from randbasis.files.whole_file import flush_directory
+from randbasis.files.output_checks import check_output_file
+from randbasis.files.whole_file import whole_file
 from randbasis.optional import needing
 
 
@@ -100,9 +95,7 @@ def export_gguf_lora(
         RandbasisError: as :func:`randbasis.export.export_peft_lora`.
     """
     output, stored = local_output(output), stored_dtype(dtype)
-    if output.is_dir() or (output.exists() and not overwrite):
-        raise OutputExistsError(f"output {str(output)!r} exists; give overwrite to replace a file, or another name")
-    check_file_output(output, (*paths_of(source), base), overwrite=overwrite)
+    check_output_file(output, (*paths_of(source), base), overwrite=overwrite)
     _gguf()
     adapter = open_source(source, base)
     config, family = _family(adapter)
@@ -114,7 +107,8 @@ def export_gguf_lora(
         path = adapter.path(pair.name)
         tensors[f"{names[path]}.lora_a"] = pair.down
         tensors[f"{names[path]}.lora_b"] = gguf_rows(pair.up, path, config, family)
-    _write(output, family, _alpha(pairs), tensors, adapter.base)
+    with whole_file(output, overwrite=overwrite) as temporary:
+        _write(temporary, family, _alpha(pairs), tensors, adapter.base)
     size = output.stat().st_size
     return LoraExport(output, adapter.found.config.method, adapter.base, tuple(pairs), dtype, "none", size)
 
@@ -207,9 +201,9 @@ def _gguf() -> Any:
     return gguf
 
 
-def _write(output: Path, family: Family, alpha: float, tensors: dict[str, Tensor], base: str | None) -> None:
+def _write(path: Path, family: Family, alpha: float, tensors: dict[str, Tensor], base: str | None) -> None:
     gguf = _gguf()
-    with _replaced_file(output) as temporary, closing(gguf.GGUFWriter(temporary, family.name)) as writer:
+    with closing(gguf.GGUFWriter(path, family.name)) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
@@ -224,24 +218,3 @@ def _write(output: Path, family: Family, alpha: float, tensors: dict[str, Tensor
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.flush()
-
-
-@contextmanager
-def _replaced_file(output: Path) -> Generator[Path]:
-    """A file to write that takes the name of ``output`` only when the block has succeeded."""
-    temporary = output.with_name(f".{output.name}.{secrets.token_hex(8)}.part")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(output)
-        flush_directory(output.parent)
-    except OSError as error:
-        raise SaveError(
-            f"output {str(output)!r} could not be written: {error}; free some space or choose another place; "
-            "what was there before is kept"
-        ) from error
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()

@@ -6,7 +6,7 @@ from pathlib import Path
 from randbasis.adapters.merging import Merged, merge_adapter
 from randbasis.adapters.saved import AdapterLocation, open_adapter, paths_of
 from randbasis.errors import ExportBaseError
-from randbasis.files.output_set import check_output
+from randbasis.files.output_checks import check_output_folder
 
 
 def export_merged(
@@ -33,7 +33,7 @@ def export_merged(
         ExportBaseError: neither the caller nor the adapter names a base.
         RandbasisError: as :func:`randbasis.adapters.merging.merge_adapter`.
     """
-    check_output(output, paths_of(source), overwrite=overwrite, model=True)
+    check_output_folder(output, paths_of(source), overwrite=overwrite, model=True)
     found = open_adapter(source).ours()
     model = base or found.config.base_model_name_or_path
     if not model:

@@ -20,7 +20,8 @@ from randbasis.adapters.saved import AdapterLocation, paths_of
 from randbasis.errors import HyperparameterError, near
 from randbasis.export.pairs import LoraPair, lora_pairs, total_error
 from randbasis.export.source import Source, open_source
-from randbasis.files.output_set import check_output, replaced_set
+from randbasis.files.output_checks import check_output_folder
+from randbasis.files.output_set import replaced_set
 from randbasis.tuner.saved_files import SAVED_PREFIX, WEIGHTS_FILE, anchored
 
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
@@ -119,7 +120,7 @@ def export_peft_lora(
         SaveError: the operating system refused, for example because the disk is full.
     """
     stored = stored_dtype(dtype)
-    output = check_output(output, (*paths_of(source), base), overwrite=overwrite)
+    output = check_output_folder(output, (*paths_of(source), base), overwrite=overwrite)
     adapter = open_source(source, base)
     pairs = lora_pairs(adapter.packed, rank, stored, track)
     extra = adapter.extra

@@ -1,1 +1,1 @@
-"""Where a file is, and one way to write it."""
+"""Where a file is, and one way to write it: whole or absent, by one rule of what may be replaced."""

@@ -11,111 +11,18 @@ the journal that the folder holds then says so to readers, and the next writer u
 import errno
 import json
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Collection, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
+from randbasis.errors import AdapterFilesError, SaveError
+from randbasis.files.our_files import our_names
+from randbasis.files.saving import saving
+from randbasis.files.whole_file import flush_directory, made_folder
 
-from randbasis.errors import AdapterFilesError, OutputExistsError, RandbasisError, SaveError
-from randbasis.files.locations import Location, local_output, local_path
-from randbasis.files.whole_file import flush_directory
-
-ADAPTER_SET = frozenset(
-    {
-        *("adapter_config.json", "adapter_model.safetensors", "head.safetensors", "packed.safetensors"),
-        *("task.json", "summary.json", "history.jsonl", "loss.png"),
-        *("checkpoints", ".checkpoints-before"),
-    }
-)
-"""Names of what this package writes of an adapter; a model card, whose name anybody uses, is told by its content."""
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
-"""Files of a tokenizer or image processor."""
-MODEL_SET = frozenset({"config.json", "generation_config.json", "model.safetensors.index.json", *COMPANIONS})
-"""Names of what this package writes of a whole model, beside its weights."""
-MERGED_MARK = "merged_by"
-"""Key of a ``config.json`` that this package wrote."""
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-_ANY_WEIGHTS = re.compile(r"(model|pytorch_model|tf_model|flax_model).*\.(safetensors|bin|h5|msgpack|json)")
-_CARD = "README.md"
-_CARD_LIBRARY = "library_name: peft"
 _JOURNAL, _MOVES, _OLD = ".replaced-set", "moves.json", "old"
-
-
-def check_output(output: Location, sources: Sequence[Location | None], *, overwrite: bool, model: bool = False) -> Path:
-    """Raise unless a folder can be written.
-
-    Args:
-        output: the folder.
-        sources: what is read: folders, files, URLs, names on a hub; None is nothing.
-        overwrite: whether files of this package that are there may be replaced.
-        model: whether a whole model is to be written, else an adapter.
-
-    Returns:
-        The path of the folder.
-
-    Raises:
-        OutputExistsError: it is a file, or is, contains or lies inside of a source, or holds something that may not be
-            replaced.
-        LocationError: it is not of this machine.
-    """
-    folder = local_output(output)
-    for source in filter(None, sources):
-        _check_apart(folder, source)
-    if folder.exists() and not folder.is_dir():
-        raise OutputExistsError(f"output {str(folder)!r} is a file; give a folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return folder
-    if not overwrite:
-        raise OutputExistsError(f"output {str(folder)!r} exists; give overwrite to replace it, or another folder")
-    if not model and _foreign_model(folder):
-        raise OutputExistsError(
-            f"output {str(folder)!r} must not hold a model that this package did not write, beside which an adapter "
-            "would be read as a part of it; name another folder"
-        )
-    return folder
-
-
-def check_file_output(output: Location, sources: Sequence[Location | None], *, overwrite: bool) -> None:
-    """Raise if a file to write is one that is read, or a part of an adapter or model that is read.
-
-    Args:
-        output: the file.
-        sources: what is read.
-        overwrite: whether a file that is there may be replaced; else it is refused anyway.
-
-    Raises:
-        OutputExistsError: it is.
-    """
-    file = local_path(output)
-    if file is None or not overwrite or not file.exists():
-        return
-    for source in filter(None, sources):
-        path = local_path(source)
-        if path is None or not path.exists():
-            continue
-        inside = path.is_dir() and file.resolve().parent == path.resolve()
-        if file.resolve() == path.resolve() or (inside and _is_ours(file, model=True)):
-            raise OutputExistsError(
-                f"output must not be a file that is read from, got {str(output)!r} of {str(source)!r}; name another one"
-            )
 
 
 @contextmanager
@@ -130,16 +37,12 @@ def replaced_set(output: Path, *, model: bool = False, kept: Collection[str] = (
     Raises:
         SaveError: the operating system refused; ``output`` is as it was.
     """
-    made: list[Path] = []
-    stage: Path | None = None
-    with saving(output):
+    is_new = not output.exists()
+    with saving(output), made_folder(output.parent if is_new else output):
+        if not is_new:
+            _undo(output)
+        stage = Path(tempfile.mkdtemp(prefix=".writing-", dir=output.parent if is_new else output))
         try:
-            is_new = not output.exists()
-            if is_new:
-                made = _make(output.parent)
-            else:
-                _undo(output)
-            stage = Path(tempfile.mkdtemp(prefix=".writing-", dir=output.parent if is_new else output))
             new = stage / "new"
             new.mkdir()
             yield new
@@ -147,38 +50,9 @@ def replaced_set(output: Path, *, model: bool = False, kept: Collection[str] = (
                 os.replace(new, output)
                 flush_directory(output.parent)
             else:
-                _exchange(output, stage, _replaced(output, model=model) - {*kept})
-            made = []
+                _exchange(output, stage, our_names(output, model=model) - {*kept})
         finally:
-            if stage is not None:
-                shutil.rmtree(stage, ignore_errors=True)
-            for folder in reversed(made):
-                with suppress(OSError):
-                    folder.rmdir()
-
-
-@contextmanager
-def saving(target: Path, undo: Callable[[], None] | None = None) -> Generator[None]:
-    """Turn what a failed write raises into one message.
-
-    Args:
-        target: what is being written.
-        undo: removes what was written by half.
-
-    Raises:
-        SaveError: the operating system refused.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, RandbasisError):
-            raise
-        if undo is not None:
-            undo()
-        number = getattr(error, "errno", None) or errno.EIO
-        full = number == errno.ENOSPC or "No space left" in str(error)
-        reason = f"the disk is full ({error}); free some space" if full else f"{error}; check the folder and its rights"
-        raise SaveError(number, f"{target} could not be written: {reason}; what was there before is kept") from error
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def check_finished(folder: Path) -> None:
@@ -195,56 +69,30 @@ def check_finished(folder: Path) -> None:
         )
 
 
-def _check_apart(folder: Path, source: Location) -> None:
-    path = local_path(source)
-    if path is None or not path.exists():
-        return
-    ours, theirs = folder.resolve(), path.resolve()
-    if ours == theirs:
-        raise OutputExistsError(f"output must not be the folder that is read from, got {str(folder)!r} for both")
-    for outer, inner, how in ((ours, theirs, "contain"), (theirs, ours, "lie inside of")):
-        if outer in inner.parents:
-            raise OutputExistsError(
-                f"output must not {how} what is read from, got {str(folder)!r} and {str(source)!r}; name another folder"
-            )
+# --- a folder that grows while the work goes on ---
 
 
-def _replaced(folder: Path, *, model: bool) -> set[str]:
-    """Names of ours in a folder."""
-    model = model or _marked(folder)
-    return {path.name for path in folder.iterdir() if _is_ours(path, model=model)}
+def set_aside(folder: Path, aside: Path) -> None:
+    """Make a folder anew; what was in it lies aside until :func:`put_back`, or until a set is written without it.
+
+    Raises:
+        SaveError: the operating system refused.
+    """
+    with saving(folder):
+        if folder.exists() and not aside.exists():
+            os.replace(folder, aside)
+        elif folder.exists():  # begun by another that had set aside too, and was stopped
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
 
 
-def _is_ours(path: Path, *, model: bool) -> bool:
-    if path.name == _CARD:
-        return _is_card(path)
-    return path.name in ADAPTER_SET or (model and (path.name in MODEL_SET or bool(_WEIGHTS.fullmatch(path.name))))
-
-
-def _is_card(path: Path) -> bool:
-    """Whether a file is a model card of an adapter, which tells of the adapter that it lies beside."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return text.startswith("---\n") and _CARD_LIBRARY in text.partition("\n---")[0]
-
-
-def _foreign_model(folder: Path) -> bool:
-    names = [path.name for path in folder.iterdir()]
-    return "config.json" in names and any(map(_ANY_WEIGHTS.fullmatch, names)) and not _marked(folder)
-
-
-def _marked(folder: Path) -> bool:
-    try:
-        found: object = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and MERGED_MARK in found
-
-
-def _make(folder: Path) -> list[Path]:
-    """Make a folder with those above it; returns the ones that were not there, the outermost first."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing[::-1]
+def put_back(folder: Path, aside: Path) -> None:
+    """Leave everything as it was before :func:`set_aside`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if aside.exists():
+        os.replace(aside, folder)
+    with suppress(OSError):
+        folder.parent.rmdir()  # only where nothing is left in it
 
 
 # --- the exchange ---

@@ -2,62 +2,108 @@
 
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from randbasis.errors import OutputExistsError, SaveError
-from randbasis.files.locations import Location, Remote, local_path
+from randbasis.files.locations import Location, Remote
+from randbasis.files.output_checks import check_output_file
+from randbasis.files.saving import KEPT, saving
 
 
 def write(path: Location, data: bytes, *, overwrite: bool = False) -> None:
-    """Write a file so that a kill at any point leaves the old one or the new one.
-
-    The bytes go to a temporary file in the same directory, reach the disk, and only then take the name. What a URL
-    names is sent as a whole; an object store takes it as a whole or not at all.
+    """Write a file of bytes; see :func:`whole_file`.
 
     Raises:
         OutputExistsError: the file exists and ``overwrite`` is not given.
         SaveError: the file could not be written, for example because the disk is full.
         RemoteError: it is behind a URL that could not be written.
     """
-    refuse_existing(path, overwrite=overwrite)
-    local = local_path(path)
+    local = check_output_file(path, overwrite=overwrite)
     if local is None:
         Remote(str(path)).write(data)
-    else:
-        _write_local(local, data)
+        return
+    with _whole_local(local) as temporary, temporary.open("xb") as file:
+        file.write(data)
 
 
-def refuse_existing(path: Location, *, overwrite: bool) -> None:
-    """Raise unless a file may be written.
+@contextmanager
+def whole_file(location: Location, *, overwrite: bool = False, kept: str = KEPT) -> Generator[Path]:
+    """A path to write to, whose file takes its place only when the block has succeeded.
+
+    The bytes go to a temporary file in the same directory, reach the disk, and only then take the name. What a URL
+    names is made on this machine and sent as a whole; an object store takes it as a whole or not at all. Folders that
+    are missing are made.
+
+    Args:
+        location: of the file.
+        overwrite: replace the file.
+        kept: what is there where it fails, for the message.
 
     Raises:
-        OutputExistsError: the file exists and ``overwrite`` is not given, or it is a directory.
-        RemoteError: it is behind a URL that could not be reached.
+        OutputExistsError: the file exists and ``overwrite`` is not given.
+        SaveError: the operating system refused; what was there before is untouched.
+        RemoteError: it is behind a URL that could not be written.
     """
-    local = local_path(path)
-    if local is None:
-        kind = Remote(str(path)).kind()
-    else:
-        kind = "directory" if local.is_dir() else "file" if local.exists() else None
-    if kind == "directory" or (kind is not None and not overwrite):
-        raise OutputExistsError(f"output {str(path)!r} exists; name another one, or say overwrite")
+    path = check_output_file(location, overwrite=overwrite)
+    if path is not None:
+        with _whole_local(path, kept=kept) as temporary:
+            yield temporary
+        return
+    with TemporaryDirectory() as folder:
+        temporary = Path(folder) / "file"
+        with saving(location, kept=kept):
+            yield temporary
+        Remote(str(location)).upload("", temporary)
 
 
-def _write_local(path: Path, data: bytes) -> None:
+def write_many(files: Mapping[Path, bytes], *, kept: str = KEPT) -> None:
+    """Write files of this machine, each whole or absent, in place of what is there.
+
+    None is waited for until it is on the disk: before anything vouches for them, :func:`flush_everything` has to be
+    called, once for all.
+
+    Args:
+        files: path → bytes.
+        kept: what is there where it fails, for the message.
+
+    Raises:
+        SaveError: the operating system refused.
+    """
+    for path, data in files.items():
+        with _whole_local(path, kept=kept, flushed=False) as temporary:
+            temporary.write_bytes(data)
+
+
+@contextmanager
+def _whole_local(path: Path, *, kept: str = KEPT, flushed: bool = True) -> Generator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    with saving(path, kept=kept), made_folder(path.parent):
+        try:
+            yield temporary
+            if flushed:
+                _flush(temporary)
+            temporary.replace(path)
+            if flushed:
+                flush_directory(path.parent)
+        finally:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+
+
+@contextmanager
+def made_folder(folder: Path) -> Generator[None]:
+    """A folder with those above it; those that were not there go again where the block fails."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()] if not folder.exists() else []
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        flush_directory(path.parent)
-    except OSError as error:
-        raise _not_saved(path, error) from error
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for one in missing:
+            with suppress(OSError):
+                one.rmdir()
+        raise
 
 
 def flush_directory(path: Path) -> None:
@@ -70,5 +116,12 @@ def flush_directory(path: Path) -> None:
             os.close(handle)
 
 
-def _not_saved(path: Path, error: OSError) -> SaveError:
-    return SaveError(f"{path} could not be written ({error}); what was there before is untouched: make room, retry")
+def flush_everything() -> None:
+    """Make all that was written reach the disk: one call for many files, where the system has it."""
+    if hasattr(os, "sync"):
+        os.sync()
+
+
+def _flush(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())

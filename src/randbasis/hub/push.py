@@ -15,7 +15,8 @@ from huggingface_hub.utils import validate_repo_id
 from randbasis.adapters.packed import packed_of
 from randbasis.adapters.saved import SavedAdapter, open_folder
 from randbasis.errors import AdapterFilesError, HubError, HubNameError, RandbasisError
-from randbasis.files.output_set import check_output, replaced_set
+from randbasis.files.output_checks import check_output_folder
+from randbasis.files.output_set import replaced_set
 from randbasis.hub.card import CardFacts, model_card
 from randbasis.train.run import SUMMARY_FILE
 from randbasis.tuner.saved_files import CONFIG_FILE, TASK_FILE, WEIGHTS_FILE
@@ -101,7 +102,7 @@ def build_hub_folder(
         OutputExistsError: the folder is or lies in the source, or is not empty and ``overwrite`` is not given.
         SaveError: the folder could not be written.
     """
-    folder = check_output(folder, (source,), overwrite=overwrite)
+    folder = check_output_folder(folder, (source,), overwrite=overwrite)
     _check_repo(repo_id, "repo_id")
     found = open_folder(source).ours()
     base = base_name or _hub_base(found)

@@ -12,7 +12,8 @@ from randbasis.adapters.inspection import Track
 from randbasis.errors import ExportRankError
 from randbasis.export.pairs import LoraPair, total_error, truncated
 from randbasis.export.peft_lora import LoraExport, lora_tensors, rank_pattern
-from randbasis.files.output_set import check_output, replaced_set
+from randbasis.files.output_checks import check_output_folder
+from randbasis.files.output_set import replaced_set
 from randbasis.importing.nearest_adapter import check_limit, finite_factors, target_words
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
 from randbasis.low_rank import distance, norm
@@ -53,7 +54,7 @@ def import_as_lora(
         SaveError: it could not be written.
         RandbasisError: what :func:`randbasis.importing.read_peft_adapter` refuses.
     """
-    folder = check_output(output, (source, model), overwrite=overwrite)
+    folder = check_output_folder(output, (source, model), overwrite=overwrite)
     found = read_peft_adapter(source, model)
     if rank is not None:
         check_positive("rank", rank)

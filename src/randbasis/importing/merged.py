@@ -14,7 +14,7 @@ from randbasis.adapters.base_model import linear_shapes, read_config
 from randbasis.adapters.inspection import Track
 from randbasis.adapters.merging import DTYPES, Merged, load_base, write_model
 from randbasis.errors import BaseMismatchError, DataMissingError, HyperparameterError, MergeError, near
-from randbasis.files.output_set import check_output
+from randbasis.files.output_checks import check_output_folder
 from randbasis.importing.nearest_adapter import finite_factors
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
 from randbasis.low_rank import sides
@@ -57,7 +57,7 @@ def import_as_merged(
     name = model or found.options.get("base_model_name_or_path")
     if not name:
         raise DataMissingError(f"{found.path} does not name its base model, into which it is merged; name it")
-    folder = check_output(output, (source, name), overwrite=overwrite, model=True)
+    folder = check_output_folder(output, (source, name), overwrite=overwrite, model=True)
     fit = _fit(found, read_config(name))
     head = {fit.head_path(key) if fit.head else key: tensor for key, tensor in _head(found.load(found.head)).items()}
     base = load_base(name, fit, dtype, head if fit.head else ())

@@ -17,7 +17,8 @@ from randbasis.adapters.base_model import linear_shapes, meta_model, read_config
 from randbasis.adapters.inspection import Track
 from randbasis.adapters.saved import task_of
 from randbasis.errors import BaseMismatchError, CoefficientValueError, ResidualError, UnknownMethodError
-from randbasis.files.output_set import check_output, replaced_set
+from randbasis.files.output_checks import check_output_folder
+from randbasis.files.output_set import replaced_set
 from randbasis.importing.least_squares import Bases, Fit, Stop, nearest, relative
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
 from randbasis.methods import Factors, Method, Nola, Site, Vera
@@ -160,7 +161,7 @@ def import_as_nearest(
         SaveError: it could not be written.
         RandbasisError: what :func:`randbasis.importing.read_peft_adapter` refuses.
     """
-    folder = check_output(output, (source, model), overwrite=overwrite)
+    folder = check_output_folder(output, (source, model), overwrite=overwrite)
     if config.method not in (Nola.name, Vera.name):
         raise UnknownMethodError(
             f"an adapter of PEFT becomes the nearest 'nola' or 'vera', got {config.method!r}; use one of the two, or "

@@ -11,7 +11,6 @@ from pathlib import Path
 from randbasis.errors import (
     LocationError,
     RandbasisError,
-    SaveError,
     StoreAccessError,
     StoreClosedError,
     StoreDamagedError,
@@ -22,6 +21,7 @@ from randbasis.errors import (
     StoreVersionError,
 )
 from randbasis.files.locations import local_path
+from randbasis.files.saving import not_saved
 from randbasis.files.whole_file import flush_directory
 
 APPLICATION = int.from_bytes(b"rbas")
@@ -266,7 +266,7 @@ class Database:
                 "a copy"
             )
         if code in _NOT_WRITTEN:
-            return SaveError(f"{self.path} could not be written ({error}); the store is as it was: make room, retry")
+            return not_saved(self.path, error, "the store is as it was")
         if code == sqlite3.SQLITE_NOTADB:
             return StoreFormatError(f"{self.path} must be a store of randbasis, got: {error}; name another file")
         if code in _DAMAGED:

@@ -1,20 +1,21 @@
 """Exported folders: packed files named by their hash and a manifest, on this machine or behind a URL."""
 
 import hashlib
-import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Protocol, TextIO
 
-from randbasis.errors import ManifestError, OutputExistsError, RandbasisError, SaveError
+from randbasis.errors import ManifestError
 from randbasis.files.locations import Remote
+from randbasis.files.output_checks import never_replaced
+from randbasis.files.whole_file import flush_everything, whole_file, write, write_many
 from randbasis.store.manifest import MANIFEST, content_name, read_manifest
 from randbasis.store.records import Record
 
 PART = f"{MANIFEST}.part"
-"""The manifest of an export that has not come to its end."""
+"""An empty file that marks an export that has not come to its end."""
+_GOES_ON = "export again: it goes on"
 
 
 class ExportFolder(Protocol):
@@ -54,7 +55,7 @@ class LocalFolder:
         if self._path.exists() and not (
             self._path.is_dir() and _is_export({found.name for found in self._path.iterdir()})
         ):
-            raise _foreign(str(self._path))
+            raise never_replaced(self._path, "earlier export")
 
     def absent(self, sizes: Mapping[str, int]) -> set[str]:
         """See :class:`ExportFolder`; what is there is hashed."""
@@ -62,12 +63,7 @@ class LocalFolder:
 
     def write(self, contents: Mapping[str, bytes]) -> None:
         """See :class:`ExportFolder`."""
-        for digest, data in contents.items():
-            place = self._path / content_name(digest)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            temporary = place.with_suffix(".part")
-            temporary.write_bytes(data)
-            temporary.replace(place)
+        write_many({self._path / content_name(digest): data for digest, data in contents.items()}, kept=_GOES_ON)
 
     @contextmanager
     def manifest(self) -> Generator[TextIO]:
@@ -76,19 +72,12 @@ class LocalFolder:
         Raises:
             SaveError: the folder could not be written.
         """
-        try:
-            self._path.mkdir(parents=True, exist_ok=True)
-            with (self._path / PART).open("w", encoding="utf-8") as file:
+        write(self._path / PART, b"", overwrite=True)
+        with whole_file(self._path / MANIFEST, overwrite=True, kept=_GOES_ON) as temporary:
+            with temporary.open("w", encoding="utf-8") as file:
                 yield file
-            if hasattr(os, "sync"):
-                os.sync()  # once for all contents, before the manifest vouches for them
-            (self._path / PART).replace(self._path / MANIFEST)
-        except RandbasisError:
-            raise
-        except OSError as error:
-            raise SaveError(
-                f"{self._path} could not be written ({error}); make room and export again: it goes on"
-            ) from error
+            flush_everything()  # once for all contents, before the manifest vouches for them
+        (self._path / PART).unlink()
 
     def _is_whole(self, digest: str) -> bool:
         place = self._path / content_name(digest)
@@ -125,7 +114,7 @@ class RemoteFolder:
         names = self._remote.names()
         self._begun = bool(names)
         if self._remote.kind() == "file" or not _is_export(names):
-            raise _foreign(self._remote.url)
+            raise never_replaced(self._remote.url, "earlier export")
 
     def absent(self, sizes: Mapping[str, int]) -> set[str]:
         """See :class:`ExportFolder`; what is there with its size is whole, since it was put there as a whole."""
@@ -143,11 +132,11 @@ class RemoteFolder:
     def manifest(self) -> Generator[TextIO]:
         """See :class:`ExportFolder`; it is written on this machine and sent at the end."""
         self._remote.write_files({PART: b""})
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / MANIFEST
-            with path.open("w", encoding="utf-8") as file:
-                yield file
-            self._remote.upload(MANIFEST, path)
+        with (
+            whole_file(f"{self._remote.url}/{MANIFEST}", overwrite=True) as path,
+            path.open("w", encoding="utf-8") as file,
+        ):
+            yield file
         self._remote.remove(PART)
 
 
@@ -185,10 +174,6 @@ class RemoteOrigin:
 
 def _is_export(names: set[str]) -> bool:
     return not names or MANIFEST in names or PART in names
-
-
-def _foreign(where: str) -> OutputExistsError:
-    return OutputExistsError(f"output {where!r} exists and is no earlier export; name another folder")
 
 
 def _no_content(where: str, record: Record) -> ManifestError:

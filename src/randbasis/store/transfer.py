@@ -8,7 +8,8 @@ from typing import Protocol
 
 from randbasis.errors import ManifestError, StoreFormatError, StoreMissingError, StoreVersionError
 from randbasis.files.locations import Location, Remote, local_path
-from randbasis.files.whole_file import refuse_existing
+from randbasis.files.output_checks import never_replaced
+from randbasis.files.whole_file import whole_file
 from randbasis.store import tables
 from randbasis.store.contents import check_content
 from randbasis.store.database import Database
@@ -84,12 +85,10 @@ def export_file(
     path = local_path(location)
     if path is not None:
         return _write_file(origin, path, database.timeout, progress)
-    refuse_existing(location, overwrite=False)
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "adapters.db"
-        done = _write_file(origin, path, database.timeout, progress)
-        Remote(str(location)).upload("", path)
-    return done
+    if Remote(str(location)).kind() is not None:
+        raise never_replaced(location, "file of this machine to go on with")
+    with whole_file(location) as path:
+        return _write_file(origin, path, database.timeout, progress)
 
 
 def import_into(database: Database, location: Location, *, prefix: str, progress: Progress | None) -> Transfer:

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,9 @@ from torch import nn
 
 from randbasis.errors import CheckpointError, EmptyDataError, SettingError
 from randbasis.files.locations import local_output
-from randbasis.files.output_set import check_output, replaced_set, saving
+from randbasis.files.output_checks import check_output_folder
+from randbasis.files.output_set import put_back, replaced_set, set_aside
+from randbasis.files.whole_file import write
 from randbasis.train.adapter import peft_config
 from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.classification import TextClassification
@@ -136,7 +137,7 @@ def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> Tr
         )
     except BaseException:
         if ranks.first and last_checkpoint(checkpoints) is None:
-            _take_back(checkpoints)
+            put_back(checkpoints, checkpoints.with_name(EARLIER))
         raise
     summary = ranks.by_first(lambda: _save(settings, prepared, result, ranks.count))
     if not settings.keep_checkpoints:
@@ -199,7 +200,7 @@ def _chosen(settings: TrainSettings, train: Table, eval: Table | None) -> tuple[
 def _check_output(settings: TrainSettings, processes: int) -> Path:
     """The folder to write; raises before anything is read what of it can be refused."""
     sources = (settings.model, settings.data.train, settings.data.eval)
-    output = check_output(settings.output, sources, overwrite=settings.overwrite or settings.resume)
+    output = check_output_folder(settings.output, sources, overwrite=settings.overwrite or settings.resume)
     if settings.resume:
         checkpoint_to_resume(output / CHECKPOINTS)
         _check_same(_kept_settings(settings, processes), output / CHECKPOINTS / SETTINGS_FILE)
@@ -208,30 +209,13 @@ def _check_output(settings: TrainSettings, processes: int) -> Path:
 
 def _begin(settings: TrainSettings, checkpoints: Path, processes: int) -> None:
     """Make the folder of the checkpoints, which says what it is of; those of an earlier run lie aside until its end."""
-    earlier = checkpoints.with_name(EARLIER)
-    with saving(checkpoints):
-        if checkpoints.exists() and not earlier.exists():
-            checkpoints.replace(earlier)
-        elif checkpoints.exists():  # of a run that was overwriting too, and failed
-            shutil.rmtree(checkpoints)
-        checkpoints.mkdir(parents=True)
-        content = json.dumps(_kept_settings(settings, processes))
-        (checkpoints / SETTINGS_FILE).write_text(content, encoding="utf-8")
+    set_aside(checkpoints, checkpoints.with_name(EARLIER))
+    write(checkpoints / SETTINGS_FILE, json.dumps(_kept_settings(settings, processes)).encode())
 
 
 def _kept_settings(settings: TrainSettings, processes: int) -> dict[str, Any]:
     """What a resumed run must have in common with its beginning; several processes make larger batches."""
     return {**settings.as_json(), **({"processes": processes} if processes > 1 else {})}
-
-
-def _take_back(checkpoints: Path) -> None:
-    """Leave an output as it was before :func:`_begin`."""
-    earlier = checkpoints.with_name(EARLIER)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    if earlier.exists():
-        earlier.replace(checkpoints)
-    with suppress(OSError):
-        checkpoints.parent.rmdir()  # only where nothing is left in it
 
 
 def _check_same(settings: dict[str, Any], kept: Path) -> None:

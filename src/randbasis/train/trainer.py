@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from randbasis.errors import CheckpointError, NonFiniteLossError, SaveError
-from randbasis.files.output_set import saving
+from randbasis.errors import CheckpointError, NonFiniteLossError
+from randbasis.files.saving import saving
 from randbasis.train.host_names import TRAINER_NAMES
 from randbasis.train.ranks import Ranks
 from randbasis.train.task import Batch, Example, Task
@@ -260,16 +260,8 @@ class AdapterTrainer(Trainer):
                     self._stopped(f"after step {self.state.global_step} the parameter {name} is not finite")
                 )
         target = Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        try:
-            with saving(target, undo=lambda: self._remove(target)):
-                super()._save_checkpoint(model, trial)
-        except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
-            self._remove(target)
-            if not any(word in str(error) for word in ("inline_container", "PytorchStreamWriter", "iostream")):
-                raise
-            raise SaveError(
-                f"{target} could not be written: {error}; is the disk full? Earlier checkpoints are kept"
-            ) from error
+        with saving(target, kept="earlier checkpoints are kept", undo=lambda: self._remove(target)):
+            super()._save_checkpoint(model, trial)
 
     def _remove(self, checkpoint: Path) -> None:
         if self.ranks.first:

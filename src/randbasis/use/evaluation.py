@@ -11,9 +11,9 @@ from torch import nn
 
 from randbasis.adapters.base_model import read_config
 from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter
-from randbasis.errors import AdapterFilesError, EmptyDataError, OutputExistsError, SettingError, near
-from randbasis.files.locations import local_output
-from randbasis.files.output_set import check_file_output, saving
+from randbasis.errors import AdapterFilesError, EmptyDataError, SettingError, near
+from randbasis.files.locations import Location
+from randbasis.files.whole_file import whole_file
 from randbasis.train.base_model import read_tokenizer
 from randbasis.train.causal_lm import CausalLanguage, end_token_id
 from randbasis.train.classification import TextClassification, allowed_length
@@ -245,39 +245,15 @@ def read_rows(settings: UseSettings, task: Task) -> Table:
     return table if settings.limit is None else table.subset(sample(len(table.rows), settings.limit, 0))
 
 
-def write_lines(rows: Sequence[Row], path: str | Path, *, overwrite: bool = False) -> None:
+def write_lines(rows: Sequence[Row], path: Location, *, overwrite: bool = False) -> None:
     """Write rows as JSON lines, complete or not at all.
 
     Raises:
         OutputExistsError: the file exists and ``overwrite`` was not given.
         SaveError: the operating system refused.
     """
-    path = Path(path)
-    refuse_existing(path, overwrite=overwrite)
-    part = path.with_name(path.name + ".part")
-    with saving(path, undo=lambda: part.unlink(missing_ok=True)):
-        part.write_text("".join(json_line(row) + "\n" for row in rows), encoding="utf-8")
-        part.replace(path)
-
-
-def refuse_existing(path: Path | None, sources: Sequence[str | Path | None] = (), *, overwrite: bool) -> None:
-    """To be called before the work begins whose result goes into a file.
-
-    Args:
-        path: the file; None where nothing is written.
-        sources: what is read.
-        overwrite: whether a file that is there may be replaced.
-
-    Raises:
-        OutputExistsError: a file would be replaced unasked, or is one that is read.
-        LocationError: it is not of this machine.
-    """
-    if path is None:
-        return
-    path = local_output(path)
-    if path.exists() and not overwrite:
-        raise OutputExistsError(f"output {str(path)!r} exists; give overwrite to replace it, or another name")
-    check_file_output(path, sources, overwrite=overwrite)
+    with whole_file(path, overwrite=overwrite) as temporary:
+        temporary.write_text("".join(json_line(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def json_line(row: Row) -> str:
