@@ -1,13 +1,14 @@
 """What may be written where: one rule for every output, told before the work begins.
 
-What exists is replaced only with ``overwrite``, nothing that is read is ever replaced, and what is missing above an
-output is made.
+What exists is replaced only with ``overwrite``, and nothing that is read is ever replaced. A file needs its folder; a
+folder is made with those above it.
 """
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
-from randbasis.errors import OutputExistsError
+from randbasis.errors import OutputExistsError, SaveError
 from randbasis.files.locations import Location, Remote, local_output, local_path
 from randbasis.files.our_files import has_foreign_model, is_ours
 
@@ -27,8 +28,8 @@ def check_output_file(output: Location, sources: Sources = (), *, overwrite: boo
         Its path on this machine, or None where it is behind a URL.
 
     Raises:
-        OutputExistsError: it exists and may not be replaced, is a folder, is a source or a part of one, or cannot lie
-            where it should since there is a file.
+        OutputExistsError: it exists and may not be replaced, is a folder, or is a source or a part of one.
+        SaveError: there is no folder that it could lie in.
         LocationError: it is a ``Path`` made of a URL, which has lost a slash.
         RemoteError: it is behind a URL that could not be reached.
     """
@@ -37,7 +38,7 @@ def check_output_file(output: Location, sources: Sources = (), *, overwrite: boo
         kind = Remote(str(output)).kind()
     else:
         kind = "directory" if path.is_dir() else "file" if path.exists() else None
-        _check_above(path)
+        _check_above(path, path.parent)
     if kind == "directory":
         raise OutputExistsError(f"output {str(output)!r} exists and is a folder, not a file; give another name")
     if kind is not None and not overwrite:
@@ -65,6 +66,7 @@ def check_output_folder(output: Location, sources: Sources = (), *, overwrite: b
     Raises:
         OutputExistsError: it is a file, or is, contains or lies inside of a source, or holds something that may not be
             replaced.
+        SaveError: it cannot be made, since a file is in the way.
         LocationError: it is not of this machine.
     """
     folder = local_output(output)
@@ -72,7 +74,7 @@ def check_output_folder(output: Location, sources: Sources = (), *, overwrite: b
         _check_apart(folder, source)
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"output {str(folder)!r} exists and is a file, not a folder; give another name")
-    _check_above(folder)
+    _check_above(folder, next((one for one in folder.parents if one.exists()), folder))
     if not folder.exists() or not any(folder.iterdir()):
         return folder
     if not overwrite:
@@ -99,11 +101,17 @@ def _exists(output: Location) -> OutputExistsError:
     return OutputExistsError(f"output {str(output)!r} exists; give overwrite to replace it, or another name")
 
 
-def _check_above(path: Path) -> None:
-    above = next((one for one in path.parents if one.exists()), None)
-    if above is not None and not above.is_dir():
-        raise OutputExistsError(
-            f"output {str(path)!r} must lie in a folder, {str(above)!r} is a file; give another name"
+def _check_above(output: Path, folder: Path) -> None:
+    """Raise unless the folder is one that something can be put into."""
+    if not folder.exists():
+        raise SaveError(
+            errno.ENOENT,
+            f"output {str(output)!r} could not be written: there is no folder {str(folder)!r}; make it first",
+        )
+    if not folder.is_dir():
+        raise SaveError(
+            errno.ENOTDIR,
+            f"output {str(output)!r} could not be written: {str(folder)!r} is a file; give another name",
         )
 
 

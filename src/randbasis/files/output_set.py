@@ -20,7 +20,7 @@ from pathlib import Path
 from randbasis.errors import AdapterFilesError, SaveError
 from randbasis.files.our_files import our_names
 from randbasis.files.saving import saving
-from randbasis.files.whole_file import flush_directory, made_folder
+from randbasis.files.whole_file import flush_directory
 
 _JOURNAL, _MOVES, _OLD = ".replaced-set", "moves.json", "old"
 
@@ -38,7 +38,7 @@ def replaced_set(output: Path, *, model: bool = False, kept: Collection[str] = (
         SaveError: the operating system refused; ``output`` is as it was.
     """
     is_new = not output.exists()
-    with saving(output), made_folder(output.parent if is_new else output):
+    with saving(output), _made_folder(output.parent if is_new else output):
         if not is_new:
             _undo(output)
         stage = Path(tempfile.mkdtemp(prefix=".writing-", dir=output.parent if is_new else output))
@@ -142,6 +142,20 @@ def _undo(output: Path) -> None:
             f"{output} could not be written, nor could its files be put back ({error}); those that were there lie in "
             f"{journal / _OLD}: move them back, and remove {journal}",
         ) from error
+
+
+@contextmanager
+def _made_folder(folder: Path) -> Generator[None]:
+    """A folder with those above it; those that were not there go again where the block fails."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()] if not folder.exists() else []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for one in missing:
+            with suppress(OSError):
+                one.rmdir()
+        raise
 
 
 def _remove(path: Path) -> None:

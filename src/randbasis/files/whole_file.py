@@ -33,8 +33,7 @@ def whole_file(location: Location, *, overwrite: bool = False, kept: str = KEPT)
     """A path to write to, whose file takes its place only when the block has succeeded.
 
     The bytes go to a temporary file in the same directory, reach the disk, and only then take the name. What a URL
-    names is made on this machine and sent as a whole; an object store takes it as a whole or not at all. Folders that
-    are missing are made.
+    names is made on this machine and sent as a whole; an object store takes it as a whole or not at all.
 
     Args:
         location: of the file.
@@ -43,7 +42,7 @@ def whole_file(location: Location, *, overwrite: bool = False, kept: str = KEPT)
 
     Raises:
         OutputExistsError: the file exists and ``overwrite`` is not given.
-        SaveError: the operating system refused; what was there before is untouched.
+        SaveError: the operating system refused, or there is no such folder; what was there before is untouched.
         RemoteError: it is behind a URL that could not be written.
     """
     path = check_output_file(location, overwrite=overwrite)
@@ -59,7 +58,7 @@ def whole_file(location: Location, *, overwrite: bool = False, kept: str = KEPT)
 
 
 def write_many(files: Mapping[Path, bytes], *, kept: str = KEPT) -> None:
-    """Write files of this machine, each whole or absent, in place of what is there.
+    """Write files of this machine with their folders, each whole or absent, in place of what is there.
 
     None is waited for until it is on the disk: before anything vouches for them, :func:`flush_everything` has to be
     called, once for all.
@@ -72,6 +71,8 @@ def write_many(files: Mapping[Path, bytes], *, kept: str = KEPT) -> None:
         SaveError: the operating system refused.
     """
     for path, data in files.items():
+        with saving(path, kept=kept):
+            path.parent.mkdir(parents=True, exist_ok=True)
         with _whole_local(path, kept=kept, flushed=False) as temporary:
             temporary.write_bytes(data)
 
@@ -79,7 +80,7 @@ def write_many(files: Mapping[Path, bytes], *, kept: str = KEPT) -> None:
 @contextmanager
 def _whole_local(path: Path, *, kept: str = KEPT, flushed: bool = True) -> Generator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    with saving(path, kept=kept), made_folder(path.parent):
+    with saving(path, kept=kept):
         try:
             yield temporary
             if flushed:
@@ -90,20 +91,6 @@ def _whole_local(path: Path, *, kept: str = KEPT, flushed: bool = True) -> Gener
         finally:
             with suppress(FileNotFoundError):
                 temporary.unlink()
-
-
-@contextmanager
-def made_folder(folder: Path) -> Generator[None]:
-    """A folder with those above it; those that were not there go again where the block fails."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()] if not folder.exists() else []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for one in missing:
-            with suppress(OSError):
-                one.rmdir()
-        raise
 
 
 def flush_directory(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol, TextIO
 from randbasis.errors import ManifestError
 from randbasis.files.locations import Remote
 from randbasis.files.output_checks import never_replaced
-from randbasis.files.whole_file import flush_everything, whole_file, write, write_many
+from randbasis.files.whole_file import flush_everything, whole_file, write_many
 from randbasis.store.manifest import MANIFEST, content_name, read_manifest
 from randbasis.store.records import Record
 
@@ -72,12 +72,12 @@ class LocalFolder:
         Raises:
             SaveError: the folder could not be written.
         """
-        write(self._path / PART, b"", overwrite=True)
+        write_many({self._path / PART: b""}, kept=_GOES_ON)
         with whole_file(self._path / MANIFEST, overwrite=True, kept=_GOES_ON) as temporary:
             with temporary.open("w", encoding="utf-8") as file:
                 yield file
             flush_everything()  # once for all contents, before the manifest vouches for them
-        (self._path / PART).unlink()
+        (self._path / PART).unlink(missing_ok=True)
 
     def _is_whole(self, digest: str) -> bool:
         place = self._path / content_name(digest)
