@@ -18,6 +18,7 @@ PACKAGE = SOURCE / "randbasis"
 ROWS: dict[str, set[str]] = {
     "errors": set(),
     "lazy": set(),
+    "defaults": set(),
     "basis": {"torch", "numpy", "numba"},
     "ops": {"torch", "numpy", "numba"},
     "methods": {"torch"},

@@ -5,19 +5,8 @@ import pytest
 import torch
 from hypothesis import example, given
 
-from randbasis.adapter_file.codec import (
-    CODED,
-    check_precision,
-    check_training_precision,
-    dequantize,
-    largest_code,
-    pack_codes,
-    quantize,
-    rounded,
-    run_count,
-    run_lengths,
-    unpack_codes,
-)
+from randbasis.adapter_file.codec import dequantize, pack_codes, quantize, rounded, run_lengths, unpack_codes
+from randbasis.adapter_file.precision import CODED, check_precision, check_training_precision, largest_code, run_count
 from randbasis.errors import CodeError, CoefficientValueError, PrecisionError
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -78,7 +78,7 @@ PREDICT = ["predict", "--model", "nowhere", "--data", "rows.csv"]
         (["store", "get", "s.db", "x", "--overwrite"], "--overwrite"),
         (["store", "get", "s.db", "--digest", "0", "--version", "1"], "--version"),
         (["pack", "nowhere", "x.safetensors", "--bits", "4", "--bfloat16"], "--bfloat16"),
-        (["pack", "nowhere", "x.safetensors", "--group", "32"], "--group"),
+        (["pack", "nowhere", "x.safetensors", "--group", "32"], "--group-size"),
         (["inspect", "nowhere", "--overwrite"], "--overwrite"),
     ],
     ids=lambda value: " ".join(value[-3:]) if isinstance(value, list) else "",

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from randbasis.adapter_file import container
 from randbasis.adapter_file.codec import (
-    CODED,
     check_codes,
-    check_precision,
     dequantize,
     narrowed,
     pack_codes,
@@ -23,6 +21,7 @@ from randbasis.adapter_file.codec import (
 )
 from randbasis.adapter_file.container import Container, data_order, tensor_bytes
 from randbasis.adapter_file.paths import check_name
+from randbasis.adapter_file.precision import CODED, check_precision
 from randbasis.adapter_file.spec import Spec, SpecMatrix, canonical, sha256
 from randbasis.adapter_file.spec_reader import Digests, check_layers, parse_spec
 from randbasis.errors import (
@@ -33,6 +32,7 @@ from randbasis.errors import (
     ExtraTensorError,
     FormatVersionError,
     NotPackedError,
+    PrecisionError,
     SpecKeyError,
 )
 from randbasis.files.locations import Location, local_path
@@ -103,10 +103,16 @@ class PackedAdapter:
             return self.coefficients
         return dequantize(self.coefficients, self.scales, run_lengths(self.spec.vector_lengths, self.spec.group))
 
-    def at(self, bits: int, group: int = 0) -> "PackedAdapter":
-        """The same adapter with its coefficients stored at another precision, as :meth:`of` stores them."""
-        spec = replace(self.spec, bits=bits, group=group)
-        return PackedAdapter.of(spec, self.values(), streams=self.streams, extra=self.extra)
+    def at(self, bits: int, group: int = 0, *, bfloat16: bool = False) -> "PackedAdapter":
+        """The same adapter with its coefficients stored at another precision, as :meth:`of` stores them.
+
+        Raises:
+            PrecisionError: as :meth:`of`; or ``bfloat16`` is asked for at other bits than 16.
+        """
+        if bfloat16 and bits != 16:
+            raise PrecisionError(f"bfloat16 has 16 bits, got bits={bits}; leave one of the two out")
+        spec, values = replace(self.spec, bits=bits, group=group), self.values()
+        return PackedAdapter.of(spec, values.bfloat16() if bfloat16 else values, streams=self.streams, extra=self.extra)
 
     def matrices(self) -> Iterator[tuple[SpecMatrix, Delta]]:
         """Each adapted matrix with its ΔW."""

@@ -11,58 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from randbasis.adapter_file.precision import CODED, check_precision, largest_code
 from randbasis.errors import CodeError, CoefficientValueError, PrecisionError
-
-BITS = (32, 16, 8, 4, 3, 2)
-"""Bits of a coefficient that a file may have."""
-CODED = (8, 4, 3, 2)
-"""Those that are codes with scales."""
 
 _KEPT = ~((1 << 36) - 1)
 """Mask over a float64 that leaves 17 significant bits."""
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-
-
-def largest_code(bits: int) -> int:
-    """``2^(bits-1) - 1``: codes run from minus this to this."""
-    return (1 << (bits - 1)) - 1
-
-
-def check_precision(bits: int, group: int) -> None:
-    """Raise unless coefficients can be stored with these bits and this group size.
-
-    Args:
-        bits: one of :data:`BITS`.
-        group: coefficients that share a scale; 0 for one scale a vector.
-
-    Raises:
-        PrecisionError: they cannot.
-    """
-    if bits not in BITS:
-        raise PrecisionError(f"bits must be one of {list(BITS)}, got {bits!r}; 16 is the usual choice")
-    if group < 0 or (group and bits not in CODED):
-        raise PrecisionError(
-            f"group must be 0 (one scale a vector) or, with {list(CODED)} bits, the number of coefficients that share "
-            f"a scale, got group={group!r} with {bits} bits; use group=0"
-        )
-
-
-def check_training_precision(bits: int | None) -> None:
-    """Raise unless coefficients can be trained as codes of so many bits; None is full precision.
-
-    Raises:
-        PrecisionError: they cannot.
-    """
-    if bits is not None and (type(bits) is not int or bits not in CODED):
-        raise PrecisionError(
-            f"quantize_coefficients must be one of {list(CODED)} bits, or None for full precision, got {bits!r}; "
-            "3 is the usual choice, and 16 bits need no training: pack the adapter at 16"
-        )
-
-
-def run_count(length: int, group: int) -> int:
-    """Scales of one vector."""
-    return -(-length // group) if group else 1
 
 
 def run_lengths(lengths: Sequence[int], group: int) -> Tensor:
@@ -82,7 +36,7 @@ def quantize(values: Tensor, runs: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Args:
         values: ``[n]``, floating.
         runs: from :func:`run_lengths`, adding up to n.
-        bits: one of :data:`CODED`.
+        bits: one of :data:`~randbasis.adapter_file.precision.CODED`.
 
     Returns:
         Codes ``[n]`` int8 and scales ``[runs]`` float32. A run whose scale would be below the smallest normal float32
@@ -106,7 +60,7 @@ def scale_of(largest: Tensor, bits: int) -> Tensor:
 
     Args:
         largest: ``max|c|``, float64.
-        bits: one of :data:`CODED`.
+        bits: one of :data:`~randbasis.adapter_file.precision.CODED`.
 
     Returns:
         float64 of 17 significant bits; 0 where that would be below the smallest normal float32.
@@ -142,7 +96,7 @@ def rounded(values: Tensor, lengths: Sequence[int], bits: int, group: int = 0) -
     Args:
         values: ``[n]``, floating.
         lengths: entries of each vector, adding up to n.
-        bits: one of :data:`BITS`; 32 changes nothing.
+        bits: one of :data:`~randbasis.adapter_file.precision.BITS`; 32 changes nothing.
         group: coefficients that share a scale; 0 for one scale a vector.
 
     Returns:

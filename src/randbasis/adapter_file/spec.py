@@ -13,8 +13,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from randbasis.adapter_file.codec import run_count
 from randbasis.adapter_file.paths import Numbers, boxes, expand, range_text, split_path
+from randbasis.adapter_file.precision import run_count
 from randbasis.errors import BaseMismatchError
 from randbasis.methods import Bound, Method, Site
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Union, cast, get_args, get_origin
 
-from randbasis.adapter_file.codec import check_precision
 from randbasis.adapter_file.header import parse_object
 from randbasis.adapter_file.paths import Numbers, check_module_path, check_name, parse_ranges
+from randbasis.adapter_file.precision import check_precision
 from randbasis.adapter_file.spec import Base, MatrixGroup, Spec, SpecMatrix
 from randbasis.errors import RandbasisError, SpecKeyError, SpecSyntaxError, SpecValueError, near
 from randbasis.methods import Method, method_class

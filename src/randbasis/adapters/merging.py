@@ -19,6 +19,7 @@ from randbasis.adapters.base_fit import BaseFit, find_fit, under_prefix
 from randbasis.adapters.base_model import model_readable, quiet_transformers, read_config
 from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter, paths_of
 from randbasis.adapters.whole_model import load_whole
+from randbasis.defaults import MERGED_DTYPE
 from randbasis.errors import (
     HyperparameterError,
     MergeError,
@@ -73,7 +74,7 @@ def merge_adapter(
     adapter: AdapterLocation,
     output: str | Path,
     *,
-    dtype: str = "auto",
+    dtype: str = MERGED_DTYPE,
     overwrite: bool = False,
     labels: Sequence[str] | None = None,
 ) -> Merged:

@@ -17,11 +17,11 @@ from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, Verifi
 from randbasis.adapter_file.codec import rounded
 from randbasis.adapter_file.paths import check_name
 from randbasis.adapters.base_model import linear_shapes, meta_model, read_config, shape_of
-from randbasis.adapters.saved import SavedAdapter, open_folder
+from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter, paths_of
 from randbasis.adapters.spec_options import STREAMS, bare, config_of, named_tensors, peft_options
+from randbasis.defaults import ONE_SCALE, PACKED_BITS
 from randbasis.errors import (
     AdapterFilesError,
-    PrecisionError,
     UnsafeNameError,
 )
 from randbasis.files.output_checks import check_output_file, check_output_folder
@@ -52,24 +52,24 @@ class _Stored:
 
 
 def pack_adapter(
-    source: str | Path,
+    source: AdapterLocation,
     file: str | Path,
     *,
-    bits: int = 16,
-    group: int = 0,
+    bits: int = PACKED_BITS,
+    group: int = ONE_SCALE,
     bfloat16: bool = False,
     model: str | None = None,
     base_name: str | None = None,
     overwrite: bool = False,
 ) -> Verification:
-    """Write an adapter directory as one packed file, and read it back to verify it.
+    """Write an adapter as one packed file, and read it back to verify it.
 
     Of an adapter that was trained with ``quantize_coefficients`` the file holds the values that it computes with,
     without loss at those bits or at 32, and is an adapter like any other; the full-precision values, which only further
     training needs, stay in the directory.
 
     Args:
-        source: the directory.
+        source: where the adapter is: see :func:`randbasis.adapters.saved.open_adapter`.
         file: the file to write.
         bits: of a coefficient: 32 keeps the directory's dtype, 16 is float16 (bfloat16 where the directory has that),
             8, 4, 3 and 2 are codes with scales, math (11).
@@ -77,7 +77,8 @@ def pack_adapter(
         bfloat16: with 16 bits, bfloat16 instead of float16.
         model: folder or hub name of the base, of which only the configuration is read; needed for directories that do
             not tell the shapes of their layers.
-        base_name: name of the base to write; None takes the directory's, without the folders above it.
+        base_name: name of the base to write; None takes the directory's, without the folders above it. A packed file
+            keeps its own.
         overwrite: replace the file.
 
     Raises:
@@ -88,8 +89,8 @@ def pack_adapter(
         OutputExistsError: the file exists and ``overwrite`` is not given.
         SaveError: the file could not be written.
     """
-    check_output_file(file, (source,), overwrite=overwrite)
-    found = open_folder(source).ours()
+    check_output_file(file, paths_of(source), overwrite=overwrite)
+    found = open_adapter(source).ours()
     packed = packed_of(found, bits=bits, group=group, bfloat16=bfloat16, model=model, base_name=base_name)
     packed.write(file, overwrite=overwrite)
     return verify(file)
@@ -98,15 +99,20 @@ def pack_adapter(
 def packed_of(
     found: SavedAdapter,
     *,
-    bits: int = 16,
-    group: int = 0,
+    bits: int = PACKED_BITS,
+    group: int = ONE_SCALE,
     bfloat16: bool = False,
     model: str | None = None,
     base_name: str | None = None,
 ) -> PackedAdapter:
     """The packed adapter of a saved one; see :func:`pack_adapter`."""
+    return exact(found, model=model, base_name=base_name).at(bits, group, bfloat16=bfloat16)
+
+
+def exact(found: SavedAdapter, *, model: str | None = None, base_name: str | None = None) -> PackedAdapter:
+    """A saved adapter with its coefficients as they are stored; arguments as for :func:`pack_adapter`."""
     if found.whole is not None:
-        return found.whole.at(bits, group)
+        return found.whole
     stored = {(one.matrix.name, one.matrix.part): one for one in _stored(found, model)}
     config, tensors = found.config, found.load()
     extra = {name: tensor for name, tensor in tensors.items() if f".{PREFIX}" not in name}
@@ -114,7 +120,7 @@ def packed_of(
     _check_complete(found, stored.values(), tensors.keys() - extra.keys())
     base = Base(base_name or _plain_name(config.base_model_name_or_path), config.base_model_type)
     groups = group_matrices(one.matrix for one in stored.values())
-    spec = Spec(bare(config.method_for("")), base, groups, bits, group, peft=peft_options(config))
+    spec = Spec(bare(config.method_for("")), base, groups, 32, peft=peft_options(config))
     ordered = [stored[one.name, one.part] for one in spec.matrices]
     for one in ordered:
         coefficients = {name: tensors[tensor] for name, tensor in one.tensors.items()}
@@ -122,20 +128,13 @@ def packed_of(
     values = _joined(found, [tensors[tensor] for one in ordered for tensor in one.tensors.values()])
     if config.quantize_coefficients is not None:
         values = rounded(values, spec.vector_lengths, config.quantize_coefficients)
-    if bfloat16 and bits != 16:
-        raise PrecisionError(f"bfloat16 has 16 bits, got bits={bits}; leave one of the two out")
     streams = [tensors[one.streams[0]][one.streams[1]] for one in ordered if one.streams]
     return PackedAdapter.of(
         spec,
-        values.bfloat16() if bfloat16 else values,
+        values,
         streams=torch.stack(streams) if streams else None,
         extra=extra,
     )
-
-
-def exact(found: SavedAdapter, *, model: str | None = None, base_name: str | None = None) -> PackedAdapter:
-    """A saved adapter with its coefficients as they are stored; arguments as for :func:`pack_adapter`."""
-    return found.whole or packed_of(found, bits=32, model=model, base_name=base_name)
 
 
 def packed_bytes(config: RandbasisConfig, base: Base, layers: Iterable[tuple[str, int, Sequence[AdaptedPart]]]) -> int:

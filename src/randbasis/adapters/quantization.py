@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from randbasis.adapter_file import PackedAdapter
-from randbasis.adapter_file.codec import CODED, rounded
+from randbasis.adapter_file.codec import rounded
+from randbasis.adapter_file.precision import CODED
 from randbasis.adapters.packed import exact, write_adapter_dir
 from randbasis.adapters.saved import AdapterLocation, open_adapter, paths_of, task_of
+from randbasis.defaults import ONE_SCALE, QUANTIZED_BITS
 from randbasis.errors import PrecisionError
 from randbasis.files.output_checks import check_output_file, check_output_folder
 from randbasis.low_rank import distance, norm
@@ -77,8 +79,8 @@ def quantize_adapter(
     source: AdapterLocation,
     output: str | Path | None = None,
     *,
-    bits: int = 4,
-    group: int = 0,
+    bits: int = QUANTIZED_BITS,
+    group: int = ONE_SCALE,
     model: str | None = None,
     base_name: str | None = None,
     overwrite: bool = False,

@@ -21,6 +21,7 @@ from randbasis.adapters.packed import write_adapter_dir
 from randbasis.adapters.saved import AdapterLocation, open_adapter, paths_of, task_of
 from randbasis.arithmetic.changes import OurChanges, read_packed
 from randbasis.arithmetic.same_basis import check_same_basis
+from randbasis.defaults import AVERAGED_HEADS
 from randbasis.errors import HeadMismatchError, WeightsError, near
 from randbasis.files.locations import local_output
 from randbasis.files.output_checks import check_output_file, check_output_folder
@@ -78,7 +79,7 @@ def average_adapters(
     output: str | Path,
     *,
     weights: Sequence[float] | None = None,
-    heads: str = "average",
+    heads: str = AVERAGED_HEADS,
     base_name: str | None = None,
     model: str | None = None,
     overwrite: bool = False,

@@ -12,8 +12,23 @@ from typer import Argument, Option
 
 from randbasis.cli.console import answer, answer_table, reported
 from randbasis.cli.options import INSPECT, PACK, PLAN, QUANTIZE, check_options
-from randbasis.cli.parameters import AsJson, Overwrite
+from randbasis.cli.parameters import (
+    TARGETS,
+    AsJson,
+    Group,
+    Matrices,
+    MatricesOfB,
+    Overwrite,
+    Rank,
+    Shapes,
+    Stored,
+    Targets,
+    UniqueBasis,
+    WrittenName,
+)
+from randbasis.defaults import ONE_SCALE, PACKED_BITS, QUANTIZED_BITS
 from randbasis.files.output_checks import check_output_file
+from randbasis.train.settings import AdapterSettings, named_targets
 
 if TYPE_CHECKING:
     from randbasis.adapters.quantization import Quantization
@@ -28,12 +43,12 @@ commands = typer.Typer(rich_markup_mode="markdown")
 def plan(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub name of the base; only its config.json is read.")],
-    method: Annotated[str, Option(help="nola, vera, randlora, pranc; or lora.")] = "nola",
-    rank: Annotated[int | None, Option(help="Rank (nola, vera, randlora, lora).")] = None,
-    basis: Annotated[int | None, Option(help="Basis matrices (nola, pranc).")] = None,
-    basis_b: Annotated[int | None, Option(help="Basis matrices of B, where another number than of A (nola).")] = None,
-    unique_basis: Annotated[bool, Option(help="A basis of its own for each layer (nola).")] = False,
-    targets: Annotated[str, Option(help="all-linear, or NAME,NAME, slices too: c_attn[q,v].")] = "all-linear",
+    method: Annotated[str, Option(help="nola, vera, randlora, pranc; or lora.")] = AdapterSettings.method,
+    rank: Rank = None,
+    basis: Matrices = None,
+    basis_b: MatricesOfB = None,
+    unique_basis: UniqueBasis = False,
+    targets: Targets = TARGETS,
     as_json: AsJson = False,
 ) -> None:
     """Count what an adapter would have, and its bytes, from a configuration alone."""
@@ -41,7 +56,6 @@ def plan(
         from randbasis.adapters.plan import plan as run
         from randbasis.cli.report import plan_table
         from randbasis.train.adapter import method_words, peft_config
-        from randbasis.train.settings import AdapterSettings, named_targets
 
         check_options(context, PLAN, methods=method_words())
         names = named_targets(targets)
@@ -53,8 +67,8 @@ def plan(
 @commands.command(epilog="Example: randbasis inspect runs/sst2 --plot spectra.png")
 def inspect(
     context: typer.Context,
-    adapter: Annotated[str, typer.Argument(help="Folder, packed file, URL, or store:NAME@VERSION.")],
-    model: Annotated[str | None, Option(help="Folder or hub name of the base; only its config.json is read.")] = None,
+    adapter: Stored,
+    model: Shapes = None,
     plot: Annotated[Path | None, Option(help="PNG of norms and spectra to write.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -77,13 +91,13 @@ def inspect(
 @commands.command(epilog="Example: randbasis pack runs/e2e e2e.safetensors --bits 4")
 def pack(
     context: typer.Context,
-    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
+    adapter: Stored,
     file: Annotated[str, typer.Argument(help="File to write; or a URL: s3://, hf://, ….")],
-    bits: Annotated[int, Option(help="Of a coefficient: 32 (as it is), 16, 8, 4, 3, 2.")] = 16,
-    group: Annotated[int, Option(help="Coefficients that share a scale; 0 for one scale a vector.")] = 0,
+    bits: Annotated[int, Option(help="Of a coefficient: 32 (as it is), 16, 8, 4, 3, 2.")] = PACKED_BITS,
+    group: Group = ONE_SCALE,
     bfloat16: Annotated[bool, Option(help="With 16 bits, bfloat16 instead of float16.")] = False,
-    model: Annotated[str | None, Option(help="Folder or hub name of the base; only its config.json is read.")] = None,
-    base_name: Annotated[str | None, Option(help="Name of the base to write; by default the adapter's.")] = None,
+    model: Shapes = None,
+    base_name: WrittenName = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -127,14 +141,14 @@ def verify(
 @commands.command(epilog="Example: randbasis quantize runs/e2e e2e-4.safetensors --bits 4")
 def quantize(
     context: typer.Context,
-    adapter: Annotated[str, Argument(help="Folder, packed file, URL, or store:NAME@VERSION.")],
+    adapter: Stored,
     output: Annotated[
         str | None, Argument(help="NAME.safetensors for a packed file, any other name for an adapter folder.")
     ] = None,
-    bits: Annotated[int, Option(help="Of a coefficient: 16, 8, 4, 3, 2.")] = 4,
-    group_size: Annotated[int, Option(help="Coefficients that share a scale; 0 for one scale a vector.")] = 0,
-    model: Annotated[str | None, Option(help="Folder or hub name of the base; only its config.json is read.")] = None,
-    base_name: Annotated[str | None, Option(help="Name of the base to write; by default the adapter's.")] = None,
+    bits: Annotated[int, Option(help="Of a coefficient: 16, 8, 4, 3, 2.")] = QUANTIZED_BITS,
+    group: Group = ONE_SCALE,
+    model: Shapes = None,
+    base_name: WrittenName = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -151,7 +165,7 @@ def quantize(
             adapter,
             output,
             bits=bits,
-            group=group_size,
+            group=group,
             model=model,
             base_name=base_name,
             overwrite=overwrite,

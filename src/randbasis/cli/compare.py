@@ -13,6 +13,7 @@ from typer import Argument, Option
 from randbasis.cli.console import answer, answer_table, reported
 from randbasis.cli.options import AVERAGE, DIFF, check_options
 from randbasis.cli.parameters import AsJson, Overwrite
+from randbasis.defaults import AVERAGED_HEADS
 from randbasis.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def average(
     ],
     output: Annotated[Path, Option(help="Folder to write; a packed file if it ends in .safetensors.")],
     weights: Annotated[str | None, Option(help="One for each: 0.5,0.5, or 1,-1; by default the mean.")] = None,
-    heads: Annotated[str, Option(help="average or first: what becomes of heads.")] = "average",
+    heads: Annotated[str, Option(help="average or first: what becomes of heads.")] = AVERAGED_HEADS,
     base_name: Annotated[str | None, Option(help="Name of the base, where the adapters name it otherwise.")] = None,
     base: Base = None,
     overwrite: Overwrite = False,

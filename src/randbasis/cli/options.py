@@ -169,15 +169,19 @@ INSPECT = (Needs("overwrite", lambda words: words["plot"] is not None, "--plot")
 
 _SCALES = "8, 4, 3 or 2 bits, whose codes have scales"
 
+_OF_A_FOLDER = (Needs("model", _folder("adapter"), "an adapter folder; a packed file tells its shapes"),)
+
 PACK = (
+    *_OF_A_FOLDER,
+    Needs("base_name", _folder("adapter"), "an adapter folder; a packed file keeps its name of the base"),
     Needs("group", lambda words: words["bits"] not in (32, 16), _SCALES),
     Needs("bfloat16", lambda words: words["bits"] == 16, "--bits 16"),
 )
 
 QUANTIZE = (
     Needs("bits overwrite base_name", lambda words: words["output"] is not None, "an output"),
-    Needs("group_size", lambda words: words["bits"] != 16, _SCALES),
-    Needs("model", _folder("adapter"), "an adapter folder; a packed file tells its shapes"),
+    Needs("group", lambda words: words["bits"] != 16, _SCALES),
+    *_OF_A_FOLDER,
     Needs(
         "base_name",
         lambda words: _folder("adapter")(words) or not words["output"].endswith(".safetensors"),

@@ -3,7 +3,9 @@
 from functools import partial
 from typing import Annotated
 
-from typer import Option
+from typer import Argument, Option
+
+from randbasis.train.settings import AdapterSettings
 
 of_data = partial(Option, rich_help_panel="Data")
 of_adapter = partial(Option, rich_help_panel="Adapter")
@@ -35,6 +37,20 @@ LabelColumn = Annotated[str | None, of_data(help="Column of the class or number.
 NewTokens = Annotated[int | None, of_texts(help="Longest answer; by default the longest of training.")]
 Beams = Annotated[int, of_texts(help="Beams of a beam search; 1 is greedy.")]
 LengthPenalty = Annotated[float, of_texts(help="Exponent of the length in a beam's score.")]
+
+Rank = Annotated[int | None, of_adapter(help="Rank (nola, vera, randlora, lora).")]
+Matrices = Annotated[int | None, of_adapter(help="Basis matrices (nola, pranc).")]
+MatricesOfB = Annotated[int | None, of_adapter(help="Basis matrices of B, where another number than of A (nola).")]
+UniqueBasis = Annotated[bool, of_adapter(help="A basis of its own for each layer (nola).")]
+Targets = Annotated[str, of_adapter(help="all-linear, or NAME,NAME, slices too: c_attn[q,v].")]
+TARGETS = ",".join(AdapterSettings.targets)
+
+Group = Annotated[
+    int, Option("--group-size", "--group", help="Coefficients that share a scale; 0 for one scale a vector.")
+]
+Shapes = Annotated[str | None, Option("--model", help="Folder or hub name of the base; only its config.json is read.")]
+WrittenName = Annotated[str | None, Option("--base-name", help="Name of the base to write; by default the adapter's.")]
+Stored = Annotated[str, Argument(help="Folder, packed file, URL, or store:NAME@VERSION.")]
 
 AsJson = Annotated[bool, Option("--json", help="One JSON document on the output stream.")]
 Overwrite = Annotated[bool, Option(help="Replace what is in the output.")]

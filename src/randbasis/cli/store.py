@@ -14,6 +14,7 @@ from typer import Argument, Option
 from randbasis.cli.console import answer, answer_table, reported
 from randbasis.cli.options import STORE_ADD, STORE_GET, check_options
 from randbasis.cli.parameters import AsJson, Overwrite
+from randbasis.defaults import PAGE, STORE_TIMEOUT
 from randbasis.files.output_checks import check_output_file
 from randbasis.files.whole_file import write
 
@@ -42,7 +43,7 @@ def add(
     files: Annotated[list[str], Argument(help="Packed files, as `randbasis pack` writes them, or their URLs.")],
     name: Annotated[str | None, Option(help="Name of one adapter; by default the file's, without its suffix.")] = None,
     tag: Annotated[list[str] | None, Option(help="Word to find them by; may be given several times.")] = None,
-    timeout: Timeout = 30.0,
+    timeout: Timeout = STORE_TIMEOUT,
     as_json: AsJson = False,
 ) -> None:
     """Put packed files in, all or none; under a name that is there, as its next version."""
@@ -66,7 +67,7 @@ def get(
         str | None, Option(help="Packed file to write, or its URL; without it, only tell what there is.")
     ] = None,
     overwrite: Overwrite = False,
-    timeout: Timeout = 30.0,
+    timeout: Timeout = STORE_TIMEOUT,
     as_json: AsJson = False,
 ) -> None:
     """Check the hash of an adapter, and write it as a packed file."""
@@ -90,8 +91,8 @@ def list_(
     base: Base = None,
     method: Method = None,
     after: Annotated[str, Option(help="Begin after this name: `next` of the page before.")] = "",
-    limit: Annotated[int, Option(help="Most adapters of the page.")] = 100,
-    timeout: Timeout = 30.0,
+    limit: Annotated[int, Option(help="Most adapters of the page.")] = PAGE,
+    timeout: Timeout = STORE_TIMEOUT,
     as_json: AsJson = False,
 ) -> None:
     """List the newest version of every adapter, a page at a time, by name."""
@@ -113,8 +114,8 @@ def history(
     store: Store,
     name: Name,
     before: Annotated[int | None, Option(help="Only versions below this one.")] = None,
-    limit: Annotated[int, Option(help="Most versions.")] = 100,
-    timeout: Timeout = 30.0,
+    limit: Annotated[int, Option(help="Most versions.")] = PAGE,
+    timeout: Timeout = STORE_TIMEOUT,
     as_json: AsJson = False,
 ) -> None:
     """List the versions of an adapter, newest first."""
@@ -130,7 +131,7 @@ def rollback(
     store: Store,
     name: Name,
     to: Annotated[int | None, Option(help="Version; by default the one before the newest.")] = None,
-    timeout: Timeout = 30.0,
+    timeout: Timeout = STORE_TIMEOUT,
     as_json: AsJson = False,
 ) -> None:
     """Make an old version of an adapter the newest: a new version that is equal to it."""
@@ -146,7 +147,7 @@ def remove(
     store: Store,
     name: Name,
     version: Annotated[int | None, Option(help="Only this version; by default all.")] = None,
-    timeout: Timeout = 30.0,
+    timeout: Timeout = STORE_TIMEOUT,
     as_json: AsJson = False,
 ) -> None:
     """Take out an adapter with all its versions, or one version."""
@@ -161,7 +162,7 @@ def remove(
 def gc(
     store: Store,
     keep: Annotated[int, Option(help="Versions of every adapter to keep.")],
-    timeout: Timeout = 30.0,
+    timeout: Timeout = STORE_TIMEOUT,
     as_json: AsJson = False,
 ) -> None:
     """Remove all but the newest versions of every adapter, and make the file smaller."""
@@ -174,7 +175,7 @@ def gc(
 
 
 @commands.command(epilog="Example: randbasis store verify adapters.db")
-def verify(store: Store, timeout: Timeout = 30.0, as_json: AsJson = False) -> None:
+def verify(store: Store, timeout: Timeout = STORE_TIMEOUT, as_json: AsJson = False) -> None:
     """Hash everything again; exits with 1 where something is not as it was put in."""
     with reported(as_json):
         from randbasis.store import AdapterStore
@@ -195,7 +196,7 @@ def export(
     base: Base = None,
     method: Method = None,
     newest: Annotated[bool, Option("--newest", help="Only the newest version of each adapter.")] = False,
-    timeout: Timeout = 30.0,
+    timeout: Timeout = STORE_TIMEOUT,
     as_json: AsJson = False,
 ) -> None:
     """Write adapters as a folder of packed files with a manifest; a cut-off export goes on."""
@@ -218,7 +219,7 @@ def import_(
     store: Store,
     source: Annotated[str, Argument(help="Folder or file that was exported, or another store; or its URL.")],
     prefix: Annotated[str, Option(help="To put before every name.")] = "",
-    timeout: Timeout = 30.0,
+    timeout: Timeout = STORE_TIMEOUT,
     as_json: AsJson = False,
 ) -> None:
     """Take in an export: names, versions, times and tags as they were; a cut-off import goes on."""

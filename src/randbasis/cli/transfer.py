@@ -12,8 +12,10 @@ from typer import Argument, Option
 
 from randbasis.cli.console import answer, answer_table, reported
 from randbasis.cli.options import EXPORT, IMPORT, PUSH, check_options
-from randbasis.cli.parameters import AsJson, Overwrite
+from randbasis.cli.parameters import AsJson, Base, Overwrite
+from randbasis.defaults import MERGED_DTYPE
 from randbasis.errors import ExportOptionError, ImportOptionError, near
+from randbasis.train.settings import AdapterSettings
 
 if TYPE_CHECKING:
     from randbasis.export import LoraExport
@@ -32,11 +34,11 @@ def export(
     source: Annotated[str, Argument(help="Adapter: folder, packed file, URL, or store:NAME@VERSION.")],
     output: Annotated[Path, Argument(help="Folder to write; with gguf-lora, file.")],
     to: Annotated[str, Option(help="peft-lora, merged or gguf-lora.")],
-    base: Annotated[str | None, Option(help="Folder or hub name of the base; by default the one it names.")] = None,
+    base: Base = None,
     rank: Annotated[int | None, Option(help="Largest rank of a LoRA; randlora and pranc need one.")] = None,
     dtype: Annotated[
         str, Option(help="float32, bfloat16, float16; auto is float32, or as the base is stored with merged.")
-    ] = "auto",
+    ] = MERGED_DTYPE,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -61,21 +63,18 @@ def export(
         answer(done.as_json() if as_json else _summary(done), as_json)
 
 
-@commands.command(epilog="Example: randbasis merge --model MODEL --adapter runs/e2e --output merged --dtype bfloat16")
+@commands.command(epilog="Example: randbasis merge --adapter runs/e2e --output merged --dtype bfloat16")
 def merge(
-    model: Annotated[str, Option(help="Folder or hub name of the base.")],
     adapter: Annotated[str, Option(help="Folder, packed file, URL, or store:NAME@VERSION.")],
     output: Annotated[Path, Option(help="Folder for the model and its tokenizer.")],
-    dtype: Annotated[str, Option(help="auto (as the base is stored), float32, bfloat16, float16.")] = "auto",
+    model: Base = None,
+    dtype: Annotated[str, Option(help="auto (as the base is stored), float32, bfloat16, float16.")] = MERGED_DTYPE,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add an adapter to the weights of its base: a model that plain transformers loads."""
+    """Add an adapter to the weights of its base: `export --to merged`, for short."""
     with reported(as_json):
-        from randbasis.adapters.merging import merge_adapter
-
-        merged = merge_adapter(model, adapter, output, dtype=dtype, overwrite=overwrite)
-        answer(merged.as_json(), as_json)
+        answer(_merged(adapter, output, model, dtype, overwrite=overwrite), as_json)
 
 
 @commands.command("import", epilog="Example: randbasis import LORA runs/nola --to nola --rank 8 --basis 128")
@@ -84,19 +83,19 @@ def import_(
     source: Annotated[Path, Argument(help="Folder of a LoRA, VeRA or RandLoRA of PEFT.")],
     output: Annotated[Path, Argument(help="Folder to write.")],
     to: Annotated[str, Option(help="nola, vera, peft-lora or merged.")],
-    base: Annotated[str | None, Option(help="Folder or hub name of the base; by default the one it names.")] = None,
+    base: Base = None,
     rank: Annotated[int | None, Option(help="Rank; with peft-lora the largest, which randlora needs.")] = None,
     basis: Annotated[int | None, Option(help="Basis matrices (nola).")] = None,
     basis_b: Annotated[int | None, Option(help="Basis matrices of B, where another number than of A (nola).")] = None,
     alpha: Annotated[float | None, Option(help="Scale (nola).")] = None,
     parametrization: Annotated[str | None, Option(help="offset or plain (nola).")] = None,
     unique_basis: Annotated[bool, Option(help="A basis of its own for each layer (nola).")] = False,
-    seed: Annotated[int, Option(help="Seed of the basis (nola, vera).")] = 0,
+    seed: Annotated[int, Option(help="Seed of the basis (nola, vera).")] = AdapterSettings.seed,
     law: Annotated[str | None, Option(help="Law of the basis: sign, uniform, normal, sparse(S) (nola, vera).")] = None,
     limit: Annotated[float | None, Option(help="Write nothing above this ‖ΔW − ΔŴ‖ / ‖ΔW‖, such as 0.5.")] = None,
     dtype: Annotated[
         str, Option(help="With merged: auto (as the base is stored), float32, bfloat16, float16.")
-    ] = "auto",
+    ] = MERGED_DTYPE,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -124,7 +123,6 @@ def import_(
         else:
             from randbasis.importing import import_as_nearest
             from randbasis.train.adapter import peft_config
-            from randbasis.train.settings import AdapterSettings
 
             options = {option: given[option] for option in _HYPERPARAMETERS}
             config: Any = peft_config(AdapterSettings(to, targets=(), **options), task_type=None, head=[])

@@ -32,6 +32,8 @@ from randbasis.cli.parameters import (
     of_texts,
 )
 from randbasis.files.output_checks import check_output_file
+from randbasis.train.settings import GenerationSettings
+from randbasis.use.settings import UseSettings, use_from_words
 
 commands = typer.Typer(rich_markup_mode="markdown")
 
@@ -53,12 +55,12 @@ def evaluate(
         bool | None, Option(help="Generate texts for BLEU and chrF; by default if there are prompts.")
     ] = None,
     max_new_tokens: NewTokens = None,
-    beams: Beams = 1,
-    length_penalty: LengthPenalty = 1.0,
+    beams: Beams = GenerationSettings.beams,
+    length_penalty: LengthPenalty = GenerationSettings.length_penalty,
     limit: Limit = None,
-    batch_size: Batch = 32,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+    batch_size: Batch = UseSettings.batch_size,
+    dtype: Dtype = UseSettings.dtype,
+    device: Device = UseSettings.device,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -66,7 +68,6 @@ def evaluate(
     given = dict(locals())
     with reported(as_json):
         from randbasis.use.evaluation import evaluate as run
-        from randbasis.use.evaluation import use_from_words
 
         settings = use_from_words(given)
         check_options(context, EVALUATE, **settings.facts())
@@ -86,13 +87,13 @@ def predict(
     text_pair_column: PairColumn = None,
     prompt_column: PromptColumn = None,
     max_new_tokens: NewTokens = None,
-    beams: Beams = 1,
-    length_penalty: LengthPenalty = 1.0,
+    beams: Beams = GenerationSettings.beams,
+    length_penalty: LengthPenalty = GenerationSettings.length_penalty,
     limit: Limit = None,
-    batch_size: Batch = 32,
+    batch_size: Batch = UseSettings.batch_size,
     overwrite: Overwrite = False,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+    dtype: Dtype = UseSettings.dtype,
+    device: Device = UseSettings.device,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -100,7 +101,6 @@ def predict(
     given = dict(locals())
     with reported(as_json):
         from randbasis.use.evaluation import predict as run
-        from randbasis.use.evaluation import use_from_words
 
         if output is not None:
             check_output_file(output, (data, adapter, model), overwrite=overwrite)
@@ -120,19 +120,23 @@ def generate(
     kind: Kind = None,
     prompt_column: PromptColumn = None,
     max_new_tokens: NewTokens = None,
-    beams: Beams = 1,
-    length_penalty: LengthPenalty = 1.0,
+    beams: Beams = GenerationSettings.beams,
+    length_penalty: LengthPenalty = GenerationSettings.length_penalty,
     sample: Annotated[bool, of_texts(help="Draw from the distribution.")] = False,
-    temperature: Annotated[float, of_texts(help="Of the distribution.")] = 1.0,
-    top_k: Annotated[int, of_texts(help="Draw among that many tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, of_texts(help="Draw among the fewest tokens of that probability.")] = 1.0,
-    repetition_penalty: Annotated[float, of_texts(help="Above 1 makes used tokens less probable.")] = 1.0,
-    seed: Annotated[int, of_texts(help="Seed of the sampling.")] = 0,
+    temperature: Annotated[float, of_texts(help="Of the distribution.")] = GenerationSettings.temperature,
+    top_k: Annotated[int, of_texts(help="Draw among that many tokens; 0 for all.")] = GenerationSettings.top_k,
+    top_p: Annotated[
+        float, of_texts(help="Draw among the fewest tokens of that probability.")
+    ] = GenerationSettings.top_p,
+    repetition_penalty: Annotated[
+        float, of_texts(help="Above 1 makes used tokens less probable.")
+    ] = GenerationSettings.repetition_penalty,
+    seed: Annotated[int, of_texts(help="Seed of the sampling.")] = GenerationSettings.seed,
     limit: Limit = None,
-    batch_size: Batch = 32,
+    batch_size: Batch = UseSettings.batch_size,
     overwrite: Overwrite = False,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+    dtype: Dtype = UseSettings.dtype,
+    device: Device = UseSettings.device,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -140,7 +144,6 @@ def generate(
     given = dict(locals())
     with reported(as_json):
         from randbasis.use.evaluation import generate as run
-        from randbasis.use.evaluation import use_from_words
 
         check_options(context, GENERATE)
         if output is not None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from randbasis.adapters.merging import Merged, merge_adapter
 from randbasis.adapters.saved import AdapterLocation, open_adapter, paths_of
+from randbasis.defaults import MERGED_DTYPE
 from randbasis.errors import ExportBaseError
 from randbasis.files.output_checks import check_output_folder
 
@@ -14,7 +15,7 @@ def export_merged(
     output: str | Path,
     *,
     base: str | None = None,
-    dtype: str = "auto",
+    dtype: str = MERGED_DTYPE,
     overwrite: bool = False,
     labels: Sequence[str] | None = None,
 ) -> Merged:

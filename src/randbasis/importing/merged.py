@@ -13,6 +13,7 @@ from randbasis.adapters.base_fit import BaseFit, choose, placements, under_prefi
 from randbasis.adapters.base_model import linear_shapes, read_config
 from randbasis.adapters.inspection import Track
 from randbasis.adapters.merging import DTYPES, Merged, load_base, write_model
+from randbasis.defaults import MERGED_DTYPE
 from randbasis.errors import BaseMismatchError, DataMissingError, HyperparameterError, MergeError, near
 from randbasis.files.output_checks import check_output_folder
 from randbasis.importing.nearest_adapter import finite_factors
@@ -28,7 +29,7 @@ def import_as_merged(
     output: str | Path,
     *,
     model: str | None = None,
-    dtype: str = "auto",
+    dtype: str = MERGED_DTYPE,
     overwrite: bool = False,
     track: Track = iter,
 ) -> Merged:

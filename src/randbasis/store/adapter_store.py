@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+from randbasis.defaults import PAGE, STORE_TIMEOUT
 from randbasis.errors import NotStoredError, StoreOptionError, near
 from randbasis.files.locations import Location
 from randbasis.store import tables, transfer, verification
@@ -53,7 +54,7 @@ class AdapterStore:
         StoreAccessError: it cannot be opened or written with the rights that there are. Every call below raises it too.
     """
 
-    def __init__(self, path: str | Path, *, create: bool = True, timeout: float = 30.0) -> None:
+    def __init__(self, path: str | Path, *, create: bool = True, timeout: float = STORE_TIMEOUT) -> None:
         self._database = Database(path, create=create, timeout=timeout)
 
     @property
@@ -178,7 +179,7 @@ class AdapterStore:
         base: str | None = None,
         method: str | None = None,
         after: str = "",
-        limit: int = 100,
+        limit: int = PAGE,
     ) -> Page:
         """The newest versions, page by page, in the order of their names; a page costs the same wherever it is.
 
@@ -199,7 +200,7 @@ class AdapterStore:
             found = tables.page(connection, selection, after_all, limit + 1, newest=True)
         return Page(tuple(found[:limit]), found[limit - 1].name if len(found) > limit else None)
 
-    def history(self, name: str, *, before: int | None = None, limit: int = 100) -> tuple[Record, ...]:
+    def history(self, name: str, *, before: int | None = None, limit: int = PAGE) -> tuple[Record, ...]:
         """The versions of an adapter, newest first.
 
         Args:

@@ -8,12 +8,17 @@ if TYPE_CHECKING:
     from randbasis.train.adapter import METHOD_NAMES, peft_config
     from randbasis.train.causal_lm import CausalLanguage
     from randbasis.train.classification import TextClassification
-    from randbasis.train.generation import GenerationSettings
     from randbasis.train.images import ImageClassification, read_images
     from randbasis.train.loop import FitResult, fit
     from randbasis.train.pooled import PooledClassifier
     from randbasis.train.run import Prepared, TrainOutcome, prepare, train
-    from randbasis.train.settings import AdapterSettings, DataSettings, LoopSettings, TrainSettings
+    from randbasis.train.settings import (
+        AdapterSettings,
+        DataSettings,
+        GenerationSettings,
+        LoopSettings,
+        TrainSettings,
+    )
     from randbasis.train.tabular import Table, read_table
     from randbasis.train.task import Task
     from randbasis.train.trained_parameters import load_adapter
@@ -24,12 +29,11 @@ else:
             "randbasis.train.adapter": "METHOD_NAMES peft_config",
             "randbasis.train.causal_lm": "CausalLanguage",
             "randbasis.train.classification": "TextClassification",
-            "randbasis.train.generation": "GenerationSettings",
             "randbasis.train.images": "ImageClassification read_images",
             "randbasis.train.loop": "FitResult fit",
             "randbasis.train.pooled": "PooledClassifier",
             "randbasis.train.run": "Prepared TrainOutcome prepare train",
-            "randbasis.train.settings": "AdapterSettings DataSettings LoopSettings TrainSettings",
+            "randbasis.train.settings": "AdapterSettings DataSettings GenerationSettings LoopSettings TrainSettings",
             "randbasis.train.tabular": "Table read_table",
             "randbasis.train.task": "Task",
             "randbasis.train.trained_parameters": "load_adapter",

@@ -13,10 +13,10 @@ from randbasis.adapters.base_model import read_config
 from randbasis.errors import EmptyDataError, SettingError, near
 from randbasis.train.base_model import read_model, read_tokenizer
 from randbasis.train.classification import allowed_length, pad_batch, pad_id
-from randbasis.train.generation import GenerationSettings, generate_texts
+from randbasis.train.generation import generate_texts
 from randbasis.train.metrics import bleu, chrf
 from randbasis.train.randomness import confined_randomness
-from randbasis.train.settings import TrainSettings
+from randbasis.train.settings import GenerationSettings, TrainSettings
 from randbasis.train.tabular import Table
 from randbasis.train.task import CUT, Batch, Example, Task, inference
 

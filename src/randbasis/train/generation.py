@@ -1,76 +1,14 @@
 """Texts from prompts: greedy, beam search or sampling."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
-from randbasis.errors import SettingError
 from randbasis.train.classification import pad_batch, pad_id
 from randbasis.train.randomness import confined_randomness
+from randbasis.train.settings import GenerationSettings
 from randbasis.train.task import inference
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How a text is chosen; the default is greedy.
-
-    Args:
-        max_new_tokens: ``None``: the longest target seen in training.
-        beams: beams of a beam search.
-        length_penalty: exponent of the length in a beam's score.
-        sample: draw from the distribution instead of taking the most probable.
-        temperature: of the distribution.
-        top_k: draw among that many tokens, 0 for all.
-        top_p: draw among the fewest tokens of that probability.
-        repetition_penalty: above 1 makes tokens that were used less probable.
-        seed: of the sampling.
-    """
-
-    max_new_tokens: int | None = None
-    beams: int = 1
-    length_penalty: float = 1.0
-    sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def check(self) -> None:
-        """Refuse values that mean nothing.
-
-        Raises:
-            SettingError: a value is out of range; the message names it.
-        """
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise SettingError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.beams < 1 or self.top_k < 0 or not 0 <= self.seed < 2**32:
-            raise SettingError(
-                f"beams must be at least 1, top_k at least 0, seed in [0, 2**32); got {self.beams}, "
-                f"{self.top_k}, {self.seed}"
-            )
-        if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
-            raise SettingError(
-                f"temperature and repetition_penalty must be above 0 and top_p in (0, 1]; got "
-                f"{self.temperature}, {self.repetition_penalty}, {self.top_p}"
-            )
-
-    def for_transformers(self, room: int) -> dict[str, Any]:
-        """The arguments of ``generate`` where ``room`` tokens are left."""
-        chosen: dict[str, Any] = {
-            "max_new_tokens": min(self.max_new_tokens or 128, room),
-            "num_beams": self.beams,
-            "do_sample": self.sample,
-            "repetition_penalty": self.repetition_penalty,
-            "use_cache": True,
-        }
-        if self.beams > 1:
-            chosen["length_penalty"] = self.length_penalty
-        if self.sample:
-            chosen |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return chosen
 
 
 def generate_texts(

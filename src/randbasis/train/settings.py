@@ -1,13 +1,15 @@
-"""What a training run is told, as plain values: checked before any file is written and any model is read."""
+"""What a training run is told, as plain values: checked before any file is written and any model is read.
+
+The command takes its defaults from here, so nothing heavy is imported.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
-from randbasis.adapter_file.codec import check_training_precision
+from randbasis.adapter_file.precision import check_training_precision
 from randbasis.errors import ColumnError, HyperparameterError, RankError, SettingError, TargetError, near
-from randbasis.tuner.targets import split_names
 
 TASKS = ("causal-lm", "sequence-classification", "image-classification")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
@@ -279,6 +281,67 @@ class TrainSettings:
         return {name: _plain(value) for name, value in asdict(self).items()}
 
 
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How a text is chosen; the default is greedy.
+
+    Args:
+        max_new_tokens: ``None``: the longest target seen in training.
+        beams: beams of a beam search.
+        length_penalty: exponent of the length in a beam's score.
+        sample: draw from the distribution instead of taking the most probable.
+        temperature: of the distribution.
+        top_k: draw among that many tokens, 0 for all.
+        top_p: draw among the fewest tokens of that probability.
+        repetition_penalty: above 1 makes tokens that were used less probable.
+        seed: of the sampling.
+    """
+
+    max_new_tokens: int | None = None
+    beams: int = 1
+    length_penalty: float = 1.0
+    sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse values that mean nothing.
+
+        Raises:
+            SettingError: a value is out of range; the message names it.
+        """
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise SettingError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.beams < 1 or self.top_k < 0 or not 0 <= self.seed < 2**32:
+            raise SettingError(
+                f"beams must be at least 1, top_k at least 0, seed in [0, 2**32); got {self.beams}, "
+                f"{self.top_k}, {self.seed}"
+            )
+        if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+            raise SettingError(
+                f"temperature and repetition_penalty must be above 0 and top_p in (0, 1]; got "
+                f"{self.temperature}, {self.repetition_penalty}, {self.top_p}"
+            )
+
+    def for_transformers(self, room: int) -> dict[str, Any]:
+        """The arguments of ``generate`` where ``room`` tokens are left."""
+        chosen: dict[str, Any] = {
+            "max_new_tokens": min(self.max_new_tokens or 128, room),
+            "num_beams": self.beams,
+            "do_sample": self.sample,
+            "repetition_penalty": self.repetition_penalty,
+            "use_cache": True,
+        }
+        if self.beams > 1:
+            chosen["length_penalty"] = self.length_penalty
+        if self.sample:
+            chosen |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return chosen
+
+
 def check_distinct(columns: Mapping[str, str | None]) -> None:
     """Raises ColumnError when two roles have one column: what is to be found would be given."""
     roles: dict[str, str] = {}
@@ -315,6 +378,8 @@ def named_targets(text: str) -> tuple[str, ...]:
     Raises:
         TargetError: there is none.
     """
+    from randbasis.tuner.targets import split_names  # with PEFT
+
     names = tuple(split_names(text))
     if not names:
         raise TargetError(f"targets must name at least one module, got {text!r}; leave it out for all-linear")

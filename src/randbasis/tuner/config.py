@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
 
-from randbasis.adapter_file.codec import check_training_precision
+from randbasis.adapter_file.precision import check_training_precision
 from randbasis.contraction import check_order
 from randbasis.errors import (
     AdapterFilesError,

@@ -1,106 +1,32 @@
 """Using what a run left: scores, answers and texts from a saved adapter."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from randbasis.adapters.base_model import read_config
-from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter
+from randbasis.adapters.saved import SavedAdapter, open_adapter
 from randbasis.errors import AdapterFilesError, EmptyDataError, SettingError, near
 from randbasis.files.locations import Location
 from randbasis.files.whole_file import whole_file
 from randbasis.train.base_model import read_tokenizer
 from randbasis.train.causal_lm import CausalLanguage, end_token_id
 from randbasis.train.classification import TextClassification, allowed_length
-from randbasis.train.generation import GenerationSettings
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
 from randbasis.train.loop import torch_threads
 from randbasis.train.run import TASK_CLASSES
-from randbasis.train.settings import DTYPES, check_distinct
+from randbasis.train.settings import check_distinct
 from randbasis.train.splits import sample
 from randbasis.train.tabular import Row, Table, read_table
 from randbasis.train.task import Task, warn_of_cut
 from randbasis.train.trained_parameters import load_adapter
-
-COLUMN_KEYS = ("text", "text_pair", "label", "prompt", "target")
+from randbasis.use.settings import UseSettings
 
 TrainedTask = CausalLanguage | TextClassification | ImageClassification
-
-
-@dataclass(frozen=True)
-class UseSettings:
-    """How a trained adapter is used.
-
-    Args:
-        adapter: folder of a run, or any other adapter of a causal language model: see
-            :func:`randbasis.adapters.saved.open_adapter`; ``None`` for the base alone, which must be such a model.
-        model: folder or hub name of the base; ``None`` for the one that the adapter names.
-        data: rows, or images; not needed to generate from prompts.
-        kind: kind of the file when its name does not tell.
-        split: which split of an archive of images; ``None``: the first that is not for training.
-        columns: other names for the columns of the task (``text``, ``text_pair``, ``label``, ``prompt``, ``target``).
-        limit: use that many rows, drawn by seed 0.
-        batch_size: rows at a time.
-        dtype: of the base.
-        device: ``"auto"`` or ``"cpu"``.
-        threads: threads of torch; ``None`` leaves them.
-        generation: how texts are generated.
-    """
-
-    adapter: AdapterLocation | None = None
-    model: str | None = None
-    data: str | Path | None = None
-    kind: str | None = None
-    split: str | None = None
-    columns: dict[str, str] = field(default_factory=dict[str, str])
-    limit: int | None = None
-    batch_size: int = 32
-    dtype: str = "float32"
-    device: str = "auto"
-    threads: int | None = None
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
-
-    def check(self) -> None:
-        """Refuse what cannot be used.
-
-        Raises:
-            SettingError: a value is out of range; the message names it.
-        """
-        if self.adapter is None and self.model is None:
-            raise SettingError("neither an adapter nor a model was given; name at least one")
-        for name, number in (("batch_size", self.batch_size), ("limit", self.limit), ("threads", self.threads)):
-            if number is not None and number < 1:
-                raise SettingError(f"{name} must be at least 1, got {number}")
-        for name, value, known in (("dtype", self.dtype, DTYPES), ("device", self.device, ("auto", "cpu"))):
-            if value not in known:
-                raise SettingError(f"{name} {value!r} is unknown; {near(value, known)}")
-        self.generation.check()
-
-    def facts(self) -> dict[str, Any]:
-        """``task`` of the adapter and whether its rows have prompts (``prompted``), before any weights are read.
-
-        Raises:
-            SettingError: a value is out of range.
-            AdapterFilesError: the adapter lacks what is needed.
-        """
-        self.check()
-        task = {} if self.adapter is None else open_adapter(self.adapter).task
-        columns: dict[str, str | None] = task.get("columns") or {}
-        prompted = self.columns.get("prompt") is not None or columns.get("prompt") is not None
-        return {"task": task.get("task", CausalLanguage.name), "prompted": prompted}
-
-
-def use_from_words(words: Mapping[str, Any]) -> UseSettings:
-    """The settings from one flat mapping, as the command gives them; words that mean nothing here are left out."""
-    columns = {key: words[f"{key}_column"] for key in COLUMN_KEYS if words.get(f"{key}_column") is not None}
-    generation = {part.name: words[part.name] for part in fields(GenerationSettings) if part.name in words}
-    own = {part.name: words[part.name] for part in fields(UseSettings) if part.name in words}
-    return UseSettings(**own, columns=columns, generation=GenerationSettings(**generation))
 
 
 @dataclass(frozen=True)
