@@ -55,7 +55,7 @@ def run(code: str, words: str) -> str:
         "plan --help",
         "store --help",
         "store list {0}/adapters.db --tag mine",
-        "store list {0}/adapters.db --json",
+        "store list {0}/adapters.db --method nola --json",
         "store history {0}/adapters.db team/one",
         "store get {0}/adapters.db team/one --output {0}/out.safetensors",
         "store verify {0}/adapters.db",

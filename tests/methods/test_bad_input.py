@@ -100,6 +100,7 @@ def test_unknown_method_lists_near_names() -> None:
     assert f"method must be one of {list(METHODS)}, got 'randlor'" in str(refusal.value)
     assert "did you mean randlora" in str(refusal.value)
     assert {name: method_class(name) for name in METHODS} == METHODS
+    assert [kind.name for kind in METHODS.values()] == list(METHODS)
 
 
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS.keys())

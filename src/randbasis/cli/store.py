@@ -17,6 +17,7 @@ from randbasis.cli.parameters import AsJson, Overwrite
 from randbasis.defaults import PAGE, STORE_TIMEOUT
 from randbasis.files.output_checks import check_output_file
 from randbasis.files.whole_file import write
+from randbasis.methods import check_method
 
 if TYPE_CHECKING:
     from randbasis.store import Record
@@ -100,9 +101,7 @@ def list_(
         from randbasis.store import AdapterStore
 
         if method is not None:
-            from randbasis.methods import method_class
-
-            method_class(method)
+            check_method(method)
         with AdapterStore(store, create=False, timeout=timeout) as opened:
             page = opened.list(tag=tag, base=base, method=method, after=after, limit=limit)
         caption = None if page.next is None else f"there are more: --after {page.next}"
@@ -204,9 +203,7 @@ def export(
         from randbasis.store import AdapterStore
 
         if method is not None:
-            from randbasis.methods import method_class
-
-            method_class(method)
+            check_method(method)
         with AdapterStore(store, create=False, timeout=timeout) as opened, _shown("versions") as progress:
             done = opened.export(
                 output, one_file=one_file, tag=tag, base=base, method=method, newest=newest, progress=progress

@@ -1,33 +1,67 @@
 """BASIS + COEFFICIENTS → FACTORS: one method, one file.
 
-A new method is its own file here, one line of :data:`METHODS`, one configuration class in
-:mod:`randbasis.tuner.config` and one maker in the contract tests.
+A new method is its own file here, one line of the table below, one configuration class in
+:mod:`randbasis.tuner.config` and one maker in the contract tests. What asks for the names alone loads no torch.
 """
 
-from randbasis.errors import UnknownMethodError, near
-from randbasis.methods.bound import Bound, Coefficients, Delta, Factors, Site
-from randbasis.methods.method import Method, check_coefficients
-from randbasis.methods.nola import Nola
-from randbasis.methods.pranc import Pranc
-from randbasis.methods.randlora import RandLora
-from randbasis.methods.vera import Vera
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Nola, Vera, RandLora, Pranc)}
+from randbasis.errors import UnknownMethodError, near
+from randbasis.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from randbasis.methods.bound import Bound, Coefficients, Delta, Factors, Site
+    from randbasis.methods.method import Method, check_coefficients
+    from randbasis.methods.nola import Nola
+    from randbasis.methods.pranc import Pranc
+    from randbasis.methods.randlora import RandLora
+    from randbasis.methods.table import METHODS
+    from randbasis.methods.vera import Vera
+
+CLASSES = {
+    "nola": "randbasis.methods.nola.Nola",
+    "vera": "randbasis.methods.vera.Vera",
+    "randlora": "randbasis.methods.randlora.RandLora",
+    "pranc": "randbasis.methods.pranc.Pranc",
+}
 """Method name → class."""
 
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "randbasis.methods.bound": "Bound Coefficients Delta Factors Site",
+            "randbasis.methods.method": "Method check_coefficients",
+            "randbasis.methods.table": "METHODS",
+            **dict(path.rsplit(".", 1) for path in CLASSES.values()),
+        },
+    )
 
-def method_class(name: str) -> type[Method]:
+
+def check_method(name: str) -> None:
+    """Raise unless there is a method of that name.
+
+    Raises:
+        UnknownMethodError: there is none.
+    """
+    if name not in CLASSES:
+        raise UnknownMethodError(f"method must be one of {list(CLASSES)}, got {name!r}; {near(name, CLASSES)}")
+
+
+def method_class(name: str) -> "type[Method]":
     """The method of that name.
 
     Raises:
         UnknownMethodError: there is none.
     """
-    if name not in METHODS:
-        raise UnknownMethodError(f"method must be one of {list(METHODS)}, got {name!r}; {near(name, METHODS)}")
-    return METHODS[name]
+    check_method(name)
+    module, _, kind = CLASSES[name].rpartition(".")
+    return getattr(import_module(module), kind)
 
 
 __all__ = [
+    "CLASSES",
     "METHODS",
     "Bound",
     "Coefficients",
@@ -40,5 +74,6 @@ __all__ = [
     "Site",
     "Vera",
     "check_coefficients",
+    "check_method",
     "method_class",
 ]
