@@ -97,6 +97,7 @@ PEFT_NAMES = (
     ),
     HostName("peft.mapping", "PEFT_TYPE_TO_CONFIG_MAPPING", "registering twice cannot be told from registering once"),
     HostName("peft", "get_peft_model", "adapters cannot be put on a model"),
+    HostName("peft.auto", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "a packed adapter cannot be put on a model"),
     HostName("peft", "PeftModel.load_adapter", _LOADING),
     HostName("peft", "PeftModel.get_base_model", "a packed file cannot be put on a model"),
     HostName("peft", "PeftModel._enable_peft_forward_hooks", "adapter_names of a mixed batch are ignored"),
