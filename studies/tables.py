@@ -4,7 +4,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from randbasis.adapter_file.precision import CODED
+from randbasis.precision import CODED
 from studies.study import Record, Row, Setting, Study, chosen_rate
 
 PERCENT = ("accuracy",)

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
-from randbasis.adapter_file.precision import check_training_precision
 from randbasis.errors import ColumnError, HyperparameterError, RankError, SettingError, TargetError, near
+from randbasis.precision import check_training_precision
 
 TASKS = ("causal-lm", "sequence-classification", "image-classification")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from randbasis.adapter_file.codec import nearest_codes, scale_of
+from randbasis.codes import nearest_codes, scale_of
 from randbasis.errors import StreamValueError
 from randbasis.tuner.snapshot import Snapshot
 

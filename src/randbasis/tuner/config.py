@@ -8,7 +8,6 @@ from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
 
-from randbasis.adapter_file.precision import check_training_precision
 from randbasis.contraction import check_order
 from randbasis.errors import (
     AdapterFilesError,
@@ -19,6 +18,7 @@ from randbasis.errors import (
     near,
 )
 from randbasis.methods import Method, Nola, Pranc, RandLora, Vera, method_class
+from randbasis.precision import check_training_precision
 from randbasis.tuner.registration import PEFT_TYPE
 from randbasis.tuner.targets import check_expression, split_slices
 
