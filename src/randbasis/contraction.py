@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from randbasis.errors import ContractionError, near
+from randbasis.errors import ContractionError, check_known
 from randbasis.methods import Bound
 from randbasis.ops import check_differentiated_once, recorded
 
@@ -39,12 +39,8 @@ def check_order(name: str) -> OrderChoice:
     Raises:
         ContractionError: there is no such order.
     """
-    for order in get_args(OrderChoice):
-        if name == order:
-            return order
-    raise ContractionError(
-        f"contraction must be one of {list(get_args(OrderChoice))}, got {name!r}; {near(name, get_args(OrderChoice))}"
-    )
+    check_known("contraction", name, get_args(OrderChoice), ContractionError)
+    return cast("OrderChoice", name)
 
 
 def choose_order(

@@ -383,3 +383,9 @@ def near(name: str, known: Iterable[str], limit: int = 5) -> str:
         return f"did you mean {', '.join(close)}?"
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return f"there are: {shown}" if names else "there are none"
+
+
+def check_known(argument: str, value: str, known: Iterable[str], error: type[RandbasisError]) -> None:
+    """Raise ``error`` unless a value is one of those that its argument can have."""
+    if value not in (names := [*known]):
+        raise error(f"{argument} must be one of {names}, got {value!r}; {near(value, names)}")

@@ -7,7 +7,7 @@ A new method is its own file here, one line of the table below, one configuratio
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from randbasis.errors import UnknownMethodError, near
+from randbasis.errors import UnknownMethodError, check_known
 from randbasis.lazy import lazy_names
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ def check_method(name: str) -> None:
     Raises:
         UnknownMethodError: there is none.
     """
-    if name not in CLASSES:
-        raise UnknownMethodError(f"method must be one of {list(CLASSES)}, got {name!r}; {near(name, CLASSES)}")
+    check_known("method", name, CLASSES, UnknownMethodError)
 
 
 def method_class(name: str) -> "type[Method]":
