@@ -1,4 +1,4 @@
-"""FACTORS → h: one contraction, two orders, math (19)-(20).
+"""ΔW → h: one contraction, two orders, math (19)-(20).
 
 Token order multiplies the tokens by the factors one after the other. Weight order forms ΔW first: ``fused`` into the
 base weight when that loses nothing, else as a product of its own. Where it is fused, training has two ways back:

@@ -1,4 +1,4 @@
-"""LAYERS → FILE: a fine-tune is a seed, a method and a few thousand numbers; the file holds those and nothing else.
+"""COEFFICIENTS → FILE: a fine-tune is a seed, a method and a few thousand numbers; the file holds nothing else.
 
 A packed file is a safetensors file with one flat tensor of coefficients and one metadata record, the spec. It knows
 specs and named tensors and no layer: :mod:`randbasis.adapters.packed` is the bridge to PEFT directories and models. The

@@ -1,4 +1,4 @@
-"""BASIS + COEFFICIENTS → FACTORS: one method, one file.
+"""BASIS + COEFFICIENTS → ΔW: one method, one file; a method is bound to a matrix once, and ``Bound`` makes the ΔW.
 
 A new method is its own file here, one line of the table below, one configuration class in
 :mod:`randbasis.tuner.config` and one maker in the contract tests. What asks for the names alone loads no torch.
