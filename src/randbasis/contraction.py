@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from randbasis.errors import ContractionError, check_known
+from randbasis.errors import ContractionError, not_one_of
 from randbasis.methods import Bound
 from randbasis.ops import check_differentiated_once, recorded
 
@@ -39,7 +39,8 @@ def check_order(name: str) -> OrderChoice:
     Raises:
         ContractionError: there is no such order.
     """
-    check_known("contraction", name, get_args(OrderChoice), ContractionError)
+    if name not in get_args(OrderChoice):
+        raise ContractionError(not_one_of("contraction", name, get_args(OrderChoice)))
     return cast("OrderChoice", name)
 
 

@@ -385,7 +385,7 @@ def near(name: str, known: Iterable[str], limit: int = 5) -> str:
     return f"there are: {shown}" if names else "there are none"
 
 
-def check_known(argument: str, value: str, known: Iterable[str], error: type[RandbasisError]) -> None:
-    """Raise ``error`` unless a value is one of those that its argument can have."""
-    if value not in (names := [*known]):
-        raise error(f"{argument} must be one of {names}, got {value!r}; {near(value, names)}")
+def not_one_of(argument: str, value: str, known: Iterable[str]) -> str:
+    """The message of an error on a value that is none of those that its argument can have."""
+    names = [*known]
+    return f"{argument} must be one of {names}, got {value!r}; {near(value, names)}"

@@ -24,7 +24,7 @@ from randbasis.errors import (
     HyperparameterError,
     MergeError,
     MissingPackageError,
-    check_known,
+    not_one_of,
 )
 from randbasis.files.our_files import COMPANIONS, MERGED_MARK
 from randbasis.files.output_checks import check_output_folder
@@ -105,7 +105,8 @@ def merge_adapter(
         OutputExistsError: the output exists, or is the folder of the base or the adapter.
         SaveError: the operating system refused, for example because the disk is full.
     """
-    check_known("dtype", dtype, DTYPES, HyperparameterError)
+    if dtype not in DTYPES:
+        raise HyperparameterError(not_one_of("dtype", dtype, DTYPES))
     output = check_output_folder(output, (model, *paths_of(adapter)), overwrite=overwrite, model=True)
     found = open_adapter(adapter).ours()
     labels = labels or found.task.get("labels")

@@ -17,7 +17,7 @@ from randbasis.adapters.base_model import meta_model
 from randbasis.adapters.inspection import Track
 from randbasis.adapters.merging import DTYPES, save_head
 from randbasis.adapters.saved import AdapterLocation, paths_of
-from randbasis.errors import HyperparameterError, check_known
+from randbasis.errors import HyperparameterError, not_one_of
 from randbasis.export.pairs import LoraPair, lora_pairs, total_error
 from randbasis.export.source import Source, open_source
 from randbasis.files.output_checks import check_output_folder
@@ -143,7 +143,8 @@ def stored_dtype(name: str) -> torch.dtype:
         HyperparameterError: factors are not stored in such a dtype.
     """
     known = {key: value for key, value in DTYPES.items() if isinstance(value, torch.dtype)}
-    check_known("dtype", name, known, HyperparameterError)
+    if name not in known:
+        raise HyperparameterError(not_one_of("dtype", name, known))
     return known[name]
 
 

@@ -7,7 +7,7 @@ A new method is its own file here, one line of the table below, one configuratio
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from randbasis.errors import UnknownMethodError, check_known
+from randbasis.errors import UnknownMethodError, not_one_of
 from randbasis.lazy import lazy_names
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def check_method(name: str) -> None:
     Raises:
         UnknownMethodError: there is none.
     """
-    check_known("method", name, CLASSES, UnknownMethodError)
+    if name not in CLASSES:
+        raise UnknownMethodError(not_one_of("method", name, CLASSES))
 
 
 def method_class(name: str) -> "type[Method]":

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from randbasis.errors import StorageError, check_known
+from randbasis.errors import StorageError, not_one_of
 from randbasis.ops import backends
 from randbasis.ops.reference import Slab, Tile
 from randbasis.ops.transforms import FORWARD, FUNCTORCH, outside
@@ -32,7 +32,8 @@ def check_storage(name: str) -> BasisStorage:
     Raises:
         StorageError: there is no such kind.
     """
-    check_known("basis_storage", name, get_args(BasisStorage), StorageError)
+    if name not in get_args(BasisStorage):
+        raise StorageError(not_one_of("basis_storage", name, get_args(BasisStorage)))
     return cast("BasisStorage", name)
 
 

@@ -121,7 +121,7 @@ class RandbasisConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The options as a mapping, with the model's type and the shapes and parts of the layers adapted last."""
-        return {**super().to_dict(), **self.run.made_for.known()}
+        return {**super().to_dict(), **self.run.made_for}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, and name this package in the card that PEFT has written beside it."""

@@ -50,7 +50,6 @@ from randbasis.tuner.mixed_batch import BASE, MixedBatch, given_rows, layout_of,
 from randbasis.tuner.pickles import refuse_pickles
 from randbasis.tuner.places import check_places
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
-from randbasis.tuner.run_state import MadeFor
 from randbasis.tuner.saved_files import PICKLE_FILE, WEIGHTS_FILE, check_adapter_files, tensor_shapes
 from randbasis.tuner.switching import activate
 from randbasis.tuner.targets import Part, parts_of, resolve_parts
@@ -212,8 +211,12 @@ class RandbasisModel(BaseTuner):
                 rows |= {f"{key}[{part.name}]": (part.start, part.stop) for part in parts}
         self._see_to_calls(model)
         config = cast("RandbasisConfig", self.peft_config[adapter_name])
-        kind = self._model_config().get("model_type")
-        config.run = replace(config.run, made_for=MadeFor(compress_shapes(shapes), compress_shapes(rows), kind))
+        told = {
+            "base_shapes": compress_shapes(shapes),
+            "base_rows": compress_shapes(rows) if rows else None,
+            "base_model_type": cast("dict[str, Any]", self.get_model_config(self.model)).get("model_type"),
+        }
+        config.run = replace(config.run, made_for={name: value for name, value in told.items() if value})
         place_meaning(model, adapter_name, config)
 
     def _see_to_calls(self, model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """What is known of an adapter between its configuration and a model; none of it is a hyper-parameter."""
 
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,36 +42,17 @@ class StoredLayers:
 
 
 @dataclass(frozen=True)
-class MadeFor:
-    """The model that an adapter was put on last, by the names that its saved configuration has for it.
-
-    Attributes:
-        base_shapes: ``(out, in)`` of the adapted layers.
-        base_rows: first row and row after the last of each adapted part of a fused projection.
-        base_model_type: ``model_type`` of the base.
-    """
-
-    base_shapes: dict[str, list[int]] | None = None
-    base_rows: dict[str, list[int]] | None = None
-    base_model_type: str | None = None
-
-    def known(self) -> dict[str, Any]:
-        """Those that are known."""
-        return {name: value for name, value in asdict(self).items() if value}
-
-
-@dataclass(frozen=True)
 class RunState:
     """How far an adapter has come on its way onto a model; never saved but for ``made_for``.
 
     Attributes:
-        made_for: the model that it was put on.
+        made_for: fields of the saved configuration that tell the model that it was put on last.
         folder: what the configuration was read from, until the coefficients beside it are loaded.
         stored: the layers that coefficients are at hand for, while it is put on a model to take them.
         restored: whether it took stored coefficients, so that a refusal of others leaves it where it is.
     """
 
-    made_for: MadeFor = MadeFor()
+    made_for: Mapping[str, Any] = field(default_factory=dict[str, Any])
     folder: Path | None = None
     stored: StoredLayers | None = None
     restored: bool = False
