@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import machine, plots, registry, report, rows
+from benchmarks import machine, plots, registry, report, rows, store_page
 from benchmarks.case import Case, chosen_sides, run
 from benchmarks.tables import number
 from benchmarks.targets import verdicts
@@ -155,7 +155,7 @@ def _report(given: argparse.Namespace, runs: list[rows.Run], console: Console) -
         return int(bool(stale))
     for page in stale:
         page.write_text(made[page], encoding="utf-8")
-    for written in (*stale, *plots.draw(runs, given.pictures)):
+    for written in (*stale, *plots.draw(runs, given.pictures), *store_page.draw(pages)):
         console.print(f"wrote {written}", highlight=False)
     return 0
 

@@ -13,11 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import machine
-from benchmarks.store import RESULTS, append, disk_of
+from benchmarks import machine, rows
+from benchmarks.store import disk_of
 
 WRITER = Path(__file__).resolve().parent.parent / "tests" / "store" / "crash_writer.py"
 COUNTS = ["kills", "seed", "acknowledged", "lost", "torn"]
+KILLS = rows.RESULTS / "crash.csv"
 COLUMNS = [*machine.COLUMNS, "disk", *COUNTS, "within", "seconds"]
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=1000, help="of the writer")
     parser.add_argument("--seed", type=int, default=0, help="of the calls and of the moments")
     parser.add_argument("--directory", type=Path, help="on the disk to use; by default a temporary one")
-    parser.add_argument("--output", type=Path, default=RESULTS / "crash.csv", help="csv to append to")
+    parser.add_argument("--output", type=Path, default=KILLS, help="csv to append to")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.directory) as folder:
         about = {**machine.about(), "disk": disk_of(Path(folder))}
@@ -36,7 +37,7 @@ def main() -> None:
     if not done.stdout:
         sys.exit(done.returncode or 1)
     counts = json.loads(done.stdout)
-    append(given.output, COLUMNS, [{**about, **_row(counts)}])
+    rows.append(given.output, [{**about, **_row(counts)}], COLUMNS)
     Console().print_json(data=counts)
     sys.exit(done.returncode)
 

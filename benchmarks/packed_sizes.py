@@ -1,23 +1,23 @@
-"""``python -m benchmarks.packed_sizes``: what packed files of NOLA on LLaMA-2 7B, 13B and 70B weigh, as a table.
+"""What packed files of NOLA on LLaMA-2 7B, 13B and 70B weigh, beside the PEFT directories that they are made from.
 
 The models are modules on the meta device, the adapters real PEFT directories with random coefficients from a seeded
-generator, the files written by ``randbasis pack`` and verified. The limits are those of docs/adapter-file.md.
+generator, the files written as ``randbasis pack`` writes them. The limits are those of docs/adapter-file.md.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.case import Built, Case, CheckFailed, Side
 from randbasis import NolaConfig
 from randbasis.adapters.packed import pack_adapter
 
@@ -25,6 +25,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 RANK = 16
 HEADER_LIMIT = 2000
 SCALE_BYTES = 4
+DIRECTORY = "PEFT directory"
+PACKED = {"packed, 16 bits": 16, "packed, 4 bits": 4}
 
 
 @dataclass(frozen=True)
@@ -88,31 +90,53 @@ SIZES = (
 )
 
 
-def rows() -> Iterator[tuple[Size, int, int, int]]:
-    """Architecture, bits, bytes of the directory's tensors, and bytes of the packed file."""
+TINY = Size("tiny", 64, 128, 2, 4, 2, 8)
+
+
+def cases(*, tiny: bool = False, everything: bool = False) -> Iterator[Case]:
+    """A case an architecture.
+
+    Args:
+        tiny: one of two small layers.
+        everything: no more cases.
+    """
+    del everything
+    for size in (TINY,) if tiny else SIZES:
+        yield Case(
+            family="packed size",
+            name=f"files of NOLA r={RANK} k={size.basis} on {size.name}",
+            sides=(DIRECTORY, *PACKED),
+            build=partial(_build, size),
+            parameters={"model": size.name, "k = l": size.basis, "coefficients": size.coefficients},
+            measure=lambda call: float(str(call())),
+            quantity="bytes",
+            rounds=1,
+            warms_up=False,
+        )
+
+
+def _build(size: Size, sides: Sequence[str]) -> Built:
+    weighed = _weighed(size)
+    return Built({name: Side(partial(weighed.__getitem__, name)) for name in sides}, partial(_check, size, weighed))
+
+
+def _weighed(size: Size) -> dict[str, int]:
+    """Bytes of the directory's tensors and of the packed files."""
     with tempfile.TemporaryDirectory() as folder:
-        for size in SIZES:
-            directory = Path(folder) / size.name
-            size.write_directory(directory)
-            before = (directory / "adapter_model.safetensors").stat().st_size
-            for bits in (16, 4):
-                packed = pack_adapter(directory, directory.with_suffix(f".{bits}"), bits=bits)
-                assert packed.adapter.spec.count == size.coefficients
-                yield size, bits, before, packed.bytes
+        directory = Path(folder, size.name)
+        size.write_directory(directory)
+        weighed = {DIRECTORY: (directory / "adapter_model.safetensors").stat().st_size}
+        for name, bits in PACKED.items():
+            packed = pack_adapter(directory, directory.with_suffix(f".{bits}"), bits=bits)
+            if packed.adapter.spec.count != size.coefficients:
+                raise CheckFailed(f"{size.name} has {packed.adapter.spec.count} coefficients, not {size.coefficients}")
+            weighed[name] = packed.bytes
+    return weighed
 
 
-def main() -> None:
-    """Print the table; a file above its limit is an error."""
-    table = Table(title=f"NOLA, rank {RANK}, seven linear layers")
-    for name in ("model", "k = l", "coefficients", "bits", "PEFT directory", "packed file", "limit"):
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
-    for size, bits, before, after in rows():
-        numbers = (size.basis, size.coefficients, bits, before, after, size.limit(bits))
-        table.add_row(size.name, *(f"{number:,}" for number in numbers))
-        if after > size.limit(bits):
-            raise SystemExit(f"{size.name} at {bits} bits has {after} bytes, more than {size.limit(bits)}")
-    Console(width=100).print(table)
-
-
-if __name__ == "__main__":
-    main()
+def _check(size: Size, weighed: dict[str, int]) -> str:
+    """Every packed file against its limit."""
+    for name, bits in PACKED.items():
+        if weighed[name] > size.limit(bits):
+            raise CheckFailed(f"{name}: {weighed[name]} bytes, more than {size.limit(bits)}")
+    return "at most " + ", ".join(f"{size.limit(bits):,} at {bits} bits" for bits in PACKED.values())

@@ -16,9 +16,8 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
 
     Args:
         runs: the newest of each case.
-        folder: where; it is made.
+        folder: where they go.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     drawn: list[Path] = []
     pictures: tuple[tuple[str, Callable[[Sequence[Run]], Any]], ...] = (
         ("step", _bars),
@@ -31,8 +30,14 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
         chosen = [run for run in runs if run.family == family]
         if chosen:
             drawn.append(folder / f"{family.replace(' ', '_')}.png")
-            picture(chosen).savefig(drawn[-1], dpi=100, metadata={"Software": None})
+            write(picture(chosen), drawn[-1], dots_an_inch=100)
     return drawn
+
+
+def write(figure: Any, path: Path, dots_an_inch: int = 110) -> None:
+    """Write a figure as a PNG that says nothing of what wrote it, into a folder that is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dots_an_inch, metadata={"Software": None})
 
 
 def _bars(runs: Sequence[Run]) -> Any:

@@ -8,7 +8,7 @@ from benchmarks.case import Case
 
 FAMILIES = (
     "basis_rate", "training_step", "step_parts", "peak_memory", "inference", "kept_factors", "expansion", "switching",
-    "growth", "host_time",
+    "growth", "host_time", "packed_sizes",
 )  # fmt: skip
 GPU_FAMILIES = ("gpu_basis", "gpu_expansion", "gpu_step", "gpu_project")
 

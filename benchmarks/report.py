@@ -8,11 +8,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import store_page
 from benchmarks.rows import Run
 from benchmarks.tables import tables
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = (DOCS / "performance.md", DOCS / "kernels.md")
+PAGES = tuple(DOCS / name for name in ("performance.md", "kernels.md", "store.md", "adapter-file.md"))
 PICTURES = DOCS / "performance"
 END = "<!-- end of table -->"
 _BLOCK = re.compile(rf"<!-- table: (?P<name>[^\n]+?) -->\n.*?^{re.escape(END)}$", re.DOTALL | re.MULTILINE)
@@ -28,7 +29,7 @@ def filled(page: str, runs: Sequence[Run]) -> str:
     Raises:
         ValueError: a marker names no table, or is not closed.
     """
-    made = tables(runs)
+    made = {**tables(runs), "store": store_page.block}
     if page.count("<!-- table: ") != len(_BLOCK.findall(page)) or page.count(END) != page.count("<!-- table: "):
         raise ValueError(f"every line '<!-- table: NAME -->' must be closed by a line {END!r}")
 

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,7 +100,7 @@ def _of_side(case: Case, timing: Timing) -> dict[str, str]:
         for suffix, value in zip(("median", "p20", "p80"), spread(values), strict=True):
             row[_column(prefix, suffix)] = f"{value:.5g}"
     row["rate"] = f"{case.work / spread(timing.values)[0]:.4g}" if case.unit else ""
-    row["values"] = " ".join(f"{value:.6g}" for value in timing.values)
+    row["values"] = " ".join(f"{value:.7g}" for value in timing.values)
     return row
 
 
@@ -110,19 +110,19 @@ def _column(prefix: str, suffix: str) -> str:
     return prefix if suffix == "median" else f"{prefix}_{suffix}"
 
 
-def append(path: Path, rows: Iterable[dict[str, str]]) -> None:
+def append(path: Path, rows: Iterable[Mapping[str, object]], columns: Sequence[str] = COLUMNS) -> None:
     """Add rows to a csv, which is made with its header when it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerows(rows)
 
 
-def read(path: Path) -> list[Run]:
-    """Everything in a csv, by run, in the order in which it was measured.
+def rows_in(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
+    """Everything in a csv, in the order in which it was measured; nothing where there is none.
 
     Raises:
         ValueError: the file has other columns.
@@ -131,11 +131,20 @@ def read(path: Path) -> list[Run]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            raise ValueError(f"{path} must have the columns {COLUMNS}, got {reader.fieldnames}; move it away")
-        runs: dict[tuple[str, ...], list[dict[str, str]]] = {}
-        for row in reader:
-            runs.setdefault(tuple(row[name] for name in ("date", "device", "family", "case")), []).append(row)
+        if reader.fieldnames != [*columns]:
+            raise ValueError(f"{path} must have the columns {[*columns]}, got {reader.fieldnames}; move it away")
+        return list(reader)
+
+
+def read(path: Path) -> list[Run]:
+    """Everything in a csv of cases, by run.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    runs: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows_in(path):
+        runs.setdefault(tuple(row[name] for name in ("date", "device", "family", "case")), []).append(row)
     return [Run(rows) for rows in runs.values()]
 
 

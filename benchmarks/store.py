@@ -7,7 +7,6 @@ Rows are appended to a csv; with fewer folders than adapters, sizes of folders a
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ import sqlite3
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +26,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import machine
+from benchmarks import machine, rows
+from benchmarks.case import seconds as timed
 from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, group_matrices
 from randbasis.adapters.packed import unpack_adapter
 from randbasis.methods import Nola
 from randbasis.store import AdapterStore, NewAdapter
 
-RESULTS = Path(__file__).parent / "results"
+ADDITIONS = rows.RESULTS / "store.csv"
 COLUMNS = [*machine.COLUMNS, "adapters", "disk", "side", "measure", "value", "unit", "note"]
 PAGE = 100
 TAG_EVERY = 1000
@@ -78,12 +78,6 @@ class Contents:
 
 def percentile(seconds: list[float], share: int) -> float:
     return statistics.quantiles(seconds, n=100)[share - 1]
-
-
-def timed(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 def scattered(number: int, adapters: int) -> str:
@@ -220,37 +214,26 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1000, help="adapters of one transaction")
     parser.add_argument("--gets", type=int, default=10_000, help="random names to get")
     parser.add_argument("--directory", type=Path, help="on the disk to measure; by default a temporary one")
-    parser.add_argument("--output", type=Path, default=RESULTS / "store.csv", help="csv to append to")
+    parser.add_argument("--output", type=Path, default=ADDITIONS, help="csv to append to")
     given = parser.parse_args()
     torch.set_num_threads(1)
     folders = given.folders or max(100, given.adapters // 10)
     with tempfile.TemporaryDirectory(dir=given.directory) as folder:
         about = {**machine.about(), "adapters": given.adapters, "disk": disk_of(Path(folder))}
-        rows = [*store_rows(Path(folder), given.adapters, given.batch, given.gets)]
+        measured = [*store_rows(Path(folder), given.adapters, given.batch, given.gets)]
         (Path(folder) / "adapters.db").unlink()
-        rows += folder_rows(Path(folder), given.adapters, folders, given.gets)
+        measured += folder_rows(Path(folder), given.adapters, folders, given.gets)
         shutil.rmtree(Path(folder) / "folders")
-    plain = [{**about, **dict(zip(COLUMNS[-5:], row, strict=True))} for row in rows]
-    append(given.output, COLUMNS, [{**row, "value": f"{row['value']:.5g}"} for row in plain])
-    _print(about, rows)
+    plain = [{**about, **dict(zip(COLUMNS[-5:], row, strict=True))} for row in measured]
+    rows.append(given.output, [{**row, "value": f"{row['value']:.5g}"} for row in plain], COLUMNS)
+    _print(about, measured)
 
 
-def append(path: Path, columns: list[str], rows: list[dict[str, object]]) -> None:
-    """Add rows to a csv, which begins with its columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def _print(about: dict[str, object], rows: list[Row]) -> None:
+def _print(about: dict[str, object], measured: list[Row]) -> None:
     table = Table(title=f"{about['adapters']:,} adapters, {about['device']}, {about['disk']}")
     for column in COLUMNS[-5:]:
         table.add_column(column, justify="right" if column == "value" else "left")
-    for side, measure, value, unit, note in rows:
+    for side, measure, value, unit, note in measured:
         table.add_row(side, measure, f"{value:,.4g}", unit, note)
     Console().print(table)
 

@@ -1,13 +1,16 @@
-"""``python -m benchmarks.store_page``: the figures of docs/store.md, from the csv files of the store and its kills."""
+"""The figures of docs/store.md, from the csv files of the store and its kills: its table and its picture."""
 
-import csv
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.store import FOLDERS, GROWTH, RESULTS, STORE, TENTH
+from benchmarks import plots, rows
+from benchmarks.crash import COLUMNS as KILL_COLUMNS
+from benchmarks.crash import KILLS
+from benchmarks.store import ADDITIONS, COLUMNS, FOLDERS, GROWTH, STORE, TENTH
+from benchmarks.tables import number, table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "store.md"
 PLOT = PAGE.with_name("store") / "growth.png"
-BEGIN, END = "<!-- table: store -->\n", "<!-- end of table -->"
 MEASURES = {
     "add, batched": "add, in batches",
     "add, by processor time": "add, by processor time",
@@ -28,55 +31,52 @@ MEASURES = {
 Row = dict[str, str]
 
 
-def rows_of(path: Path) -> list[Row]:
-    """The rows of a csv."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def newest(rows: list[Row]) -> dict[tuple[str, str], Row]:
+def newest(measured: list[Row]) -> dict[tuple[str, str], Row]:
     """Side and measure → row, of the last run of the largest store."""
-    most = max(int(row["adapters"]) for row in rows)
-    return {(row["side"], row["measure"]): row for row in rows if int(row["adapters"]) == most}
+    most = max(int(row["adapters"]) for row in measured)
+    return {(row["side"], row["measure"]): row for row in measured if int(row["adapters"]) == most}
 
 
-def block(rows: list[Row], crashes: list[Row]) -> str:
+def block() -> str:
     """What stands on the page."""
-    found = newest(rows)
-    one, kills = next(iter(found.values())), max(crashes, key=lambda row: int(row["kills"]))
-    lines = [
+    measured = rows.rows_in(ADDITIONS, COLUMNS)
+    kills = max(rows.rows_in(KILLS, KILL_COLUMNS), key=lambda row: int(row["kills"]))
+    found = newest(measured)
+    one = next(iter(found.values()))
+    runs = [row for row in measured if row["measure"] == "add, batched" and row["adapters"] == one["adapters"]]
+    told = [f"{_value(row)} ({row['disk'].partition(',')[0]})" for row in runs]
+    parts = [
         f"{int(one['adapters']):,} adapters; {one['device']}, one thread; {one['disk']}; {one['date']}; "
         f"{one['versions']}; revision {one['revision']}.",
-        "",
-        f"| | store | {FOLDERS} | |",
-        "|---|---|---|---|",
-    ]
-    for measure, label in MEASURES.items():
-        cells = [found.get((side, measure)) for side in (STORE, FOLDERS)]
-        if any(cells):
-            values = " | ".join("" if cell is None else f"{_number(cell)} {cell['unit']}" for cell in cells)
-            notes = dict.fromkeys(cell["note"] for cell in cells if cell is not None and cell["note"])
-            lines.append(f"| {label} | {values} | {'; '.join(notes)} |")
-    runs = [row for row in rows if row["measure"] == "add, batched" and row["adapters"] == one["adapters"]]
-    told = [f"{_number(row)} {row['unit']} ({row['disk'].partition(',')[0]})" for row in runs]
-    lines += [
-        "",
+        table(["", STORE, FOLDERS, ""], [*_lines(found)], left=4),
         f"Additions in every run of this size, beside what else the machine did: {'; '.join(told)}.",
-        "",
         "![Rate of additions and memory as the store grows](store/growth.png)",
-        "",
         f"Kills: {int(kills['kills']):,} (seed {kills['seed']}, {kills['date']}, revision {kills['revision']}), "
         f"{int(kills['acknowledged']):,} calls acknowledged, {kills['lost']} lost, {kills['torn']} torn. "
         f"They hit: {kills['within']}.",
-        "",
     ]
-    return "\n".join(lines)
+    return "\n\n".join(parts)
 
 
-def with_block(page: str, text: str) -> str:
-    """The page with another text between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}{text}{END}{rest.partition(END)[2]}"
+def _lines(found: dict[tuple[str, str], Row]) -> Iterator[list[str]]:
+    """A line a measure that there is a value for, on either side."""
+    for measure, label in MEASURES.items():
+        cells = [found.get((side, measure)) for side in (STORE, FOLDERS)]
+        if any(cells):
+            notes = dict.fromkeys(cell["note"] for cell in cells if cell is not None and cell["note"])
+            yield [label, *("" if cell is None else _value(cell) for cell in cells), "; ".join(notes)]
+
+
+def _value(row: Row) -> str:
+    return f"{number(float(row['value']))} {row['unit']}"
+
+
+def draw(pages: Sequence[Path]) -> list[Path]:
+    """Make the picture, where its page is among those that are written."""
+    if PAGE not in pages:
+        return []
+    plot(newest(rows.rows_in(ADDITIONS, COLUMNS)), PLOT)
+    return [PLOT]
 
 
 def plot(found: dict[tuple[str, str], Row], path: Path) -> None:
@@ -99,24 +99,4 @@ def plot(found: dict[tuple[str, str], Row], path: Path) -> None:
         axes.set_title(label, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
-def main() -> None:
-    """Write the page and the plot."""
-    rows = rows_of(RESULTS / "store.csv")
-    PAGE.write_text(
-        with_block(PAGE.read_text(encoding="utf-8"), block(rows, rows_of(RESULTS / "crash.csv"))), encoding="utf-8"
-    )
-    plot(newest(rows), PLOT)
-    print(f"wrote {PAGE} and {PLOT}")
-
-
-def _number(row: Row) -> str:
-    value = float(row["value"])
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-if __name__ == "__main__":
-    main()
+    plots.write(figure, path)

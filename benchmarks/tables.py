@@ -1,13 +1,15 @@
 """Rows to Markdown tables, one function a kind of table."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from benchmarks.case import spread
 from benchmarks.rows import Run
 from benchmarks.targets import Finding, Target, verdicts
 
 NOTHING = "No rows yet."
+SIZES = "packed size"
+"""The family whose values are exact: bytes of files."""
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -21,24 +23,29 @@ def family_table(family: str, runs: Sequence[Run]) -> str:
     chosen = [run for run in runs if run.family == family]
     if not chosen:
         return NOTHING
-    draw = _growth if family in ("growth", "memory growth") else _sides
-    return "\n\n".join([provenance(chosen), *draw(chosen)])
+    drawn = {"growth": _growth, "memory growth": _growth, SIZES: _sizes}.get(family, _sides)
+    return "\n\n".join([provenance(chosen), *drawn(chosen)])
 
 
 def provenance(runs: Sequence[Run]) -> str:
     """Machine, dates, versions and revisions of some runs, and which were disturbed."""
     rows = [run.rows[0] for run in runs]
-    days = sorted({row["date"][:10] for row in rows})
     where = sorted({f"{row['device']}, {row['threads']} threads of {row['cores']} cores" for row in rows})
     revisions = sorted({row["revision"] for row in rows})
     busy = sorted({f"{row['case']} ({row['note']})" for row in rows if row["note"]})
     parts = [
         "; ".join(where),
-        days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
+        span(row["date"][:10] for row in rows),
         "; ".join(sorted({row["versions"] for row in rows})),
         f"revision {', '.join(revisions)}",
     ]
     return ". ".join(parts) + "." + (f" Disturbed: {'; '.join(busy)}." if busy else "")
+
+
+def span(days: Iterable[str]) -> str:
+    """The first and the last of some days, or the one there is."""
+    first, *_, last = sorted(days) * 2
+    return first if first == last else f"{first} to {last}"
 
 
 def _sides(runs: Sequence[Run]) -> Iterator[str]:
@@ -92,6 +99,19 @@ def _growth(runs: Sequence[Run]) -> Iterator[str]:
         yield f"**{axis}**, at {fixed}\n\n{table(heads, lines, left=0)}"
 
 
+def _sizes(runs: Sequence[Run]) -> Iterator[str]:
+    """One table: what was packed down, what it weighs across."""
+    heads = [*runs[0].parameters, *(f"{side}, {runs[0].rows[0]['quantity']}" for side in runs[0].timings)]
+    lines = [
+        [
+            *(value if isinstance(value, str) else f"{value:,}" for value in run.parameters.values()),
+            *(f"{timing.values[0]:,.0f}" for timing in run.timings.values()),
+        ]
+        for run in runs
+    ]
+    yield table(heads, lines)
+
+
 def method_of(side: str) -> str:
     """A side without the numbers that an axis changes."""
     words = [word for word in side.split() if "=" not in word]
@@ -128,6 +148,7 @@ def tables(runs: Sequence[Run]) -> dict[str, Callable[[], str]]:
             "growth",
             "memory growth",
             "host",
+            SIZES,
         ),
         *("gpu basis", "gpu expand", "gpu step", "gpu memory", "gpu project"),
         *dict.fromkeys(run.family for run in runs),

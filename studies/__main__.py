@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.rows import RESULTS
 from studies.pool import run_study
 from studies.report import write_report
 from studies.studies import STUDIES, study_named
@@ -27,9 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     report = commands.add_parser("report", help="write the page of results from the raw rows", epilog=EXAMPLE)
     report.add_argument("--page", type=Path, default=Path("docs/results.md"), help="the page to write")
     for command in (run, report):
-        command.add_argument(
-            "--results", type=Path, default=Path("benchmarks/results"), help="folder of the raw rows and comments"
-        )
+        command.add_argument("--results", type=Path, default=RESULTS, help="folder of the raw rows and comments")
     given = parser.parse_args(arguments)
     console = Console(stderr=True)
     if given.command == "report":

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plots import write
 from studies.study import Record, Study
 from studies.tables import PERCENT, Line, line_names, lines_of
 
 COLOURS = {"lora": "tab:gray", "nola": "tab:blue", "vera": "tab:green", "randlora": "tab:orange"}
-DOTS_AN_INCH = 110
 
 
 def plot_study(study: Study, records: list[Record], path: Path) -> None:
@@ -18,7 +18,6 @@ def plot_study(study: Study, records: list[Record], path: Path) -> None:
         records: usable ones.
         path: the picture.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     count, names = len(study.settings), line_names(study)
@@ -30,8 +29,7 @@ def plot_study(study: Study, records: list[Record], path: Path) -> None:
         _draw(panel, lines, metric, names)
         panel.set_title(setting.name, fontsize=10)
         panel.set_xlabel(metric + (", %" if metric in PERCENT else ""))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_figure(path, dpi=DOTS_AN_INCH, metadata={"Software": None})
+    write(figure, path)
 
 
 def _draw(panel: Any, lines: list[Line], metric: str, names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from benchmarks.tables import span
 from studies.plots import plot_study
 from studies.pool import read_records
 from studies.study import Record, Setting, Study, usable
@@ -62,9 +63,8 @@ def _section(study: Study, records: list[Record], results: Path, picture: str) -
 
 
 def _provenance(study: Study, records: list[Record]) -> str:
-    dates = sorted({record.date for record in records})
     versions = sorted({f"{name} {number}" for record in records for name, number in record.versions.items()})
-    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    when = span(record.date for record in records)
     return f"Command: `make results-{study.name}`. {when}; {', '.join(versions)}; CPU.\n"
 
 

@@ -4,7 +4,8 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from randbasis.adapter_file.precision import CODED
+from benchmarks.tables import table
+from randbasis.precision import CODED
 from studies.study import Record, Row, Setting, Study, chosen_rate
 
 PERCENT = ("accuracy",)
@@ -93,9 +94,8 @@ def table_of(study: Study, setting: Setting, records: list[Record]) -> str:
     size = ["bits", "stored, bytes"] if quantized else ["file, bytes"]
     heads = ["row", "configuration", "coefficients", *size, "rate", *(_head(m) for m in metrics), "s", "runs"]
     best = {metric: _best(lines, metric) for metric in metrics}
-    out = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
-    for line in lines:
-        cells = [
+    cells = [
+        [
             line.name,
             line.configuration,
             f"{line.coefficients:,}",
@@ -105,8 +105,9 @@ def table_of(study: Study, setting: Setting, records: list[Record]) -> str:
             f"{line.seconds:.0f}",
             str(line.runs) + (f" (+{line.diverged} diverged)" if line.diverged else ""),
         ]
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out)
+        for line in lines
+    ]
+    return table(heads, cells, left=2)
 
 
 def _line(row: Row, rate: float | None, at_edge: bool, runs: list[Record], bits: int | None) -> Line:

@@ -1,6 +1,7 @@
 """The pages and the code agree: equation numbers, and the page of the command."""
 
 import ast
+import pkgutil
 import re
 import subprocess
 import sys
@@ -30,6 +31,23 @@ def test_docstrings_cite_equations_that_exist(file: Path, root: Path):
     text = "\n".join(ast.get_docstring(node) or "" for node in nodes)
     cited = {int(number) for number in re.findall(r"(?<!\w)\((\d+)\)", text)}
     assert cited <= set(equations(root))
+
+
+@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
+def test_names_that_docstrings_cite_exist(file: Path):
+    module = ".".join(["randbasis", *file.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
+    cited = set(re.findall(r":(?:func|mod|class|data):`~?([\w.]+)`", file.read_text(encoding="utf-8")))
+    absent = [name for name in cited if not exists(name if name.startswith("randbasis") else f"{module}.{name}")]
+    assert not absent
+
+
+def exists(name: str) -> bool:
+    """Whether a module has that name, or something in a module."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def test_the_page_of_the_command_is_up_to_date(root: Path, tmp_path: Path, console_environment: dict[str, str]):

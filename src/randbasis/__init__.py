@@ -3,11 +3,13 @@
 The flow, one line a stage:
 
     SEED → BASIS                    :mod:`randbasis.basis`: Philox, laws, streams
-    BASIS + COEFFICIENTS → FACTORS  :mod:`randbasis.methods`: NOLA, VeRA, RandLoRA, PRANC, over :mod:`randbasis.ops`
-    FACTORS → h                     :mod:`randbasis.contraction`: token order or weight order, by cost
+    BASIS + COEFFICIENTS → ΔW       :mod:`randbasis.methods`, one file each, over :mod:`randbasis.ops`
+    ΔW → h                          :mod:`randbasis.contraction`: token order or weight order, by cost
+    COEFFICIENTS → FILE → STORE     :mod:`randbasis.adapter_file`, :mod:`randbasis.store`, over :mod:`randbasis.files`
     h inside a model                :mod:`randbasis.tuner`: PEFT configurations, layers, merging, mixed batches
     an adapter at rest              :mod:`randbasis.adapters`: folder, packed file, URL, store entry; put on a model
-    data → coefficients             :mod:`randbasis.train`, and the command ``randbasis``
+    leaving, coming, comparing      :mod:`randbasis.export`, ``importing``, ``arithmetic``, ``hub``
+    data → coefficients → answers   :mod:`randbasis.train`, :mod:`randbasis.use`, and the command ``randbasis``
 
 Importing the package registers its methods with PEFT: at once where PEFT is imported, else as soon as it is
 (:mod:`randbasis.peft_import`). Nothing heavy is loaded before a name that needs it is asked for.

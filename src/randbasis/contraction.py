@@ -1,4 +1,4 @@
-"""FACTORS → h: one contraction, two orders, math (19)-(20).
+"""ΔW → h: one contraction, two orders, math (19)-(20).
 
 Token order multiplies the tokens by the factors one after the other. Weight order forms ΔW first: ``fused`` into the
 base weight when that loses nothing, else as a product of its own. Where it is fused, training has two ways back:
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from randbasis.errors import ContractionError, near
+from randbasis.errors import ContractionError, not_one_of
 from randbasis.methods import Bound
 from randbasis.ops import check_differentiated_once, recorded
 
@@ -39,12 +39,9 @@ def check_order(name: str) -> OrderChoice:
     Raises:
         ContractionError: there is no such order.
     """
-    for order in get_args(OrderChoice):
-        if name == order:
-            return order
-    raise ContractionError(
-        f"contraction must be one of {list(get_args(OrderChoice))}, got {name!r}; {near(name, get_args(OrderChoice))}"
-    )
+    if name not in get_args(OrderChoice):
+        raise ContractionError(not_one_of("contraction", name, get_args(OrderChoice)))
+    return cast("OrderChoice", name)
 
 
 def choose_order(

@@ -383,3 +383,9 @@ def near(name: str, known: Iterable[str], limit: int = 5) -> str:
         return f"did you mean {', '.join(close)}?"
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return f"there are: {shown}" if names else "there are none"
+
+
+def not_one_of(argument: str, value: str, known: Iterable[str]) -> str:
+    """The message of an error on a value that is none of those that its argument can have."""
+    names = [*known]
+    return f"{argument} must be one of {names}, got {value!r}; {near(value, names)}"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import peak_memory, registry, rows
+from benchmarks import packed_sizes, peak_memory, registry, rows
 from benchmarks.case import Built, Case, CheckFailed, Side
 
 
@@ -95,3 +95,15 @@ def test_a_peak_counts_what_was_held_at_once() -> None:
     small = peak_memory.peak_of(lambda: None)
     large = peak_memory.peak_of(lambda: bytearray(b"x" * 50_000_000))
     assert large > small + 40
+
+
+def test_sizes_of_packed_files_are_measured_once_and_judged(csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--tiny", "--output", str(csv), "--only", "packed size"]
+    assert command.main(words) == 0
+    (run,) = rows.read(csv)
+    weighed = {side: timing.values for side, timing in run.timings.items()}
+    assert weighed["packed, 4 bits"] < weighed["packed, 16 bits"] < weighed["PEFT directory"]
+    assert all(len(values) == 1 for values in weighed.values())
+    monkeypatch.setattr(packed_sizes, "HEADER_LIMIT", 0)
+    assert command.main([*words, "--again"]) == 1
+    assert len(rows.read(csv)) == 1

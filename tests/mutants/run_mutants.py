@@ -23,6 +23,7 @@ COPIED = ("src", "tests", "docs", "examples", "requirements", "pyproject.toml", 
 #: Module -> the tests that hold what it promises.
 COVERED = {
     "adapter_file/codec.py": ["tests/adapter_file/test_codec.py"],
+    "codes.py": ["tests/test_codes.py"],
     "contraction.py": ["tests/test_contraction.py"],
     "files/output_checks.py": ["tests/files/test_output_set.py", "tests/files/test_whole_file.py"],
     "files/output_set.py": ["tests/files/test_output_set.py"],

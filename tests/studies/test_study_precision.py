@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from randbasis.adapter_file.codec import rounded
+from randbasis.codes import rounded
 from randbasis.errors import SettingError
 from studies import Job, Row, Setting, Study, ready_jobs, run_job, run_study
 from studies.plots import plot_study

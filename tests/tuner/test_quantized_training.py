@@ -27,10 +27,10 @@ from tuner_cases import (
 
 from randbasis import NolaConfig
 from randbasis.adapter_file import read
-from randbasis.adapter_file.codec import rounded
 from randbasis.adapters.inspection import inspect_adapter
 from randbasis.adapters.packed import pack_adapter, unpack_adapter
 from randbasis.adapters.putting import load_packed
+from randbasis.codes import rounded
 from randbasis.errors import PrecisionError
 from randbasis.tuner.coefficients import straight_through
 

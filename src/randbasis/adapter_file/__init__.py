@@ -1,4 +1,4 @@
-"""LAYERS → FILE: a fine-tune is a seed, a method and a few thousand numbers; the file holds those and nothing else.
+"""COEFFICIENTS → FILE: a fine-tune is a seed, a method and a few thousand numbers; the file holds nothing else.
 
 A packed file is a safetensors file with one flat tensor of coefficients and one metadata record, the spec. It knows
 specs and named tensors and no layer: :mod:`randbasis.adapters.packed` is the bridge to PEFT directories and models. The
@@ -11,14 +11,12 @@ from randbasis.lazy import lazy_names
 
 if TYPE_CHECKING:
     from randbasis.adapter_file.adapter import PackedAdapter, Verification, read, verify
-    from randbasis.adapter_file.codec import dequantize, quantize, run_lengths
     from randbasis.adapter_file.spec import Base, MatrixGroup, Spec, SpecMatrix, fingerprint, group_matrices
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
             "randbasis.adapter_file.adapter": "PackedAdapter Verification read verify",
-            "randbasis.adapter_file.codec": "dequantize quantize run_lengths",
             "randbasis.adapter_file.spec": "Base MatrixGroup Spec SpecMatrix fingerprint group_matrices",
         },
     )
@@ -30,11 +28,8 @@ __all__ = [
     "Spec",
     "SpecMatrix",
     "Verification",
-    "dequantize",
     "fingerprint",
     "group_matrices",
-    "quantize",
     "read",
-    "run_lengths",
     "verify",
 ]

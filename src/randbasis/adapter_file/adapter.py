@@ -10,20 +10,12 @@ import torch
 from torch import Tensor
 
 from randbasis.adapter_file import container
-from randbasis.adapter_file.codec import (
-    check_codes,
-    dequantize,
-    narrowed,
-    pack_codes,
-    quantize,
-    run_lengths,
-    unpack_codes,
-)
+from randbasis.adapter_file.codec import check_codes, pack_codes, unpack_codes
 from randbasis.adapter_file.container import Container, data_order, tensor_bytes
 from randbasis.adapter_file.paths import check_name
-from randbasis.adapter_file.precision import CODED, check_precision
 from randbasis.adapter_file.spec import Spec, SpecMatrix, canonical, sha256
 from randbasis.adapter_file.spec_reader import Digests, check_layers, parse_spec
+from randbasis.codes import dequantize, narrowed, quantize, run_lengths
 from randbasis.errors import (
     CoefficientCountError,
     CoefficientTensorError,
@@ -38,6 +30,7 @@ from randbasis.errors import (
 from randbasis.files.locations import Location, local_path
 from randbasis.files.whole_file import write
 from randbasis.methods import Delta
+from randbasis.precision import CODED, check_precision
 
 FORMAT = "randbasis"
 """``__metadata__["format"]``."""

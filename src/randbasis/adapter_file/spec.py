@@ -14,9 +14,9 @@ from itertools import pairwise
 from typing import Any
 
 from randbasis.adapter_file.paths import Numbers, boxes, expand, range_text, split_path
-from randbasis.adapter_file.precision import run_count
 from randbasis.errors import BaseMismatchError
 from randbasis.methods import Bound, Method, Site
+from randbasis.precision import run_count
 
 Shapes = Mapping[str, tuple[int, int]]
 """Module path → ``(out, in)`` of a linear layer of the base model."""

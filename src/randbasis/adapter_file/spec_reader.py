@@ -11,10 +11,10 @@ from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from randbasis.adapter_file.header import parse_object
 from randbasis.adapter_file.paths import Numbers, check_module_path, check_name, parse_ranges
-from randbasis.adapter_file.precision import check_precision
 from randbasis.adapter_file.spec import Base, MatrixGroup, Spec, SpecMatrix
 from randbasis.errors import RandbasisError, SpecKeyError, SpecSyntaxError, SpecValueError, near
 from randbasis.methods import Method, method_class
+from randbasis.precision import check_precision
 
 SIDE_LIMIT = 1 << 32
 """Rows and columns of a layer stay below this: the counters of math (2) have 32 bits."""

@@ -24,7 +24,7 @@ from randbasis.errors import (
     HyperparameterError,
     MergeError,
     MissingPackageError,
-    near,
+    not_one_of,
 )
 from randbasis.files.our_files import COMPANIONS, MERGED_MARK
 from randbasis.files.output_checks import check_output_folder
@@ -106,7 +106,7 @@ def merge_adapter(
         SaveError: the operating system refused, for example because the disk is full.
     """
     if dtype not in DTYPES:
-        raise HyperparameterError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}; {near(dtype, DTYPES)}")
+        raise HyperparameterError(not_one_of("dtype", dtype, DTYPES))
     output = check_output_folder(output, (model, *paths_of(adapter)), overwrite=overwrite, model=True)
     found = open_adapter(adapter).ours()
     labels = labels or found.task.get("labels")

@@ -14,11 +14,11 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 
 from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, Verification, group_matrices, read, verify
-from randbasis.adapter_file.codec import rounded
 from randbasis.adapter_file.paths import check_name
 from randbasis.adapters.base_model import linear_shapes, meta_model, read_config, shape_of
 from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter, paths_of
 from randbasis.adapters.spec_options import STREAMS, bare, config_of, named_tensors, peft_options
+from randbasis.codes import rounded
 from randbasis.defaults import ONE_SCALE, PACKED_BITS
 from randbasis.errors import (
     AdapterFilesError,

@@ -4,6 +4,7 @@ The model is the one that PEFT makes of a directory with the same adapter, bit f
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 from peft import PeftModel
@@ -17,11 +18,12 @@ from randbasis.adapters.packed import config_of
 from randbasis.files.locations import Location
 from randbasis.tuner.base_weight import layer_shape
 from randbasis.tuner.checked_loading import adapted_layers, held_meaning
-from randbasis.tuner.config import RandbasisConfig, StoredLayers
+from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.filling import fill
 from randbasis.tuner.meaning import meaning_of
 from randbasis.tuner.model import take_off
 from randbasis.tuner.places import check_places
+from randbasis.tuner.run_state import StoredLayers
 from randbasis.tuner.saved_files import plain_path
 
 
@@ -53,11 +55,12 @@ def put(
     """
     config = config_of(adapter.spec, where)
     config.inference_mode = not is_trainable
-    config.stored = StoredLayers(frozenset(adapter.spec.shapes), where)
+    stored = StoredLayers(frozenset(adapter.spec.shapes), where)
+    config.run = replace(config.run, stored=stored)
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     _check_model(whole, adapter, where)
     if isinstance(model, PeftModel) and name in model.peft_config:
-        _check_same(model, name, adapter, config.stored)
+        _check_same(model, name, adapter, stored)
         fill(model, name, adapter, where)
         cast("Any", model.base_model)._cast_adapter_dtype(name, autocast_adapter_dtype)
         adapted = model
@@ -68,7 +71,7 @@ def put(
         except BaseException:
             take_off(adapted, name)
             raise
-    config.restored, config.stored = True, None
+    config.run = replace(config.run, restored=True, stored=None)
     return adapted if is_trainable else adapted.eval()
 
 

@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from randbasis.adapter_file import PackedAdapter
-from randbasis.adapter_file.codec import rounded
-from randbasis.adapter_file.precision import CODED
 from randbasis.adapters.packed import exact, write_adapter_dir
 from randbasis.adapters.saved import AdapterLocation, open_adapter, paths_of, task_of
+from randbasis.codes import rounded
 from randbasis.defaults import ONE_SCALE, QUANTIZED_BITS
 from randbasis.errors import PrecisionError
 from randbasis.files.output_checks import check_output_file, check_output_folder
 from randbasis.low_rank import distance, norm
+from randbasis.precision import CODED
 
 PRECISIONS = (16, *CODED)
 """Bits that an adapter can be quantized to."""

@@ -22,7 +22,7 @@ from randbasis.adapters.saved import AdapterLocation, open_adapter, paths_of, ta
 from randbasis.arithmetic.changes import OurChanges, read_packed
 from randbasis.arithmetic.same_basis import check_same_basis
 from randbasis.defaults import AVERAGED_HEADS
-from randbasis.errors import HeadMismatchError, WeightsError, near
+from randbasis.errors import HeadMismatchError, WeightsError, not_one_of
 from randbasis.files.locations import local_output
 from randbasis.files.output_checks import check_output_file, check_output_folder
 from randbasis.low_rank import distance, norm, weighted_sum
@@ -140,7 +140,7 @@ def average_adapters(
 
 def _checked_weights(adapters: Sequence[object], weights: Sequence[float] | None, heads: str) -> list[float]:
     if heads not in HEADS:
-        raise WeightsError(f"heads must be one of {list(HEADS)}, got {heads!r}; {near(heads, HEADS)}")
+        raise WeightsError(not_one_of("heads", heads, HEADS))
     if not adapters:
         raise WeightsError("adapters must be at least one, got none; name the adapters to average")
     if weights is None:

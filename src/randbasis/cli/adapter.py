@@ -55,7 +55,7 @@ def plan(
     with reported(as_json):
         from randbasis.adapters.plan import plan as run
         from randbasis.cli.report import plan_table
-        from randbasis.train.adapter import method_words, peft_config
+        from randbasis.train.method_table import method_words, peft_config
 
         check_options(context, PLAN, methods=method_words())
         names = named_targets(targets)

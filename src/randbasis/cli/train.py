@@ -114,7 +114,7 @@ def train(
     """Fine-tune a base model on a file of rows."""
     given = dict(locals())
     with reported(as_json):
-        from randbasis.train.adapter import method_words
+        from randbasis.train.method_table import method_words
         from randbasis.train.run import train as run
         from randbasis.train.settings import settings_from_words
 

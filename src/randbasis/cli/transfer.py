@@ -122,7 +122,7 @@ def import_(
             answer_table(pairs.as_json(), _pairs_table(pairs), as_json)
         else:
             from randbasis.importing import import_as_nearest
-            from randbasis.train.adapter import peft_config
+            from randbasis.train.method_table import peft_config
 
             options = {option: given[option] for option in _HYPERPARAMETERS}
             config: Any = peft_config(AdapterSettings(to, targets=(), **options), task_type=None, head=[])

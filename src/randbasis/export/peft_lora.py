@@ -17,7 +17,7 @@ from randbasis.adapters.base_model import meta_model
 from randbasis.adapters.inspection import Track
 from randbasis.adapters.merging import DTYPES, save_head
 from randbasis.adapters.saved import AdapterLocation, paths_of
-from randbasis.errors import HyperparameterError, near
+from randbasis.errors import HyperparameterError, not_one_of
 from randbasis.export.pairs import LoraPair, lora_pairs, total_error
 from randbasis.export.source import Source, open_source
 from randbasis.files.output_checks import check_output_folder
@@ -144,7 +144,7 @@ def stored_dtype(name: str) -> torch.dtype:
     """
     known = {key: value for key, value in DTYPES.items() if isinstance(value, torch.dtype)}
     if name not in known:
-        raise HyperparameterError(f"dtype must be one of {list(known)}, got {name!r}; {near(name, known)}")
+        raise HyperparameterError(not_one_of("dtype", name, known))
     return known[name]
 
 

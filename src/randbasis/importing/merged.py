@@ -14,7 +14,7 @@ from randbasis.adapters.base_model import linear_shapes, read_config
 from randbasis.adapters.inspection import Track
 from randbasis.adapters.merging import DTYPES, Merged, load_base, write_model
 from randbasis.defaults import MERGED_DTYPE
-from randbasis.errors import BaseMismatchError, DataMissingError, HyperparameterError, MergeError, near
+from randbasis.errors import BaseMismatchError, DataMissingError, HyperparameterError, MergeError, not_one_of
 from randbasis.files.output_checks import check_output_folder
 from randbasis.importing.nearest_adapter import finite_factors
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
@@ -53,7 +53,7 @@ def import_as_merged(
         RandbasisError: what :func:`randbasis.importing.read_peft_adapter` refuses.
     """
     if dtype not in DTYPES:
-        raise HyperparameterError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}; {near(dtype, DTYPES)}")
+        raise HyperparameterError(not_one_of("dtype", dtype, DTYPES))
     found = read_peft_adapter(source, model)
     name = model or found.options.get("base_model_name_or_path")
     if not name:

@@ -1,4 +1,4 @@
-"""BASIS + COEFFICIENTS → FACTORS: one method, one file.
+"""BASIS + COEFFICIENTS → ΔW: one method, one file; a method is bound to a matrix once, and ``Bound`` makes the ΔW.
 
 A new method is its own file here, one line of the table below, one configuration class in
 :mod:`randbasis.tuner.config` and one maker in the contract tests. What asks for the names alone loads no torch.
@@ -7,7 +7,7 @@ A new method is its own file here, one line of the table below, one configuratio
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from randbasis.errors import UnknownMethodError, near
+from randbasis.errors import UnknownMethodError, not_one_of
 from randbasis.lazy import lazy_names
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def check_method(name: str) -> None:
         UnknownMethodError: there is none.
     """
     if name not in CLASSES:
-        raise UnknownMethodError(f"method must be one of {list(CLASSES)}, got {name!r}; {near(name, CLASSES)}")
+        raise UnknownMethodError(not_one_of("method", name, CLASSES))
 
 
 def method_class(name: str) -> "type[Method]":

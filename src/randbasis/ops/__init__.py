@@ -1,4 +1,4 @@
-"""The arithmetic on a basis: tensors in, tensors out; no modules, no files.
+"""BASIS → SUMS AND PRODUCTS: the arithmetic on a basis; tensors in, tensors out; no modules, no files.
 
 The op table. Each op has a schema, a fake for tracing and an autograd formula; :mod:`randbasis.ops.backends` chooses
 who computes it. An op takes its frozen matrices by name (key, stream, law, shape), never as tensors: so nothing

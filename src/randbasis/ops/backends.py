@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -120,28 +120,30 @@ def expand(slab: Slab, tile: Tile, dtype: torch.dtype, device: torch.device, pac
 
 def combine(coefficients: Tensor, slab: Slab, packed: Tensor | None) -> Tensor:
     """``Σᵢ c[n, i] · entries[i]``, ``[n, rows, cols]``; see :func:`reference.combine`."""
-    wide = _wide(coefficients.device, coefficients.dtype)
-    if wide != coefficients.dtype:
-        return combine(coefficients.to(wide), slab, packed).to(coefficients.dtype)
-    backend = chosen(coefficients.device, coefficients.dtype)
-    if backend == "triton":
-        return triton.combine(coefficients, slab, packed)
-    if backend == "cpu":
-        return cpu.combine(coefficients.contiguous(), slab, packed)
-    return reference.combine(coefficients, slab, packed)
+    dtype, sums = _sums(coefficients)
+    return sums.combine(coefficients.to(dtype), slab, packed).to(coefficients.dtype)
 
 
 def inner(gradient: Tensor, slab: Slab, packed: Tensor | None) -> Tensor:
     """``⟨gradient[n], entries[i]⟩``, ``[n, count]``; see :func:`reference.inner`."""
-    wide = _wide(gradient.device, gradient.dtype)
-    if wide != gradient.dtype:
-        return inner(gradient.to(wide), slab, packed).to(gradient.dtype)
-    backend = chosen(gradient.device, gradient.dtype)
-    if backend == "triton":
-        return triton.inner(gradient, slab, packed)
-    if backend == "cpu":
-        return cpu.inner(gradient.contiguous(), slab, packed)
-    return reference.inner(gradient, slab, packed)
+    dtype, sums = _sums(gradient)
+    return sums.inner(gradient.to(dtype), slab, packed).to(gradient.dtype)
+
+
+class _Sums(Protocol):
+    """What every implementation can do with a whole slab at once."""
+
+    def combine(self, coefficients: Tensor, slab: Slab, packed: Tensor | None, /) -> Tensor: ...
+    def inner(self, vectors: Tensor, slab: Slab, packed: Tensor | None, /) -> Tensor: ...
+
+
+_SUMS: dict[Backend, _Sums] = {"reference": reference, "cpu": cpu, "triton": triton}
+
+
+def _sums(values: Tensor) -> tuple[torch.dtype, _Sums]:
+    """The dtype to compute in, and who computes."""
+    dtype = _wide(values.device, values.dtype)
+    return dtype, _SUMS[chosen(values.device, dtype)]
 
 
 def project(x: Tensor, slab: Slab, packed: Tensor | None, *, transpose: bool) -> Tensor:

@@ -5,13 +5,13 @@ Equal slabs of different layers share one :class:`Stored`; it lives as long as s
 """
 
 import threading
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from randbasis.errors import StorageError, near
+from randbasis.errors import StorageError, not_one_of
 from randbasis.ops import backends
 from randbasis.ops.reference import Slab, Tile
 from randbasis.ops.transforms import FORWARD, FUNCTORCH, outside
@@ -32,13 +32,9 @@ def check_storage(name: str) -> BasisStorage:
     Raises:
         StorageError: there is no such kind.
     """
-    for kind in get_args(BasisStorage):
-        if name == kind:
-            return kind
-    raise StorageError(
-        f"basis_storage must be one of {list(get_args(BasisStorage))}, got {name!r}; "
-        f"{near(name, get_args(BasisStorage))}"
-    )
+    if name not in get_args(BasisStorage):
+        raise StorageError(not_one_of("basis_storage", name, get_args(BasisStorage)))
+    return cast("BasisStorage", name)
 
 
 def choose_storage(slab: Slab, storage: BasisStorage, *, shared: bool) -> BasisStorage:

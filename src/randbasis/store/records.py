@@ -1,7 +1,7 @@
 """What the store answers with: records, pages, contents and reports, all plain values."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -62,14 +62,8 @@ class Record:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; the time in ISO 8601."""
-        return {
-            "name": self.name,
-            "version": self.version,
-            "digest": self.digest,
-            "method": self.method,
-            "base": self.base,
+        return asdict(self) | {
             "created": self.created_at.isoformat(timespec="microseconds"),
-            "bytes": self.bytes,
             "tags": [*self.tags],
         }
 
@@ -144,7 +138,7 @@ class Freed:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"versions": self.versions, "blobs": self.blobs, "bytes": self.bytes}
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +158,7 @@ class Transfer:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"versions": self.versions, "written": self.written, "bytes": self.bytes}
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from randbasis.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from randbasis.train.adapter import METHOD_NAMES, peft_config
     from randbasis.train.causal_lm import CausalLanguage
     from randbasis.train.classification import TextClassification
     from randbasis.train.images import ImageClassification, read_images
     from randbasis.train.loop import FitResult, fit
+    from randbasis.train.method_table import METHOD_NAMES, peft_config
     from randbasis.train.pooled import PooledClassifier
     from randbasis.train.run import Prepared, TrainOutcome, prepare, train
     from randbasis.train.settings import (
@@ -26,7 +26,7 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "randbasis.train.adapter": "METHOD_NAMES peft_config",
+            "randbasis.train.method_table": "METHOD_NAMES peft_config",
             "randbasis.train.causal_lm": "CausalLanguage",
             "randbasis.train.classification": "TextClassification",
             "randbasis.train.images": "ImageClassification read_images",

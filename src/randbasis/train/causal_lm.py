@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from randbasis.adapters.base_model import read_config
 from randbasis.errors import EmptyDataError, SettingError, near
-from randbasis.train.base_model import read_model, read_tokenizer
 from randbasis.train.classification import allowed_length, pad_batch, pad_id
 from randbasis.train.generation import generate_texts
 from randbasis.train.metrics import bleu, chrf
+from randbasis.train.model_reading import read_model, read_tokenizer
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.settings import GenerationSettings, TrainSettings
 from randbasis.train.tabular import Table

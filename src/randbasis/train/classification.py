@@ -11,8 +11,8 @@ from transformers import AutoModelForSequenceClassification
 
 from randbasis.adapters.base_model import read_config
 from randbasis.errors import EmptyDataError, LabelError, SettingError, near
-from randbasis.train.base_model import heads_of, read_model, read_tokenizer
 from randbasis.train.metrics import accuracy, matthews, pearson, spearman
+from randbasis.train.model_reading import heads_of, read_model, read_tokenizer
 from randbasis.train.pooled import PooledClassifier
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.settings import DataSettings, TrainSettings

@@ -17,8 +17,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 
 from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError, near
 from randbasis.optional import needing
-from randbasis.train.base_model import explained, heads_of, read_model
 from randbasis.train.classification import CLASS_METRICS, class_answers, class_scores, classes_of, logits_of
+from randbasis.train.model_reading import explained, heads_of, read_model
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.settings import TrainSettings
 from randbasis.train.tabular import Table

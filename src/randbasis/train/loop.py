@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from randbasis.errors import EmptyDataError, RandbasisError, SettingError, TargetError
-from randbasis.train.adapter import is_of_targets
+from randbasis.train.method_table import is_of_targets
 from randbasis.train.progress import ProgressReport
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.ranks import Ranks

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from randbasis.train.base_model import read_model
+from randbasis.train.model_reading import read_model
 
 
 class PooledClassifier(PreTrainedModel):

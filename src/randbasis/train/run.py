@@ -15,12 +15,12 @@ from randbasis.files.locations import local_output
 from randbasis.files.output_checks import check_output_folder
 from randbasis.files.output_set import put_back, replaced_set, set_aside
 from randbasis.files.whole_file import write
-from randbasis.train.adapter import peft_config
 from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.classification import TextClassification
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
 from randbasis.train.loop import FitResult, fit, runs_on_cpu
 from randbasis.train.loss_plot import plot_losses
+from randbasis.train.method_table import peft_config
 from randbasis.train.ranks import Ranks, joined
 from randbasis.train.settings import DataSettings, TrainSettings
 from randbasis.train.splits import few_shot, hold_out, sample
@@ -71,7 +71,7 @@ class TrainOutcome:
     Args:
         output: its folder.
         model: the trained model.
-        task: the task, for :func:`randbasis.train.evaluate_rows` and the like.
+        task: the task, whose ``score`` says what the model is worth on rows.
         summary: what ``summary.json`` holds.
         first: whether this process wrote it; of several processes, the one that prints.
     """

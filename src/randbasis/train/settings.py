@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
-from randbasis.adapter_file.precision import check_training_precision
 from randbasis.errors import ColumnError, HyperparameterError, RankError, SettingError, TargetError, near
+from randbasis.precision import check_training_precision
 
 TASKS = ("causal-lm", "sequence-classification", "image-classification")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 DTYPES = ("float32", "bfloat16", "float16")
+COLUMN_ROLES = ("text_column", "text_pair_column", "prompt_column", "target_column", "label_column")
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,7 @@ class DataSettings:
         check_distinct(self._roles())
 
     def _roles(self) -> dict[str, str | None]:
-        return {
-            "text_column": self.text_column,
-            "text_pair_column": self.text_pair_column,
-            "prompt_column": self.prompt_column,
-            "target_column": self.target_column,
-            "label_column": self.label_column,
-        }
+        return {role: getattr(self, role) for role in COLUMN_ROLES}
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class Task(ABC):
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
-        """What :func:`task_from_description` needs, as plain values."""
+        """What ``from_description`` of its class needs, as plain values."""
 
     def longest(self) -> str:
         """What of a text is kept, for messages."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from randbasis.adapters.putting import put
 from randbasis.adapters.saved import AdapterLocation, open_adapter
 from randbasis.errors import AdapterFilesError, BaseMismatchError, RandbasisError
-from randbasis.train.adapter import is_of_targets
+from randbasis.train.method_table import is_of_targets
 from randbasis.train.pooled import PooledClassifier
 from randbasis.train.randomness import confined_randomness
 from randbasis.tuner.saved_files import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, anchored

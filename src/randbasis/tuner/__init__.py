@@ -1,4 +1,4 @@
-"""h inside a model: adapters as PEFT knows them. Importing this registers the methods with PEFT."""
+"""ΔW INSIDE A MODEL: adapters as PEFT knows them. Importing this registers the methods with PEFT."""
 
 # ruff: noqa: E402  # the names that the imports below rely on are checked first, so that a missing one is named
 

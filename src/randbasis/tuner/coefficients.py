@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from randbasis.adapter_file.codec import nearest_codes, scale_of
+from randbasis.codes import nearest_codes, scale_of
 from randbasis.errors import StreamValueError
 from randbasis.tuner.snapshot import Snapshot
 
@@ -33,7 +33,7 @@ class Coefficients(nn.Module):
 def straight_through(values: Tensor, bits: int) -> Tensor:
     """Math (11) in the forward pass, the identity in the backward pass (Bengio et al., arXiv 1308.3432).
 
-    The result is to the last bit what :func:`randbasis.adapter_file.codec.rounded` makes of the values with one scale
+    The result is to the last bit what :func:`randbasis.codes.rounded` makes of the values with one scale
     for all of them, which is what a packed file holds. Zeros stay zeros and are given their gradient; values that are
     not finite make the result NaN.
 

@@ -1,62 +1,22 @@
 """One configuration class a method: PEFT configurations that hold hyper-parameters and nothing trained."""
 
 import re
-from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
 
-from randbasis.adapter_file.precision import check_training_precision
 from randbasis.contraction import check_order
-from randbasis.errors import (
-    AdapterFilesError,
-    BaseMismatchError,
-    HyperparameterError,
-    TargetError,
-    UnknownMethodError,
-    near,
-)
+from randbasis.errors import HyperparameterError, TargetError, UnknownMethodError, near
 from randbasis.methods import Method, Nola, Pranc, RandLora, Vera, method_class
+from randbasis.precision import check_training_precision
 from randbasis.tuner.registration import PEFT_TYPE
+from randbasis.tuner.run_state import RunState
 from randbasis.tuner.targets import check_expression, split_slices
 
 REQUIRES = "randbasis: pip install randbasis, and import randbasis before the adapter is loaded"
 """Without the import PEFT says ``KeyError: 'RANDBASIS'`` and no more: it has no place for a package to be asked."""
-
-
-@dataclass(frozen=True)
-class StoredLayers:
-    """The layers that coefficients are at hand for, when an adapter is put on a model to take them.
-
-    Attributes:
-        paths: in the base model.
-        where: the adapter, for messages.
-    """
-
-    paths: frozenset[str]
-    where: str
-
-    def check(self, picked: Collection[str]) -> None:
-        """Raise unless these are the layers that the options of the adapter pick from a model.
-
-        Raises:
-            AdapterFilesError: a layer would be adapted that there are no coefficients for.
-            BaseMismatchError: there are coefficients for a layer that would not be adapted.
-        """
-        missing, extra = sorted({*picked} - self.paths), sorted(self.paths - {*picked})
-        if missing:
-            raise AdapterFilesError(
-                f"{self.where}: the adapter must have the coefficients of all layers that it adapts in this model, "
-                f"{len(missing)} are missing, the first is {missing[0]!r}; put it on the base model it was made for"
-            )
-        if extra:
-            raise BaseMismatchError(
-                f"{self.where}: the adapter has coefficients of {len(extra)} layers that this model does not have, or "
-                f"that are no targets of its options, the first is {extra[0]!r}; put it on the base model it was made "
-                "for"
-            )
 
 
 @dataclass
@@ -147,13 +107,7 @@ class RandbasisConfig(PeftConfig):
         self._check_common()
         self._split_targets()
         self.method_for("")
-
-        self.made_for: dict[str, list[int]] | None = None
-        self.made_for_rows: dict[str, list[int]] | None = None
-        self.made_for_type: str | None = None
-        self.restored = False
-        self.folder: Path | None = None
-        self.stored: StoredLayers | None = None
+        self.run = RunState()
 
     @classmethod
     def from_pretrained(
@@ -162,17 +116,12 @@ class RandbasisConfig(PeftConfig):
         """As PEFT's, and remember the folder, whose weights are checked before a model is touched."""
         config = cast("RandbasisConfig", super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs))
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        config.folder = folder if folder.is_dir() else None
+        config.run = RunState(folder=folder if folder.is_dir() else None)
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """The options as a mapping, with the model's type and the shapes and parts of the layers adapted last."""
-        return {
-            **super().to_dict(),
-            "base_shapes": self.made_for or self.base_shapes,
-            "base_rows": self.made_for_rows or self.base_rows,
-            "base_model_type": self.made_for_type or self.base_model_type,
-        }
+        return {**super().to_dict(), **self.run.made_for}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, and name this package in the card that PEFT has written beside it."""

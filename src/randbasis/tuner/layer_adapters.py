@@ -35,7 +35,7 @@ def widened(coefficients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 class LayerAdapters(nn.Module, BaseTunerLayer):
-    """A frozen linear layer and what its adapters are made of; :class:`RandbasisLinear` computes with them.
+    """A frozen linear layer and what its adapters are made of; ``RandbasisLinear`` computes with them.
 
     Args:
         base_layer: the layer to adapt.

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -98,11 +99,11 @@ class RandbasisModel(BaseTuner):
         self._checked = {}
         if config.target_modules == DUMMY_TARGET_MODULES:
             return
-        if config.folder is not None and (config.base_shapes or (config.folder / PICKLE_FILE).is_file()):
+        folder = config.run.folder
+        if folder is not None and (config.base_shapes or (folder / PICKLE_FILE).is_file()):
             # Saved with coefficients beside it, which PEFT looks for only after it has changed the model.
-            check_adapter_files(config.folder)
-            shapes = tensor_shapes(config.folder / WEIGHTS_FILE)
-            check_places(model, shapes, str(config.folder), config.modules_to_save or ())
+            check_adapter_files(folder)
+            check_places(model, tensor_shapes(folder / WEIGHTS_FILE), str(folder), config.modules_to_save or ())
         all_linear = str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         _maybe_include_all_linear_layers(config, model)
         modules = dict(_named_modules(model))
@@ -111,8 +112,8 @@ class RandbasisModel(BaseTuner):
         matched = self._matched(config, modules)
         if not matched:
             raise _nothing_matched(config, list(modules))
-        if config.stored is not None:
-            config.stored.check(matched)
+        if config.run.stored is not None:
+            config.run.stored.check(matched)
         self._checked = {key: self._check_target(config, key, modules[key]) for key in matched}
         check_reached(model, matched)
         if self._usual_names or all_linear:  # PEFT's names and not the user's, who may have excluded some
@@ -210,9 +211,12 @@ class RandbasisModel(BaseTuner):
                 rows |= {f"{key}[{part.name}]": (part.start, part.stop) for part in parts}
         self._see_to_calls(model)
         config = cast("RandbasisConfig", self.peft_config[adapter_name])
-        config.made_for = compress_shapes(shapes)
-        config.made_for_rows = compress_shapes(rows) if rows else None
-        config.made_for_type = cast("dict[str, Any]", self.get_model_config(self.model)).get("model_type")
+        told = {
+            "base_shapes": compress_shapes(shapes),
+            "base_rows": compress_shapes(rows) if rows else None,
+            "base_model_type": cast("dict[str, Any]", self.get_model_config(self.model)).get("model_type"),
+        }
+        config.run = replace(config.run, made_for={name: value for name, value in told.items() if value})
         place_meaning(model, adapter_name, config)
 
     def _see_to_calls(self, model: nn.Module) -> None:
@@ -460,10 +464,10 @@ class RandbasisModel(BaseTuner):
         try:
             check_loaded(model, adapter_name, remapped)
         except RandbasisError:
-            if not ours.restored and (ours.inference_mode or ours.base_shapes is not None):
+            if not ours.run.restored and (ours.inference_mode or ours.base_shapes is not None):
                 take_off(model, adapter_name)
             raise
-        ours.restored, ours.folder = True, None
+        ours.run = replace(ours.run, restored=True, folder=None)
         return remapped
 
 

@@ -119,7 +119,8 @@ def parts_of(key: str, slices: Mapping[str, list[str]]) -> list[str]:
 def resolve_parts(key: str, wanted: list[str], out_features: int, model_config: Mapping[str, Any]) -> list[Part]:
     """Output rows of each part, in the order of the rows.
 
-    Names (``q``, ``k``, ``v``, ``gate``, ``up``) are taken where :data:`LAYOUTS` knows how the model splits the layer.
+    Names (``q``, ``k``, ``v``, ``gate``, ``up``) are taken where :data:`~randbasis.tuner.fused_layouts.LAYOUTS` knows
+    how the model splits the layer.
 
     Args:
         key: module path, for messages.

@@ -13,11 +13,11 @@ from randbasis.adapters.saved import SavedAdapter, open_adapter
 from randbasis.errors import AdapterFilesError, EmptyDataError, SettingError, near
 from randbasis.files.locations import Location
 from randbasis.files.whole_file import whole_file
-from randbasis.train.base_model import read_tokenizer
 from randbasis.train.causal_lm import CausalLanguage, end_token_id
 from randbasis.train.classification import TextClassification, allowed_length
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
 from randbasis.train.loop import torch_threads
+from randbasis.train.model_reading import read_tokenizer
 from randbasis.train.run import TASK_CLASSES
 from randbasis.train.settings import check_distinct
 from randbasis.train.splits import sample

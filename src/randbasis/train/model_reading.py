@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from randbasis.adapters.base_model import model_readable
+from randbasis.adapters.base_model import model_readable, quiet_transformers
 from randbasis.adapters.whole_model import load_whole
 from randbasis.errors import SettingError
 
@@ -17,13 +17,12 @@ from randbasis.errors import SettingError
 @contextmanager
 def quiet_loading() -> Generator[None]:
     """Neither progress bars nor the report that a fresh head is fresh; both settings are put back."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with quiet_transformers():
+            yield
     finally:
-        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
 
