@@ -18,7 +18,7 @@ from randbasis.errors import (
     UnknownMethodError,
     near,
 )
-from randbasis.methods import Method, Nola, Pranc, RandLora, Vera, method_class
+from randbasis.methods import LoraXs, Method, Nola, Pranc, RandLora, Vera, method_class
 from randbasis.tuner.registration import PEFT_TYPE
 from randbasis.tuner.targets import check_expression, split_slices
 
@@ -67,7 +67,7 @@ class RandbasisConfig(PeftConfig):
     way back.
 
     Args:
-        method: ``"nola"``, ``"vera"``, ``"randlora"`` or ``"pranc"``; set by the subclass.
+        method: ``"nola"``, ``"vera"``, ``"randlora"``, ``"pranc"`` or ``"loraxs"``; set by the subclass.
         seed: 64-bit seed that all frozen matrices are drawn from.
         law: ``"sign"``, ``"uniform"``, ``"normal"`` or ``"sparse(s)"``.
         target_modules: module names (list), one regular expression (str), ``"all-linear"``, or None for the usual
@@ -89,6 +89,7 @@ class RandbasisConfig(PeftConfig):
         base_shapes: shapes of the layers that a saved adapter was made for; checked when it is put on a model.
         base_rows: first row and row after the last of each part of a fused projection that it was made for.
         base_model_type: ``model_type`` of the base that it was made for.
+        base_weights: digest of the base weights that frozen matrices are made of, where there are such; checked, too.
         requires: the package to import before PEFT can read the file, for those who find the file alone.
 
     Raises:
@@ -117,6 +118,7 @@ class RandbasisConfig(PeftConfig):
     base_shapes: dict[str, list[int]] | None = None
     base_rows: dict[str, list[int]] | None = None
     base_model_type: str | None = None
+    base_weights: str | None = None
     requires: str = REQUIRES
 
     def __new__(cls, *_: Any, **options: Any) -> "RandbasisConfig":
@@ -151,6 +153,7 @@ class RandbasisConfig(PeftConfig):
         self.made_for: dict[str, list[int]] | None = None
         self.made_for_rows: dict[str, list[int]] | None = None
         self.made_for_type: str | None = None
+        self.made_for_weights: str | None = None
         self.restored = False
         self.folder: Path | None = None
         self.stored: StoredLayers | None = None
@@ -166,12 +169,13 @@ class RandbasisConfig(PeftConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as a mapping, with the model's type and the shapes and parts of the layers adapted last."""
+        """The options as a mapping, with what is kept of the model and the layers adapted last."""
         return {
             **super().to_dict(),
             "base_shapes": self.made_for or self.base_shapes,
             "base_rows": self.made_for_rows or self.base_rows,
             "base_model_type": self.made_for_type or self.base_model_type,
+            "base_weights": self.made_for_weights or self.base_weights,
         }
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -362,8 +366,27 @@ class PrancConfig(RandbasisConfig):
             )
 
 
+@dataclass
+class LoraXsConfig(RandbasisConfig):
+    """LoRA-XS, math (25)-(27): ``r²`` coefficients a matrix, between the leading singular vectors of the base weight.
+
+    Args:
+        r: singular vectors.
+        alpha: numerator of the scaling ``alpha / r``.
+        alpha_pattern: regular expression of module names → alpha.
+    """
+
+    method_cls: ClassVar[type[Method]] = LoraXs
+    patterns: ClassVar[tuple[tuple[str, str], ...]] = (("rank_pattern", "r"), ("alpha_pattern", "alpha"))
+
+    method: str = "loraxs"
+    r: int = 16
+    alpha: float = 16.0
+    alpha_pattern: dict[str, float] = field(default_factory=dict[str, float])
+
+
 CONFIGS: dict[str, type[RandbasisConfig]] = {
-    config.method_cls.name: config for config in (NolaConfig, VeraConfig, RandLoraConfig, PrancConfig)
+    config.method_cls.name: config for config in (NolaConfig, VeraConfig, RandLoraConfig, PrancConfig, LoraXsConfig)
 }
 """Method name → configuration class."""
 
