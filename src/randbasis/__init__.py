@@ -3,7 +3,7 @@
 The flow, one line a stage:
 
     SEED → BASIS                    :mod:`randbasis.basis`: Philox, laws, streams
-    BASIS + COEFFICIENTS → FACTORS  :mod:`randbasis.methods`: NOLA, VeRA, RandLoRA, PRANC, over :mod:`randbasis.ops`
+    BASIS + COEFFICIENTS → FACTORS  :mod:`randbasis.methods`: NOLA, VeRA, RandLoRA, PRANC, LoRA-XS, over :mod:`randbasis.ops`
     FACTORS → h                     :mod:`randbasis.contraction`: token order or weight order, by cost
     h inside a model                :mod:`randbasis.tuner`: PEFT configurations, layers, merging, mixed batches
     an adapter at rest              :mod:`randbasis.adapters`: folder, packed file, URL, store entry; put on a model
@@ -22,8 +22,9 @@ from randbasis.peft_import import register_with_peft
 if TYPE_CHECKING:
     from randbasis.adapters import open_adapter, put
     from randbasis.basis import Basis, Law, basis_entries, parse_law, stream_of
-    from randbasis.methods import METHODS, Method, Nola, Pranc, RandLora, Vera
+    from randbasis.methods import METHODS, LoraXs, Method, Nola, Pranc, RandLora, Vera
     from randbasis.tuner import (
+        LoraXsConfig,
         NolaConfig,
         PrancConfig,
         RandbasisConfig,
@@ -38,8 +39,8 @@ else:
         {
             "randbasis.adapters": "open_adapter put",
             "randbasis.basis": "Basis Law basis_entries parse_law stream_of",
-            "randbasis.methods": "METHODS Method Nola Pranc RandLora Vera",
-            "randbasis.tuner.config": "NolaConfig PrancConfig RandLoraConfig RandbasisConfig VeraConfig",
+            "randbasis.methods": "METHODS LoraXs Method Nola Pranc RandLora Vera",
+            "randbasis.tuner.config": "LoraXsConfig NolaConfig PrancConfig RandLoraConfig RandbasisConfig VeraConfig",
             "randbasis.tuner.layer": "RandbasisLinear",
             "randbasis.tuner.model": "RandbasisModel",
         },
@@ -51,6 +52,8 @@ __all__ = [
     "METHODS",
     "Basis",
     "Law",
+    "LoraXs",
+    "LoraXsConfig",
     "Method",
     "Nola",
     "NolaConfig",
