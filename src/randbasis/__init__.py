@@ -3,7 +3,7 @@
 The flow, one line a stage:
 
     SEED → BASIS                    :mod:`randbasis.basis`: Philox, laws, streams
-    BASIS + COEFFICIENTS → FACTORS  :mod:`randbasis.methods`: NOLA, VeRA, RandLoRA, PRANC, LoRA-XS, over :mod:`randbasis.ops`
+    BASIS + COEFFICIENTS → FACTORS  :mod:`randbasis.methods`: five of them, over :mod:`randbasis.ops`
     FACTORS → h                     :mod:`randbasis.contraction`: token order or weight order, by cost
     h inside a model                :mod:`randbasis.tuner`: PEFT configurations, layers, merging, mixed batches
     an adapter at rest              :mod:`randbasis.adapters`: folder, packed file, URL, store entry; put on a model
