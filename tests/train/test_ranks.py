@@ -120,7 +120,8 @@ def test_against_one_process_with_all_rows(name: str, runs: dict[str, Any], two_
         torch.testing.assert_close(theirs[key], expected, rtol=0, atol=1e-6, msg=key)
     summary = json.loads((two_ranks / name / "summary.json").read_text())
     assert summary["steps"] == one.summary["steps"]
-    assert summary["after"] == pytest.approx(one.summary["after"], rel=1e-4)
+    # A correlation of predictions that hardly differ magnifies what is left between coefficients within 1e-6.
+    assert summary["after"] == pytest.approx(one.summary["after"], rel=1e-4, abs=1e-4)
     assert {file.name for file in (two_ranks / name).iterdir()} == {f.name for f in (tmp_path / "one").iterdir()}
 
 
