@@ -11,6 +11,8 @@ PUBLIC_NAMES = [
     "METHODS",
     "Basis",
     "Law",
+    "LoraXs",
+    "LoraXsConfig",
     "Method",
     "Nola",
     "NolaConfig",

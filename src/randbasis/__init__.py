@@ -24,8 +24,9 @@ from randbasis.peft_import import register_with_peft
 if TYPE_CHECKING:
     from randbasis.adapters import open_adapter, put
     from randbasis.basis import Basis, Law, basis_entries, parse_law, stream_of
-    from randbasis.methods import METHODS, Method, Nola, Pranc, RandLora, Vera
+    from randbasis.methods import METHODS, LoraXs, Method, Nola, Pranc, RandLora, Vera
     from randbasis.tuner import (
+        LoraXsConfig,
         NolaConfig,
         PrancConfig,
         RandbasisConfig,
@@ -40,8 +41,8 @@ else:
         {
             "randbasis.adapters": "open_adapter put",
             "randbasis.basis": "Basis Law basis_entries parse_law stream_of",
-            "randbasis.methods": "METHODS Method Nola Pranc RandLora Vera",
-            "randbasis.tuner.config": "NolaConfig PrancConfig RandLoraConfig RandbasisConfig VeraConfig",
+            "randbasis.methods": "METHODS LoraXs Method Nola Pranc RandLora Vera",
+            "randbasis.tuner.config": "LoraXsConfig NolaConfig PrancConfig RandLoraConfig RandbasisConfig VeraConfig",
             "randbasis.tuner.layer": "RandbasisLinear",
             "randbasis.tuner.model": "RandbasisModel",
         },
@@ -53,6 +54,8 @@ __all__ = [
     "METHODS",
     "Basis",
     "Law",
+    "LoraXs",
+    "LoraXsConfig",
     "Method",
     "Nola",
     "NolaConfig",

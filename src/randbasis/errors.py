@@ -166,6 +166,10 @@ class BaseMismatchError(RandbasisError, ValueError):
     """An adapter was made for a base model of another shape."""
 
 
+class BaseWeightError(RandbasisError, ValueError):
+    """A method makes frozen matrices of the base model's weights, which are not at hand, or are no plain numbers."""
+
+
 class MeaningError(RandbasisError, ValueError):
     """Coefficients were made for another seed, law or other option than those of the adapter that they are put on."""
 

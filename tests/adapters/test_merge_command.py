@@ -36,6 +36,7 @@ from randbasis.errors import (
     SaveError,
 )
 from randbasis.files.output_set import replaced_set
+from randbasis.tuner.config import LoraXsConfig
 from randbasis.tuner.saved_files import HEAD_FILE
 
 TOKENS = torch.arange(24).view(2, 12)
@@ -45,6 +46,7 @@ CONFIGS: list[RandbasisConfig] = [
     VeraConfig(r=4, target_modules=["c_fc"]),
     RandLoraConfig(r=5, target_modules=["c_proj"]),
     PrancConfig(num_basis=3, target_modules=["c_attn"]),
+    LoraXsConfig(r=4, target_modules=["c_attn[q,v]"]),
 ]
 
 

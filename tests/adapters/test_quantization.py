@@ -67,6 +67,9 @@ def test_errors_against_the_matrices_of_the_models(method, tmp_path):
         tuple(layer.get_delta_weight("default").detach().double() for layer in layers)
         for layers in zip(adapted_layers(exact).values(), adapted_layers(quantized).values(), strict=True)
     ]
+    if done.needs_base:  # which the file alone cannot say
+        assert all(one.delta_error is None for one in done.precisions)
+        return
     error = sum(float((q - e).square().sum()) for e, q in pairs) ** 0.5
     assert found.delta_error == pytest.approx(error / sum(float(e.square().sum()) for e, _ in pairs) ** 0.5, rel=1e-4)
     before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("source", "out"))

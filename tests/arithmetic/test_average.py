@@ -56,6 +56,10 @@ def test_coefficients_and_distance(case: Case, weights: tuple[float, float] | No
     wanted = {key: first * deltas[0][key] + second * deltas[1][key] for key in deltas[0]}
     size = math.hypot(*(float(delta.norm()) for delta in wanted.values()))
     apart = math.hypot(*(float((wanted[key] - reached[key]).norm()) for key in wanted))
+    if case.method == "loraxs":  # linear in its coefficients, but the files do not tell its ΔW
+        assert (done.norm, done.distance, done.relative) == (None, None, None)
+        assert apart < 1e-6 * size
+        return
     assert done.norm == pytest.approx(size, rel=1e-5)
     assert done.distance == pytest.approx(apart, rel=1e-4, abs=1e-6 * size)
     # Bilinear in two vectors each, but for PRANC, which is linear.

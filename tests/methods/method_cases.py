@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randbasis.methods import Coefficients, Method, Nola, Pranc, RandLora, Site, Vera
+from randbasis.methods import Bound, Coefficients, LoraXs, Method, Nola, Pranc, RandLora, Site, Vera
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,14 @@ class Maker:
 
     def site(self, method: Method) -> Site:
         return Site(self.out, self.in_, method.streams("blocks.3.attention"))
+
+    def weight(self, seed: int = 3) -> Tensor:
+        """The base weight, for a method that needs it."""
+        return draw(self.out, self.in_, seed=seed).float()
+
+    def bind(self, method: Method, site: Site | None = None) -> Bound[Any]:
+        """The method on the matrix, its base weight at hand."""
+        return method.bind(self.site(method) if site is None else site, self.weight())
 
 
 MAKERS = {
@@ -47,6 +55,9 @@ MAKERS = {
     "randlora r>min": Maker(RandLora, {"r": 6}, 3, 5),
     "pranc": Maker(Pranc, {"num_basis": 5}, 4, 6),
     "pranc unique": Maker(Pranc, {"num_basis": 3, "share_basis": False}, 5, 3),
+    "loraxs": Maker(LoraXs, {"r": 3, "alpha": 6.0}, 7, 5),
+    "loraxs wide": Maker(LoraXs, {"r": 2, "alpha": 2.0}, 4, 9),
+    "loraxs r>min": Maker(LoraXs, {"r": 8, "alpha": 4.0}, 6, 3),
 }
 LAWS = ("sign", "uniform", "normal", "sparse(3)")
 STORAGES = ("auto", "packed", "dense", "recompute")

@@ -28,7 +28,7 @@ def case(maker: Maker, **options: str) -> Case:
     """A method, its place, and the method there."""
     method = maker.method(**options)
     site = maker.site(method)
-    return method, site, method.bind(site)
+    return method, site, maker.bind(method, site)
 
 
 def gradients(h: Tensor, coefficients: dict[str, Tensor], *more: Tensor) -> list[Tensor]:
@@ -102,7 +102,9 @@ def test_storage_changes_no_number(maker: Maker, law: str) -> None:
     found = []
     for storage in STORAGES:
         method, site, bound = case(maker, law=law, basis_storage=storage)
-        assert all((one.storage == "recompute") == (storage == "recompute") for one in bound.bases)
+        kept = [*bound.bases, *([] if bound.derived is None else [bound.derived])]
+        assert kept
+        assert all((one.storage == "recompute") == (storage == "recompute") for one in kept)
         coefficients = leaves(trained(method, site))
         delta = bound.matrix(coefficients)
         found.append([delta, *gradients(delta, coefficients)])
@@ -271,12 +273,16 @@ def test_streams_depend_on_the_path_only_when_the_basis_is_not_shared(maker: Mak
     assert len(set(method.streams("layers.0"))) == len(method.roles)
 
 
-def test_seed_law_and_stream_each_change_the_matrices(maker: Maker) -> None:
+def test_seed_law_and_stream_or_the_base_weight_change_the_matrices(maker: Maker) -> None:
     method = maker.method()
     site = maker.site(method)
     values = trained(method, site)
-    delta = method.bind(site).matrix(values)
+    delta = maker.bind(method).matrix(values)
     other_streams = Site(maker.out, maker.in_, tuple(stream ^ 1 for stream in site.streams))
+    if method.needs_base:
+        assert torch.equal(maker.bind(maker.method(seed=1, law="normal")).matrix(values), delta)
+        assert not torch.allclose(delta, method.bind(site, maker.weight(seed=4)).matrix(values))
+        return
     assert not torch.allclose(delta, maker.method(seed=1).bind(site).matrix(values))
     assert not torch.allclose(delta, maker.method(law="normal").bind(site).matrix(values))
     assert not torch.allclose(delta, method.bind(other_streams).matrix(values))

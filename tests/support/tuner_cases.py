@@ -36,13 +36,23 @@ from randbasis import (
     basis_entries,
     parse_law,
 )
+from randbasis.methods import LoraXs
+from randbasis.methods.loraxs import BoundLoraXs
 from randbasis.methods.nola import BoundNola
 from randbasis.methods.pranc import BoundPranc
 from randbasis.methods.randlora import BoundRandLora
 from randbasis.methods.vera import BoundVera
+from randbasis.tuner.config import LoraXsConfig
+from randbasis.tuner.layer_adapters import frozen_weight
 
 #: What each method is where it is bound.
-BOUNDS = {"nola": BoundNola, "pranc": BoundPranc, "randlora": BoundRandLora, "vera": BoundVera}
+BOUNDS = {
+    "nola": BoundNola,
+    "pranc": BoundPranc,
+    "randlora": BoundRandLora,
+    "vera": BoundVera,
+    "loraxs": BoundLoraXs,
+}
 VOCABULARY = 64
 WIDTH = 24
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -138,9 +148,14 @@ OPTIONS: dict[str, tuple[type[RandbasisConfig], dict[str, Any]]] = {
     "vera": (VeraConfig, {"r": 7}),
     "randlora": (RandLoraConfig, {"r": 5, "scaling": "paper", "law": "sparse(3)"}),
     "pranc": (PrancConfig, {"num_basis": 6, "law": "uniform"}),
+    "loraxs": (LoraXsConfig, {"r": 4}),
 }
 #: One of each method, for tests in which its options do not matter.
-ONE_EACH = ("nola", "vera", "randlora", "pranc")
+ONE_EACH = ("nola", "vera", "randlora", "pranc", "loraxs")
+
+
+#: Those whose ΔW coefficients alone give.
+OF_SEEDS = tuple(name for name in ONE_EACH if not METHODS[name].needs_base)
 
 
 def make_config(method: str, targets: Any = None, **options: Any) -> RandbasisConfig:
@@ -177,6 +192,8 @@ class Case:
 
 
 CASES = [pytest.param(Case(place, method), id=f"{place}-{method}") for place in PLACES for method in OPTIONS]
+#: Without those whose ΔW is made of the base weight too.
+CASES_OF_SEEDS = [one for one in CASES if one.values[0].method != "loraxs"]
 #: For costly tests: each method in each place, without the variants of NOLA.
 PLAIN_CASES = [pytest.param(Case(place, method), id=f"{place}-{method}") for place in PLACES for method in ONE_EACH]
 
@@ -236,8 +253,10 @@ def snapshot(model: nn.Module) -> tuple[str, dict[str, bytes], dict[str, bool]]:
     return repr(model), bits(state), {name: p.requires_grad for name, p in model.named_parameters()}
 
 
-def naive_delta(config: RandbasisConfig, path: str, coefficients: Mapping[str, Tensor], out: int, in_: int) -> Tensor:
-    """ΔW by the formulas of math §2, written plainly in float64 on the basis alone."""
+def naive_delta(
+    config: RandbasisConfig, path: str, coefficients: Mapping[str, Tensor], out: int, in_: int, weight: Tensor
+) -> Tensor:
+    """ΔW by the formulas of math §2, written plainly in float64 on the basis, or the base weight, alone."""
     method = config.method_for(path.partition("[")[0])
     unit = parse_law(method.law).variance ** -0.5
 
@@ -254,6 +273,11 @@ def naive_delta(config: RandbasisConfig, path: str, coefficients: Mapping[str, T
             return method.alpha / r * (b / (3 * out * r) ** 0.5) @ (a / (3 * in_ * r) ** 0.5)
         offset = basis("A0", 1, r, in_)[0] / (3 * in_) ** 0.5
         return method.alpha / r * (b / (3 * l_) ** 0.5) @ (offset + a / (3 * k) ** 0.5)
+    if isinstance(method, LoraXs):
+        # By the eigenvectors of W Wᵀ; Σ Vᵀ is Uᵀ W.
+        left = torch.linalg.eigh(weight.double() @ weight.double().T)[1].flip(1)[:, : method.r]
+        left = left * torch.stack([column[column.abs().argmax()].sign() for column in left.T])
+        return method.alpha / method.r * left @ c["loraxs_r"] @ left.T @ weight.double()
     if method.name == "vera":
         r = c["vera_d"].numel()
         a, b = basis("A", 1, r, in_)[0] * (2 / in_) ** 0.5, basis("B", 1, r, out)[0].T * (2 / r) ** 0.5
@@ -302,7 +326,8 @@ def naive_deltas(model: PeftModel, case: Case, adapter: str = "default") -> dict
             tail = "_" + part.replace("/", "_") if part else ""
             names = METHODS[config.method].coefficient_shapes(config.method_for(name), stop - start, layer.in_features)
             mine = {n: layer.get_submodule(f"randbasis_{n}{tail}.{adapter}").weight for n in names}
-            total[start:stop] = naive_delta(config, path, mine, stop - start, layer.in_features)
+            weight = frozen_weight(layer)[start:stop]
+            total[start:stop] = naive_delta(config, path, mine, stop - start, layer.in_features, weight)
         found[name] = total
     return found
 

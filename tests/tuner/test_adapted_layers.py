@@ -80,7 +80,7 @@ def test_only_coefficients_train_and_their_count_is_the_formula(case):
             n = -(-min(out, in_) // 5)
             expected += {
                 "nola": 11, "nola-plain": 12, "nola-own-basis": 12, "vera": 7 + out,
-                "randlora": n * (5 + min(out, in_)), "pranc": 6,
+                "randlora": n * (5 + min(out, in_)), "pranc": 6, "loraxs": 16,
             }[case.method]  # fmt: skip
     assert sum(p.numel() for p in trainable.values()) == expected == model.get_nb_trainable_parameters()[0]
 

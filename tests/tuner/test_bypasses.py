@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tuner_cases import (
+    OF_SEEDS,
     ONE_EACH,
     adapted_layers,
     fill,
@@ -282,7 +283,7 @@ def test_what_a_base_layer_does_besides_is_done_in_every_mode(kind, first, contr
         torch.testing.assert_close(model(x), trained, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ONE_EACH)
+@pytest.mark.parametrize("method", OF_SEEDS)
 @pytest.mark.parametrize("to_disk", [False, True], ids=["to CPU", "to disk"])
 def test_offloaded_bases_compute_with_the_coefficients(to_disk, method, tmp_path):
     want_model = get_peft_model(seeded(tiny_llama), make_config(method, ["q_proj", "down_proj"]))

@@ -12,6 +12,7 @@ from tuner_cases import adapted_layers
 
 import randbasis
 from randbasis import NolaConfig, PrancConfig, RandLoraConfig, VeraConfig
+from randbasis.tuner.config import LoraXsConfig
 
 PACKAGE = str(Path(randbasis.__file__).parent)
 CALLS, CHANGES = 45, 15
@@ -20,6 +21,7 @@ CONFIGS = {
     "vera": VeraConfig(r=64, target_modules=["0"]),
     "randlora": RandLoraConfig(r=8, target_modules=["0"]),
     "pranc": PrancConfig(num_basis=64, target_modules=["0"]),
+    "loraxs": LoraXsConfig(r=8, target_modules=["0"]),
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from tuner_cases import ONE_EACH, coefficients_of, fill, loss_of, make_config, outputs
+from tuner_cases import OF_SEEDS, coefficients_of, fill, loss_of, make_config, outputs
 
 from randbasis import RandbasisLinear
 from randbasis.errors import ContractionError, MergeError
@@ -12,7 +12,7 @@ from randbasis.errors import ContractionError, MergeError
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantized layers to test")
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
-ALL_METHODS = pytest.mark.parametrize("method", ONE_EACH)
+ALL_METHODS = pytest.mark.parametrize("method", OF_SEEDS)
 TARGETS = ["first", "fused[0/3,2/3]"]
 
 

@@ -61,8 +61,10 @@ def test_a_part_is_the_method_on_a_layer_of_that_shape(method):
             super().__init__()
             self.key = nn.Linear(24, 24)
 
-    sliced = get_peft_model(seeded(FusedBlock), make_config(method, ["qkv[1/3]"]))
-    apart = get_peft_model(seeded(Apart), make_config(method, ["key"]))
+    fused, alone = seeded(FusedBlock), seeded(Apart)
+    alone.key.weight.data.copy_(fused.qkv.weight[24:48])  # for a method that makes its matrices of it
+    sliced = get_peft_model(fused, make_config(method, ["qkv[1/3]"]))
+    apart = get_peft_model(alone, make_config(method, ["key"]))
     fill(sliced)
     fill(apart)
     (one,), (other,) = (list(adapted_layers(m).values()) for m in (sliced, apart))

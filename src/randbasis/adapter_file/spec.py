@@ -29,10 +29,13 @@ class Base:
     Attributes:
         name: hub name or plain folder name, where one is known.
         architecture: ``model_type`` of its configuration, where one is known.
+        weights: digest of the weights that frozen matrices are made of, 16 hexadecimal digits; None where the method
+            needs none.
     """
 
     name: str | None = None
     architecture: str | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +243,12 @@ class Spec:
             digest: SHA-256 of the bytes of the coefficients.
             digest_rest: SHA-256 of the bytes of all other tensors, where there are any.
         """
-        base = {"fingerprint": self.fingerprint, "architecture": self.base.architecture, "name": self.base.name}
+        base = {
+            "fingerprint": self.fingerprint,
+            "architecture": self.base.architecture,
+            "name": self.base.name,
+            "weights": self.base.weights,
+        }
         return {
             "method": self.method.name,
             "options": options_of(self.method),

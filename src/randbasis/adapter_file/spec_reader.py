@@ -30,6 +30,7 @@ _KNOWN_LOCK = threading.Lock()
 _KEYS = {"method", "options", "seed", "law", "base", "matrices", "bits", "digest"}
 _MAY = {"group", "digest_rest", "extra", "peft"}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_WEIGHTS = re.compile(r"[0-9a-f]{16}")
 _PART = re.compile(r"[0-9A-Za-z_]+([:/][0-9A-Za-z_]+)?")
 
 
@@ -96,7 +97,7 @@ def _parse_spec(text: str, where: str) -> tuple[Spec, Digests]:
     bits, group = _whole(document, "bits", where), _whole(document, "group", where, missing=0)
     with naming(where):
         check_precision(bits, group)
-    base, print_ = _base(_object(document, "base", where), where)
+    base, print_ = _base(_object(document, "base", where), where, weights=common.needs_base)
     groups = tuple(_group(entry, common, where) for entry in _list(document, "matrices", where))
     extra = tuple(_text(name, "a name in extra", where) for name in _list(document, "extra", where, missing=True))
     for name in extra:
@@ -169,12 +170,16 @@ def _kind_name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
-def _base(document: dict[str, Any], where: str) -> tuple[Base, str]:
-    _check_keys(document, {"fingerprint"}, {"name", "architecture"}, "base", where)
+def _base(document: dict[str, Any], where: str, *, weights: bool) -> tuple[Base, str]:
+    """The base of an adapter; ``weights`` says whether its method makes frozen matrices of the base's weights."""
+    _check_keys(document, {"fingerprint", *(["weights"] if weights else [])}, {"name", "architecture"}, "base", where)
     for key in ("name", "architecture"):
         if key in document:
             check_name(_text(document[key], f"base.{key}", where), f"base.{key}", where)
-    return Base(document.get("name"), document.get("architecture")), _digest(document, "fingerprint", where)
+    if weights and not _WEIGHTS.fullmatch(_text(document["weights"], "base.weights", where)):
+        raise _wrong("base.weights", "16 hexadecimal digits", document["weights"], where)
+    base = Base(document.get("name"), document.get("architecture"), document.get("weights"))
+    return base, _digest(document, "fingerprint", where)
 
 
 def _group(entry: object, common: Method, where: str) -> MatrixGroup:

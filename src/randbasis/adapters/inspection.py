@@ -14,7 +14,7 @@ from randbasis.adapters.base_model import hollow_model, read_config
 from randbasis.adapters.packed import layer_shapes
 from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter
 from randbasis.errors import AdapterFilesError
-from randbasis.methods import Factors
+from randbasis.methods import Factors, no_weights
 from randbasis.tuner.adapted_part import AdaptedPart
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.layer import RandbasisLinear
@@ -149,9 +149,12 @@ def inspect_adapter(
         BaseMismatchError: the adapter was made for another base model.
         CoefficientCountError: coefficients do not fit the configuration.
         CoefficientValueError: coefficients are not finite.
+        BaseWeightError: ΔW is made of the weights of the base model too.
         DataMissingError: the configuration of the base model is needed and cannot be read.
     """
     found = open_adapter(adapter).ours()
+    if found.config.method_cls.needs_base:
+        raise no_weights(found.config.method)
     adapted = _restored(found, model)
     entries = [(key, layer, one) for key, layer in _layers(adapted) for one in layer.matrices("default")]
     reports: list[MatrixReport] = []

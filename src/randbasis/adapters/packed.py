@@ -118,7 +118,8 @@ def exact(found: SavedAdapter, *, model: str | None = None, base_name: str | Non
     extra = {name: tensor for name, tensor in tensors.items() if f".{PREFIX}" not in name}
     _check_meaning(found, [one.matrix for one in stored.values()], tensors)
     _check_complete(found, stored.values(), tensors.keys() - extra.keys())
-    base = Base(base_name or _plain_name(config.base_model_name_or_path), config.base_model_type)
+    name = base_name or _plain_name(config.base_model_name_or_path)
+    base = Base(name, config.base_model_type, config.base_weights)
     groups = group_matrices(one.matrix for one in stored.values())
     spec = Spec(bare(config.method_for("")), base, groups, 32, peft=peft_options(config))
     ordered = [stored[one.name, one.part] for one in spec.matrices]
@@ -226,7 +227,8 @@ def _check_complete(found: SavedAdapter, stored: Iterable[_Stored], ours: set[st
 
 def _check_meaning(found: SavedAdapter, matrices: list[SpecMatrix], tensors: dict[str, Tensor]) -> None:
     """Take what the coefficients mean out of the tensors, and raise unless it is what the configuration says."""
-    meaning = meaning_of(found.config.method_for(""), found.config.quantize_coefficients, matrices)
+    config = found.config
+    meaning = meaning_of(config.method_for(""), config.quantize_coefficients, matrices, config.base_weights)
     names = [name for name in tensors if name.endswith(f".{MEANING}.weight")]
     for name in names:
         meaning.check(tensors.pop(name), str(found.where))

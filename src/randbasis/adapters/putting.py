@@ -120,6 +120,6 @@ def _added(model: nn.Module, config: RandbasisConfig, name: str, autocast: bool)
 def _check_same(model: PeftModel, name: str, adapter: PackedAdapter, stored: StoredLayers) -> None:
     """As every loader of coefficients for an adapter that is there."""
     spec = adapter.spec
-    held_meaning(model, name).check(meaning_of(spec.method, None, spec.matrices).tensor())
+    held_meaning(model, name).check(meaning_of(spec.method, None, spec.matrices, spec.base.weights).tensor())
     layers = adapted_layers(model.get_base_model())
     stored.check([key for key, layer in layers if name in layer.adapted])

@@ -36,14 +36,15 @@ class Precision:
         bytes: of the packed file.
         largest_error: ``max |c_q − c|`` over all coefficients.
         relative_error: ``‖c_q − c‖ / ‖c‖`` over all coefficients.
-        delta_error: ``‖ΔW_q − ΔW‖ / ‖ΔW‖`` in the Frobenius norm over all matrices.
+        delta_error: ``‖ΔW_q − ΔW‖ / ‖ΔW‖`` in the Frobenius norm over all matrices; None where ΔW is made of the
+            weights of the base model too, which are not at hand here.
     """
 
     bits: int
     bytes: int
     largest_error: float
     relative_error: float
-    delta_error: float
+    delta_error: float | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Quantization:
         matrices: how many they are of.
         exact_bytes: of the packed file without quantization.
         precisions: one entry for each of :data:`PRECISIONS`.
+        needs_base: whether ΔW is made of the weights of the base model too.
     """
 
     source: str
@@ -69,6 +71,7 @@ class Quantization:
     matrices: int
     exact_bytes: int
     precisions: tuple[Precision, ...]
+    needs_base: bool
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, one row a precision."""
@@ -121,7 +124,8 @@ def quantize_adapter(
     stored = exact(found, model=model, base_name=base_name)
     chosen = stored.at(bits, group)
     at_each = [chosen if one == bits else stored.at(one, group if one in CODED else 0) for one in PRECISIONS]
-    deltas = delta_errors(stored, at_each, track=track)
+    needs_base = stored.spec.method.needs_base
+    deltas = [None] * len(at_each) if needs_base else delta_errors(stored, at_each, track=track)
     precisions = [_precision(stored, one, error) for one, error in zip(at_each, deltas, strict=True)]
     if output is not None and str(output).endswith(PACKED_SUFFIX):
         chosen.write(output, overwrite=overwrite)
@@ -137,6 +141,7 @@ def quantize_adapter(
         stored.spec.size,
         len(stored.to_bytes()),
         tuple(precisions),
+        needs_base,
     )
 
 
@@ -179,7 +184,7 @@ def delta_errors(exact: PackedAdapter, others: Sequence[PackedAdapter], *, track
     return [_ratio(math.sqrt(square), math.sqrt(total)) for square in squares]
 
 
-def _precision(exact: PackedAdapter, quantized: PackedAdapter, delta_error: float) -> Precision:
+def _precision(exact: PackedAdapter, quantized: PackedAdapter, delta_error: float | None) -> Precision:
     before = exact.values().double()
     error = quantized.values().double() - before
     return Precision(

@@ -23,7 +23,7 @@ from randbasis.tuner.targets import Part, parts_of
 STREAMS = f"{PREFIX}streams"
 _ELSEWHERE = {
     *("method", "seed", "law", "peft_type", "peft_version", "inference_mode"),
-    *("base_model_name_or_path", "base_shapes", "base_rows", "base_model_type"),
+    *("base_model_name_or_path", "base_shapes", "base_rows", "base_model_type", "base_weights"),
     "quantize_coefficients",
 }
 """Keys of a PEFT configuration that the spec holds in its own words, or that PEFT fills in when it writes.
@@ -66,7 +66,7 @@ def named_tensors(adapter: PackedAdapter) -> dict[str, Tensor]:
         for name, rows in streams.items():
             stored = torch.tensor([values for _, values in sorted(rows)], dtype=torch.int64)
             tensors[f"{SAVED_PREFIX}{name}.{STREAMS}.weight"] = stored
-    return tensors | meaning_tensor(adapter.spec.method, None, adapter.spec.matrices)
+    return tensors | meaning_tensor(adapter.spec.method, None, adapter.spec.matrices, adapter.spec.base.weights)
 
 
 def config_of(spec: Spec, where: str, base_name: str | None = None) -> RandbasisConfig:
@@ -88,6 +88,7 @@ def config_of(spec: Spec, where: str, base_name: str | None = None) -> Randbasis
         "method": common.name,
         "base_model_name_or_path": base_name or spec.base.name,
         "base_model_type": spec.base.architecture,
+        "base_weights": spec.base.weights,
         "base_shapes": compress_shapes(spec.shapes),
         "base_rows": compress_shapes(rows) if rows else None,
         "inference_mode": True,

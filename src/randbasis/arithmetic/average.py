@@ -43,8 +43,8 @@ class Average:
         weights: one for each adapter.
         coefficients: how many there are.
         head: tensors of what was trained whole beside the adapter.
-        norm: ``‖Σ wᵢ ΔWᵢ‖``.
-        distance: between the ΔW that was written and ``Σ wᵢ ΔWᵢ``.
+        norm: ``‖Σ wᵢ ΔWᵢ‖``; None where ΔW is made of the weights of the base model too, which are not at hand here.
+        distance: between the ΔW that was written and ``Σ wᵢ ΔWᵢ``; None as the norm.
     """
 
     output: Path
@@ -52,13 +52,13 @@ class Average:
     weights: tuple[float, ...]
     coefficients: int
     head: int
-    norm: float
-    distance: float
+    norm: float | None
+    distance: float | None
 
     @property
     def relative(self) -> float | None:
-        """The distance as a share of the norm of the weighted sum; None where that is 0."""
-        return self.distance / self.norm if self.norm else None
+        """The distance as a share of the norm of the weighted sum; None where that is 0 or not known."""
+        return self.distance / self.norm if self.norm and self.distance is not None else None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -128,7 +128,7 @@ def average_adapters(
     base = replace(first.base, name=Path(base_name).name) if base_name else first.base
     spec = replace(first, base=base, bits=32, group=0)
     made = PackedAdapter.of(spec, values.float(), streams=packed[0].streams, extra=extra)
-    size, apart = _distances(made, packed, shares, track)
+    size, apart = (None, None) if first.method.needs_base else _distances(made, packed, shares, track)
     if output.suffix == SUFFIX:
         made.write(output, overwrite=overwrite)
     else:

@@ -60,7 +60,10 @@ def _check_method(first: Method, second: Method, names: tuple[str, str]) -> None
 
 def _check_base(first: PackedAdapter, second: PackedAdapter, names: tuple[str, str], base_name: str | None) -> None:
     one, two = first.spec.base, second.spec.base
-    pairs: list[tuple[str, Any, Any]] = [("type", one.architecture, two.architecture)]
+    pairs: list[tuple[str, Any, Any]] = [
+        ("type", one.architecture, two.architecture),
+        ("digest of weights", one.weights, two.weights),
+    ]
     if base_name is None:
         pairs.append(("name", one.name, two.name))
     for what, mine, theirs in pairs:

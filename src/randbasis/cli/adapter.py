@@ -43,7 +43,7 @@ commands = typer.Typer(rich_markup_mode="markdown")
 def plan(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub name of the base; only its config.json is read.")],
-    method: Annotated[str, Option(help="nola, vera, randlora, pranc; or lora.")] = AdapterSettings.method,
+    method: Annotated[str, Option(help="nola, vera, randlora, pranc, loraxs; or lora.")] = AdapterSettings.method,
     rank: Rank = None,
     basis: Matrices = None,
     basis_b: MatricesOfB = None,
@@ -175,10 +175,13 @@ def quantize(
 
 
 def _precisions_table(done: "Quantization") -> Table:
+    caption = f"wrote {done.output} at {done.bits} bits" if done.output else "nothing written: no output was named"
+    if done.needs_base:
+        caption += "\nΔW is made of the base model's weights too: its error shows once the adapter is put on them"
     table = Table(
         title=f"{done.coefficients:,} coefficients of {done.matrices} matrices, "
         + (f"{done.group} share a scale" if done.group else "one scale a vector"),
-        caption=f"wrote {done.output} at {done.bits} bits" if done.output else "nothing written: no output was named",
+        caption=caption,
     )
     for column in ("bits", "file, bytes", "largest error", "relative error", "relative error of ΔW"):
         table.add_column(column, justify="right")
@@ -186,5 +189,10 @@ def _precisions_table(done: "Quantization") -> Table:
     for one in done.precisions:
         errors = (one.largest_error, one.relative_error, one.delta_error)
         style = "bold" if one.bits == done.bits and done.output else None
-        table.add_row(str(one.bits), f"{one.bytes:,}", *(f"{error:.3g}" for error in errors), style=style)
+        table.add_row(
+            str(one.bits),
+            f"{one.bytes:,}",
+            *("—" if error is None else f"{error:.3g}" for error in errors),
+            style=style,
+        )
     return table

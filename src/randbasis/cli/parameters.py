@@ -38,7 +38,7 @@ NewTokens = Annotated[int | None, of_texts(help="Longest answer; by default the 
 Beams = Annotated[int, of_texts(help="Beams of a beam search; 1 is greedy.")]
 LengthPenalty = Annotated[float, of_texts(help="Exponent of the length in a beam's score.")]
 
-Rank = Annotated[int | None, of_adapter(help="Rank (nola, vera, randlora, lora).")]
+Rank = Annotated[int | None, of_adapter(help="Rank (nola, vera, randlora, loraxs, lora).")]
 Matrices = Annotated[int | None, of_adapter(help="Basis matrices (nola, pranc).")]
 MatricesOfB = Annotated[int | None, of_adapter(help="Basis matrices of B, where another number than of A (nola).")]
 UniqueBasis = Annotated[bool, of_adapter(help="A basis of its own for each layer (nola).")]

@@ -34,7 +34,7 @@ Name = Annotated[str, Argument(help="Name of the adapter.")]
 Timeout = Annotated[float, Option(help="Seconds to wait for another writer.")]
 Tag = Annotated[str | None, Option(help="Only those with this tag.")]
 Base = Annotated[str | None, Option(help="Only those for this base, by its fingerprint.")]
-Method = Annotated[str | None, Option(help="Only nola, vera, randlora or pranc.")]
+Method = Annotated[str | None, Option(help="Only nola, vera, randlora, pranc or loraxs.")]
 
 
 @commands.command(epilog="Example: randbasis store add adapters.db runs/*.safetensors --tag support")

@@ -62,12 +62,12 @@ def train(
     shots: Annotated[int | None, of_data(help="Train on that many rows of each class.")] = None,
     eval_limit: Annotated[int | None, of_data(help="Evaluate on that many rows.")] = None,
     method: Annotated[
-        str, Option(help="nola, vera, randlora, pranc; or lora, none (a head alone).")
+        str, Option(help="nola, vera, randlora, pranc, loraxs; or lora, none (a head alone).")
     ] = AdapterSettings.method,
     rank: Rank = None,
     basis: Matrices = None,
     basis_b: MatricesOfB = None,
-    alpha: Annotated[float | None, of_adapter(help="Scale (nola, randlora, lora).")] = None,
+    alpha: Annotated[float | None, of_adapter(help="Scale (nola, randlora, loraxs, lora).")] = None,
     seed: Annotated[int, of_adapter(help="Seed of the basis.")] = AdapterSettings.seed,
     law: Annotated[str | None, of_adapter(help="Law of the basis: sign, uniform, normal, sparse(S).")] = None,
     parametrization: Annotated[str | None, of_adapter(help="offset or plain (nola).")] = None,

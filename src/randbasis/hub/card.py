@@ -83,11 +83,17 @@ def model_card(found: SavedAdapter, facts: CardFacts) -> str:
 
 def _introduction(found: SavedAdapter, facts: CardFacts) -> str:
     config = found.config
+    frozen = (
+        "The frozen matrices between which they stand are not stored, but made of the base model's weights (digest "
+        f"{config.base_weights}); on weights of another digest it is refused."
+        if config.method_cls.needs_base
+        else "The random matrices that they combine are not stored, but redrawn from seed "
+        f"{config.seed}, bit for bit, on any machine."
+    )
     return (
         f"# {facts.repo_id.rpartition('/')[2]}\n\n"
         f"A {_citation(config)[0]} adapter of [{facts.base_name}](https://huggingface.co/{facts.base_name}): "
-        f"{_coefficients(found):,} trained coefficients. The random matrices that they combine are not stored, but "
-        f"redrawn from seed {config.seed}, bit for bit, on any machine."
+        f"{_coefficients(found):,} trained coefficients. {frozen}"
     )
 
 

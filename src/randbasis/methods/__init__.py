@@ -11,7 +11,8 @@ from randbasis.errors import UnknownMethodError, not_one_of
 from randbasis.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from randbasis.methods.bound import Bound, Coefficients, Delta, Factors, Site
+    from randbasis.methods.bound import Bound, Coefficients, Delta, Factors, Site, no_weights
+    from randbasis.methods.loraxs import LoraXs
     from randbasis.methods.method import Method, check_coefficients
     from randbasis.methods.nola import Nola
     from randbasis.methods.pranc import Pranc
@@ -24,6 +25,7 @@ CLASSES = {
     "vera": "randbasis.methods.vera.Vera",
     "randlora": "randbasis.methods.randlora.RandLora",
     "pranc": "randbasis.methods.pranc.Pranc",
+    "loraxs": "randbasis.methods.loraxs.LoraXs",
 }
 """Method name → class."""
 
@@ -31,7 +33,7 @@ if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "randbasis.methods.bound": "Bound Coefficients Delta Factors Site",
+            "randbasis.methods.bound": "Bound Coefficients Delta Factors Site no_weights",
             "randbasis.methods.method": "Method check_coefficients",
             "randbasis.methods.table": "METHODS",
             **dict(path.rsplit(".", 1) for path in CLASSES.values()),
@@ -67,6 +69,7 @@ __all__ = [
     "Coefficients",
     "Delta",
     "Factors",
+    "LoraXs",
     "Method",
     "Nola",
     "Pranc",
@@ -76,4 +79,5 @@ __all__ = [
     "check_coefficients",
     "check_method",
     "method_class",
+    "no_weights",
 ]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from randbasis.basis import Basis, parse_law
-from randbasis.ops import Slab, Stored, choose_storage, hold
+from randbasis.errors import BaseWeightError
+from randbasis.ops import Derived, Slab, Stored, choose_storage, hold
 
 if TYPE_CHECKING:
     from randbasis.methods.method import Method
@@ -69,22 +70,36 @@ class Bound(ABC, Generic[M]):
         method: the hyper-parameters.
         site: shape and streams.
         rank: ``q`` of math §2, the inner dimension of the factors.
-        bases: the frozen matrices, one a role of the method that is used here.
+        bases: the frozen matrices that are drawn from the seed, one a role of the method that is used here.
+        derived: those that are made of the base weight; None where there are none, or the weight is not at hand.
+        digest: of that weight.
     """
 
-    def __init__(self, method: M, site: Site, *shapes: tuple[int, int, int]) -> None:
+    def __init__(self, method: M, site: Site, *shapes: tuple[int, int, int], derived: Derived | None = None) -> None:
         """``shapes``: ``(count, rows, cols)`` of the matrices of each role that is used, the first roles first."""
         self.method = method
         self.site = site
         self.out_features, self.in_features = site.out_features, site.in_features
         self.rank = method.rank(site.out_features, site.in_features)
-        self._hash = hash((method, site))
+        self.derived = derived
+        self.digest = None if derived is None else derived.digest
+        self._hash = hash((method, site, self.digest))
         law = parse_law(method.law)
         bases: list[Stored] = []
         for stream, shape in zip(site.streams, shapes, strict=False):
             slab = Slab(Basis(method.seed, stream, law), *shape)
             bases.append(hold(slab, choose_storage(slab, method.basis_storage, shared=method.shares_basis)))
         self.bases = tuple(bases)
+
+    def of_base(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """The frozen matrices that are made of the base weight.
+
+        Raises:
+            BaseWeightError: the weight is not at hand, or not what it was.
+        """
+        if self.derived is None:
+            raise no_weights(self.method.name)
+        return self.derived.tensors(dtype, device)
 
     def delta(self, coefficients: Coefficients) -> "Delta":
         """ΔW of some coefficients."""
@@ -142,7 +157,7 @@ class Bound(ABC, Generic[M]):
         if not isinstance(other, Bound):
             return NotImplemented
         there = cast("Bound[Any]", other)
-        return bool(self.method == there.method) and self.site == there.site
+        return bool(self.method == there.method) and self.site == there.site and self.digest == there.digest
 
     def __hash__(self) -> int:
         return self._hash
@@ -151,7 +166,7 @@ class Bound(ABC, Generic[M]):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self.method.bind, (self.site,)
+        return type(self), (self.method, self.site, *(() if self.derived is None else (self.derived,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +205,15 @@ class Delta:
     def double(self) -> "Delta":
         """The same in float64, for whatever measures it."""
         return Delta(self.bound, {name: values.double() for name, values in self.coefficients.items()})
+
+
+def no_weights(method: str) -> BaseWeightError:
+    """What is said where ΔW is asked for and only coefficients are at hand."""
+    return BaseWeightError(
+        f"{method} makes its frozen matrices of the base model's weights, so that ΔW needs them, got coefficients "
+        "alone; put the adapter on its base model with its weights (PeftModel.from_pretrained, randbasis.put) and "
+        "take ΔW from there, or merge it (randbasis merge)"
+    )
 
 
 def matmul_rows(x: Tensor, weight: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from randbasis.basis import check_seed, parse_law, stream_of
 from randbasis.errors import CoefficientCountError, HyperparameterError, RankError
 from randbasis.methods.bound import Bound, Coefficients, Site
@@ -60,6 +62,8 @@ class Method(ABC):
     roles: ClassVar[tuple[str, ...]]
     trained_factors: ClassVar[int] = 1
     """How many of the two factors depend on coefficients; the other is frozen."""
+    needs_base: ClassVar[bool] = False
+    """Whether its frozen matrices are made of the base weight, and not drawn from the seed."""
 
     seed: int = 0
     law: str = "sign"
@@ -121,8 +125,17 @@ class Method(ABC):
     # --- coefficients become a change of the layer ---
 
     @abstractmethod
-    def bind(self, site: Site) -> Bound[Any]:
-        """The method on one matrix: whoever uses it more than once keeps the result."""
+    def bind(self, site: Site, weight: Tensor | None = None) -> Bound[Any]:
+        """The method on one matrix: whoever uses it more than once keeps the result.
+
+        Args:
+            site: shape and streams.
+            weight: ``[out, in]``, the frozen weight there, for a method that needs it; others ignore it. Without it, or
+                on the meta device, such a method counts, and makes no ΔW.
+
+        Raises:
+            BaseWeightError: no frozen matrices can be made of the weight.
+        """
 
 
 @lru_cache(maxsize=1024)

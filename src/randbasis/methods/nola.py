@@ -80,7 +80,7 @@ class Nola(Method):
         """``r``."""
         return self.r
 
-    def bind(self, site: Site) -> "BoundNola":
+    def bind(self, site: Site, weight: Tensor | None = None) -> "BoundNola":
         """See :class:`BoundNola`."""
         return BoundNola(self, site)
 

@@ -48,7 +48,7 @@ class Pranc(Method):
         """``out``: its B is the identity."""
         return out_features
 
-    def bind(self, site: Site) -> "BoundPranc":
+    def bind(self, site: Site, weight: Tensor | None = None) -> "BoundPranc":
         """See :class:`BoundPranc`."""
         return BoundPranc(self, site)
 

@@ -77,7 +77,7 @@ class RandLora(Method):
             return 2.0 / math.sqrt(self.terms(out_features, in_features))
         return (20.0 * self.r if self.alpha is None else self.alpha) / self.r
 
-    def bind(self, site: Site) -> "BoundRandLora":
+    def bind(self, site: Site, weight: Tensor | None = None) -> "BoundRandLora":
         """See :class:`BoundRandLora`."""
         return BoundRandLora(self, site)
 

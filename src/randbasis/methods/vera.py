@@ -50,7 +50,7 @@ class Vera(Method):
         """``r``."""
         return self.r
 
-    def bind(self, site: Site) -> "BoundVera":
+    def bind(self, site: Site, weight: Tensor | None = None) -> "BoundVera":
         """See :class:`BoundVera`."""
         return BoundVera(self, site)
 

@@ -27,18 +27,32 @@ from randbasis.basis import Basis, Law, parse_law
 from randbasis.errors import BasisShapeError
 from randbasis.ops import backends
 from randbasis.ops.reference import Slab, Tile, tiles
-from randbasis.ops.storage import BasisStorage, Stored, check_storage, choose_storage, held, hold
+from randbasis.ops.storage import (
+    BasisStorage,
+    Derived,
+    Stored,
+    check_storage,
+    check_weight,
+    choose_storage,
+    derive,
+    held,
+    hold,
+    weight_digest,
+)
 from randbasis.ops.transforms import check_differentiated_once, outside, recorded, traced, transformed
 
 __all__ = [
     "BasisStorage",
+    "Derived",
     "Slab",
     "Stored",
     "check_differentiated_once",
     "check_storage",
+    "check_weight",
     "choose_storage",
     "combine",
     "combine_each",
+    "derive",
     "entries",
     "hold",
     "project",
@@ -47,6 +61,7 @@ __all__ = [
     "scaled_entries",
     "traced",
     "transformed",
+    "weight_digest",
     "weighted_sum",
 ]
 

@@ -1,17 +1,20 @@
-"""How a slab of a basis is kept between calls: densely, as raw words, or not at all.
+"""How frozen matrices are kept between calls: densely, as raw words, or not at all.
 
 Stored tensors live here, outside of every module: no checkpoint, no ``to()`` and no copy of a model ever sees them.
-Equal slabs of different layers share one :class:`Stored`; it lives as long as somebody holds it.
+Equal slabs of different layers share one :class:`Stored`, and what is made of equal weights one :class:`Derived`; both
+live as long as somebody holds them.
 """
 
 import threading
+from collections.abc import Callable
+from hashlib import sha256
 from typing import Any, Literal, cast, get_args
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from randbasis.errors import StorageError, not_one_of
+from randbasis.errors import BaseWeightError, StorageError, not_one_of
 from randbasis.ops import backends
 from randbasis.ops.reference import Slab, Tile
 from randbasis.ops.transforms import FORWARD, FUNCTORCH, outside
@@ -141,3 +144,124 @@ def hold(slab: Slab, storage: BasisStorage) -> Stored:
 def held(slab: Slab, storage: BasisStorage) -> Stored | None:
     """The :class:`Stored` of a slab when somebody holds it."""
     return _held.get((slab, storage))
+
+
+# --- made of a weight -------------------------------------------------------------------------------------------------
+
+Make = Callable[..., tuple[Tensor, ...]]
+"""``(weight, *arguments) → tensors``: a function of a module, of a weight ``[out, in]`` in float64 on the CPU."""
+
+
+def weight_digest(weight: Tensor) -> str:
+    """SHA-256 of a weight ``[out, in]``: of its rows in float32, little-endian, whatever its dtype and device."""
+    rows = weight.detach().to("cpu", torch.float32).contiguous()
+    return sha256(rows.numpy().astype("<f4", copy=False).data).hexdigest()
+
+
+def check_weight(weight: Tensor, name: str) -> None:
+    """Raise unless all numbers of a weight are finite; on the meta device there are none.
+
+    Raises:
+        BaseWeightError: one is not.
+    """
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        raise BaseWeightError(
+            f"{name} must be finite where frozen matrices are made of it, got NaN or infinity in one of shape "
+            f"{list(weight.shape)}; take the base model from its source again"
+        )
+
+
+class Derived:
+    """Frozen matrices that are made of a weight of the base model, and not of a seed.
+
+    They are made on the CPU in float64 of what the digest is of, so that no device and no dtype decides a number, and
+    kept for each device and dtype; ``recompute`` keeps the weight alone and makes them anew. Raw words there are none.
+
+    Attributes:
+        digest: of the weight.
+        storage: ``"dense"`` or ``"recompute"``.
+    """
+
+    def __init__(
+        self, make: Make, arguments: tuple[int, ...], digest: str, storage: BasisStorage, source: tuple[Tensor, ...]
+    ) -> None:
+        """``source``: the matrices in float64, or, to recompute them, the weight."""
+        self.digest = digest
+        self.storage = storage
+        self._made_by = make, arguments
+        self._source = source
+        self._tensors: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
+
+    def tensors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """The matrices; the caller must not write to them.
+
+        Raises:
+            BaseWeightError: they are made anew, and the weight is not what it was.
+        """
+        key = (device, dtype)
+        found = self._tensors.get(key)
+        if found is not None:
+            return found
+        with outside():
+            exact = self._made_anew() if self.storage == "recompute" else self._source
+            made = tuple([one.to(device, dtype) for one in exact])
+        if self.storage != "recompute":
+            self._tensors[key] = made
+        return made
+
+    def _made_anew(self) -> tuple[Tensor, ...]:
+        (weight,) = self._source
+        now = weight_digest(weight)
+        if now != self.digest:
+            raise BaseWeightError(
+                f"the base weight must be the one that the adapter was put on, of digest {self.digest[:16]}, to make "
+                f"its frozen matrices anew, it was changed to {now[:16]}; put the adapter on again, or use "
+                "basis_storage='dense', which keeps them"
+            )
+        make, arguments = self._made_by
+        return make(_exact(weight), *arguments)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now, on all devices; a weight that the model holds too is not counted."""
+        own = () if self.storage == "recompute" else self._source
+        return sum(t.numel() * t.element_size() for t in (*own, *(t for kept in self._tensors.values() for t in kept)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Derived":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Derived, (*self._made_by, self.digest, self.storage, self._source)
+
+
+_derived: WeakValueDictionary[tuple[Make, tuple[int, ...], str], Derived] = WeakValueDictionary()
+
+
+def derive(make: Make, arguments: tuple[int, ...], weight: Tensor, storage: BasisStorage) -> Derived:
+    """What is made of a weight; keep the result for as long as it shall stay stored.
+
+    Args:
+        make: how.
+        arguments: of ``make``, beside the weight.
+        weight: ``[out, in]``.
+        storage: ``"recompute"`` keeps the weight itself, all else what was made.
+
+    Raises:
+        BaseWeightError: the weight is not finite.
+    """
+    check_weight(weight, "the base weight")
+    digest = weight_digest(weight)
+    if storage == "recompute":
+        return Derived(make, arguments, digest, storage, (weight.detach(),))
+    with _held_lock:
+        found = _derived.get((make, arguments, digest))
+    if found is None:
+        with outside():
+            made = Derived(make, arguments, digest, "dense", make(_exact(weight), *arguments))
+        with _held_lock:
+            found = _derived.setdefault((make, arguments, digest), made)
+    return found
+
+
+def _exact(weight: Tensor) -> Tensor:
+    return weight.detach().to("cpu", torch.float32).double()

@@ -1,48 +1,40 @@
 """From the words of the command to a PEFT configuration, by one table."""
 
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
-import randbasis
 from randbasis.errors import HyperparameterError, UnknownMethodError, near
 from randbasis.train.settings import AdapterSettings
+from randbasis.tuner import config_class
 
-
-class _Words(NamedTuple):
-    """A method's configuration class and what the words of the command are called in it."""
-
-    config: str
-    names: dict[str, str]
-
-
-_COMMON = {word: word for word in ("seed", "law", "dropout", "quantize_coefficients")}
-_METHODS: dict[str, _Words] = {
-    "nola": _Words(
-        "NolaConfig",
-        {
-            "rank": "r",
-            "basis": "num_basis",
-            "basis_b": "num_basis_b",
-            "alpha": "alpha",
-            "parametrization": "parametrization",
-            "unique_basis": "share_basis",
-            **_COMMON,
-        },
-    ),
-    "vera": _Words("VeraConfig", {"rank": "r", **_COMMON}),
-    "randlora": _Words("RandLoraConfig", {"rank": "r", "alpha": "alpha", **_COMMON}),
-    "pranc": _Words("PrancConfig", {"basis": "num_basis", "unique_basis": "share_basis", **_COMMON}),
-    "lora": _Words("LoraConfig", {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}),
+_COMMON = {word: word for word in ("dropout", "quantize_coefficients")}
+_OF_A_SEED = {"seed": "seed", "law": "law", **_COMMON}
+_METHODS: dict[str, dict[str, str]] = {
+    "nola": {
+        "rank": "r",
+        "basis": "num_basis",
+        "basis_b": "num_basis_b",
+        "alpha": "alpha",
+        "parametrization": "parametrization",
+        "unique_basis": "share_basis",
+        **_OF_A_SEED,
+    },
+    "vera": {"rank": "r", **_OF_A_SEED},
+    "randlora": {"rank": "r", "alpha": "alpha", **_OF_A_SEED},
+    "pranc": {"basis": "num_basis", "unique_basis": "share_basis", **_OF_A_SEED},
+    "loraxs": {"rank": "r", "alpha": "alpha", **_COMMON},
+    "lora": {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
 }
+"""Method → what the words of the command are called in its configuration."""
 
 METHOD_NAMES = (*_METHODS, "none")
 
 
 def method_words() -> dict[str, set[str]]:
     """Method → the words of the command that mean something to it."""
-    return {name: {*words.names, "targets"} for name, words in _METHODS.items()} | {"none": set()}
+    return {name: {*names, "targets"} for name, names in _METHODS.items()} | {"none": set()}
 
 
 def is_of_targets(error: ValueError) -> bool:
@@ -71,14 +63,14 @@ def peft_config(settings: AdapterSettings, *, task_type: str | None, head: list[
         raise UnknownMethodError(f"method {settings.method!r} is unknown; {near(settings.method, METHOD_NAMES)}")
     if settings.method == "none":
         return None
-    config, names = _METHODS[settings.method]
+    names = _METHODS[settings.method]
     arguments = {names[word]: value for word, value in _given(settings, names).items()}
     if "share_basis" in arguments:
         arguments["share_basis"] = not arguments["share_basis"]
     if settings.targets:
         arguments["target_modules"] = _targets(settings.targets)
     arguments |= {"modules_to_save": head or None, "exclude_modules": head or None, "task_type": task_type}
-    return LoraConfig(**arguments) if settings.method == "lora" else getattr(randbasis, config)(**arguments)
+    return LoraConfig(**arguments) if settings.method == "lora" else config_class(settings.method)(**arguments)
 
 
 def _given(settings: AdapterSettings, names: dict[str, str]) -> dict[str, Any]:

@@ -73,8 +73,9 @@ class AdapterSettings:
     """Which adapter, in the words of the command; ``None`` leaves the method's own default.
 
     Args:
-        method: nola, vera, randlora, pranc; ``lora`` for comparison; ``none`` for a frozen base with a trained head.
-        rank: the rank (vera, randlora, nola, lora).
+        method: nola, vera, randlora, pranc, loraxs; ``lora`` for comparison; ``none`` for a frozen base with a trained
+            head.
+        rank: the rank (vera, randlora, nola, loraxs, lora).
         basis: the number of basis matrices (nola, pranc), those of A.
         basis_b: the number of basis matrices of B (nola).
         alpha: the scale.

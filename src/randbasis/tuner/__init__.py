@@ -9,6 +9,7 @@ name_pair()
 
 from randbasis.tuner.config import (
     CONFIGS,
+    LoraXsConfig,
     NolaConfig,
     PrancConfig,
     RandbasisConfig,
@@ -23,6 +24,7 @@ register()
 
 __all__ = [
     "CONFIGS",
+    "LoraXsConfig",
     "NolaConfig",
     "PrancConfig",
     "RandLoraConfig",

@@ -1,8 +1,9 @@
 """The frozen layer under an adapter: its shape, where it lies, and its weight as it was before a merge."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,11 @@ from peft.utils import quantization_utils
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from randbasis.errors import BaseMismatchError, BaseWeightError
+from randbasis.ops import check_weight, weight_digest
+from randbasis.tuner.saved_files import natural_order
+from randbasis.tuner.targets import Part
 
 _PLAIN_FORWARDS: Mapping[type[nn.Module], object] = {
     nn.Linear: nn.Linear.forward,
@@ -90,6 +96,73 @@ def _device_hook(base: nn.Module) -> AlignDevicesHook | None:
     old = getattr(base, "_old_forward", None)
     plain = old is None or getattr(old, "__func__", None) is type(base).forward
     return hook if type(hook) is AlignDevicesHook and plain else None
+
+
+def check_derivable(key: str, base: nn.Module) -> None:
+    """Raise unless frozen matrices can be made of the weight of a layer: the numbers that it computes with, at hand.
+
+    Args:
+        key: module path, for the message.
+        base: the layer.
+
+    Raises:
+        BaseWeightError: it is quantized, or elsewhere between the forward passes, or not finite.
+    """
+    backend = quantization_of(base)
+    if backend is not None:
+        raise BaseWeightError(
+            f"the method needs the base weight of {key!r} in full precision, got one quantized by "
+            f"{backend.backend_name}: what that stands for depends on the device that unpacks it; load the base model "
+            "without quantization, or use a method that draws its matrices from a seed"
+        )
+    if offloaded(base) and cast("Tensor", base.weight).is_meta:
+        raise BaseWeightError(
+            f"the method needs the base weight of {key!r} at hand, got one that is offloaded between the forward "
+            "passes; load the base model without offloading, or use a method that draws its matrices from a seed"
+        )
+    check_weight(cast("Tensor", base.weight), f"the base weight of {key!r}")
+
+
+def weights_digest(found: Iterable[tuple[str, int, str | None]]) -> str | None:
+    """One digest of 16 hexadecimal digits for all weights that an adapter is made of; None where one is not at hand.
+
+    A wrapper before all paths changes nothing, as only their order counts.
+
+    Args:
+        found: module path, first row and digest of each adapted matrix, in any order.
+    """
+    ordered = sorted([(natural_order(key), start, digest) for key, start, digest in found])
+    digests = [digest for *_, digest in ordered if digest is not None]
+    if not ordered or len(digests) < len(ordered):
+        return None
+    return sha256("".join(digests).encode("ascii")).hexdigest()[:16]
+
+
+def check_weights(made_for: str, weights: Mapping[str, tuple[Tensor, Sequence[Part]]], base_name: str | None) -> None:
+    """Raise unless a model has the weights that the frozen matrices of an adapter are made of.
+
+    Args:
+        made_for: of :func:`weights_digest`.
+        weights: module path → ``W0`` of ``[out, in]`` and the parts that are adapted; none is compared on the meta
+            device.
+        base_name: of the base model that the adapter was made for, where one is known.
+
+    Raises:
+        BaseMismatchError: it has others; names both digests.
+    """
+    found = weights_digest(
+        [
+            (key, part.start, None if weight.is_meta else weight_digest(weight[part.start : part.stop]))
+            for key, (weight, parts) in weights.items()
+            for part in parts
+        ]
+    )
+    if found is not None and found != made_for:
+        raise BaseMismatchError(
+            "this adapter was made for another base model: its frozen matrices are made of weights with the digest "
+            f"{made_for}, the weights here have {found}; load it on {base_name or 'the base model it was made for'}, "
+            "loaded in the dtype in which it was trained, since rounded weights are others"
+        )
 
 
 def full_weight(base: nn.Module, backend: QuantizationBackend) -> Tensor:

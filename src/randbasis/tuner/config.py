@@ -9,7 +9,7 @@ from peft import PeftConfig
 
 from randbasis.contraction import check_order
 from randbasis.errors import HyperparameterError, TargetError, UnknownMethodError, near
-from randbasis.methods import Method, Nola, Pranc, RandLora, Vera, method_class
+from randbasis.methods import LoraXs, Method, Nola, Pranc, RandLora, Vera, method_class
 from randbasis.precision import check_training_precision
 from randbasis.tuner.registration import PEFT_TYPE
 from randbasis.tuner.run_state import RunState
@@ -27,7 +27,7 @@ class RandbasisConfig(PeftConfig):
     way back.
 
     Args:
-        method: ``"nola"``, ``"vera"``, ``"randlora"`` or ``"pranc"``; set by the subclass.
+        method: ``"nola"``, ``"vera"``, ``"randlora"``, ``"pranc"`` or ``"loraxs"``; set by the subclass.
         seed: 64-bit seed that all frozen matrices are drawn from.
         law: ``"sign"``, ``"uniform"``, ``"normal"`` or ``"sparse(s)"``.
         target_modules: module names (list), one regular expression (str), ``"all-linear"``, or None for the usual
@@ -49,6 +49,7 @@ class RandbasisConfig(PeftConfig):
         base_shapes: shapes of the layers that a saved adapter was made for; checked when it is put on a model.
         base_rows: first row and row after the last of each part of a fused projection that it was made for.
         base_model_type: ``model_type`` of the base that it was made for.
+        base_weights: digest of the base weights that frozen matrices are made of, where there are such; checked, too.
         requires: the package to import before PEFT can read the file, for those who find the file alone.
 
     Raises:
@@ -77,6 +78,7 @@ class RandbasisConfig(PeftConfig):
     base_shapes: dict[str, list[int]] | None = None
     base_rows: dict[str, list[int]] | None = None
     base_model_type: str | None = None
+    base_weights: str | None = None
     requires: str = REQUIRES
 
     def __new__(cls, *_: Any, **options: Any) -> "RandbasisConfig":
@@ -120,7 +122,7 @@ class RandbasisConfig(PeftConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as a mapping, with the model's type and the shapes and parts of the layers adapted last."""
+        """The options as a mapping, with what is known of the model and the layers adapted last."""
         return {**super().to_dict(), **self.run.made_for}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -311,8 +313,27 @@ class PrancConfig(RandbasisConfig):
             )
 
 
+@dataclass
+class LoraXsConfig(RandbasisConfig):
+    """LoRA-XS, math (25)-(27): ``r²`` coefficients a matrix, between the leading singular vectors of the base weight.
+
+    Args:
+        r: singular vectors.
+        alpha: numerator of the scaling ``alpha / r``.
+        alpha_pattern: regular expression of module names → alpha.
+    """
+
+    method_cls: ClassVar[type[Method]] = LoraXs
+    patterns: ClassVar[tuple[tuple[str, str], ...]] = (("rank_pattern", "r"), ("alpha_pattern", "alpha"))
+
+    method: str = "loraxs"
+    r: int = 16
+    alpha: float = 16.0
+    alpha_pattern: dict[str, float] = field(default_factory=dict[str, float])
+
+
 CONFIGS: dict[str, type[RandbasisConfig]] = {
-    config.method_cls.name: config for config in (NolaConfig, VeraConfig, RandLoraConfig, PrancConfig)
+    config.method_cls.name: config for config in (NolaConfig, VeraConfig, RandLoraConfig, PrancConfig, LoraXsConfig)
 }
 """Method name → configuration class."""
 

@@ -34,6 +34,15 @@ def widened(coefficients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return coefficients
 
 
+def frozen_weight(layer: nn.Module) -> Tensor:
+    """``W0`` of a layer, adapted or not, as ``[out, in]``."""
+    if isinstance(layer, LayerAdapters):
+        return layer.frozen_weight()
+    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    weight = cast("Tensor", base.weight).detach()
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
 class LayerAdapters(nn.Module, BaseTunerLayer):
     """A frozen linear layer and what its adapters are made of; ``RandbasisLinear`` computes with them.
 
@@ -110,7 +119,8 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         options: AdapterOptions,
     ) -> AdaptedPart:
         rows, suffix = part.rows, part.suffix
-        bound = method.bind(Site(rows, self.in_features, streams))
+        weight = self.frozen_weight()[part.start : part.stop] if method.needs_base else None
+        bound = method.bind(Site(rows, self.in_features, streams), weight)
         attributes: dict[str, str] = {}
         starts = method.starts(rows, self.in_features)
         for name, shape in method.coefficient_shapes(rows, self.in_features).items():
@@ -123,6 +133,10 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
             self._container(attribute)[adapter] = Coefficients(start)
             attributes[name] = attribute
         return AdaptedPart(part, bound, attributes)
+
+    def frozen_weight(self) -> Tensor:
+        """``W0`` as ``[out, in]``."""
+        return frozen_weight(self.get_base_layer())
 
     def _container(self, attribute: str) -> nn.ModuleDict:
         if attribute not in self.adapter_layer_names:

@@ -77,16 +77,19 @@ class Meaning:
         )
 
 
-def meaning_of(common: Method, bits: int | None, matrices: Iterable[SpecMatrix]) -> Meaning:
+def meaning_of(common: Method, bits: int | None, matrices: Iterable[SpecMatrix], weights: str | None = None) -> Meaning:
     """The meaning of the coefficients of an adapter.
 
     Args:
         common: its method with the options that all layers share.
         bits: of coefficients that are rounded before they are used, math (11); None where they are not.
         matrices: all that it adapts, in any order.
+        weights: digest of the base weights, for a method that needs them.
     """
     listed = list(matrices)
     shared = _identity(common) | {"quantize_coefficients": bits}
+    if common.needs_base:
+        shared["base_weights"] = weights
     first = ("method", "seed")
     options = {name: shared[name] for name in (*first, *sorted(shared.keys() - set(first)))}
     layers = sorted([(one.out_features, one.in_features, one.start, one.rows) for one in listed])
@@ -110,11 +113,13 @@ def holder_of(layers: Iterable[str]) -> str:
     return min(layers, key=natural_order)
 
 
-def meaning_tensor(common: Method, bits: int | None, matrices: Iterable[SpecMatrix]) -> dict[str, Tensor]:
+def meaning_tensor(
+    common: Method, bits: int | None, matrices: Iterable[SpecMatrix], weights: str | None = None
+) -> dict[str, Tensor]:
     """Name in an adapter directory → tensor; arguments as for :func:`meaning_of`."""
     listed = list(matrices)
     name = f"{SAVED_PREFIX}{holder_of(one.name for one in listed)}.{MEANING}.weight"
-    return {name: meaning_of(common, bits, listed).tensor()}
+    return {name: meaning_of(common, bits, listed, weights).tensor()}
 
 
 def warn_of_no_meaning(meaning: Meaning, adapter: str) -> None:

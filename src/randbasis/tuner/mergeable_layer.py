@@ -32,6 +32,13 @@ class MergeableLayer(LayerAdapters):
         super().__init__(base_layer, quantization)
         self._unmerged: BaseWeight | None = None
 
+    def frozen_weight(self) -> Tensor:
+        """``W0`` as ``[out, in]``, before any merge."""
+        if self._unmerged is None:
+            return super().frozen_weight()
+        weight = self._unmerged.weight.detach()
+        return weight.T if self.transposed else weight
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the base weight; :meth:`unmerge` restores its bits.
 

@@ -37,7 +37,7 @@ from randbasis.methods import Method
 from randbasis.tuner.adapted_part import AdapterOptions
 from randbasis.tuner.adapter_names import adapter_of, belongs_to, check_name, path_words, without_adapter
 from randbasis.tuner.base_shapes import compress_shapes, expected_shape
-from randbasis.tuner.base_weight import layer_shape
+from randbasis.tuner.base_weight import check_derivable, check_weights, layer_shape, weights_digest
 from randbasis.tuner.bypasses import check_reached, check_whole, leave_out_bypassed
 from randbasis.tuner.checked_loading import check_loaded, check_native_loading, forget_hooks, place_meaning
 from randbasis.tuner.config import RandbasisConfig
@@ -46,6 +46,7 @@ from randbasis.tuner.fast_paths import Switched, call_every_layer
 from randbasis.tuner.gradient_watch import GradientWatch
 from randbasis.tuner.heads import check_heads, combine_heads, put_back_heads
 from randbasis.tuner.layer import RandbasisLinear
+from randbasis.tuner.layer_adapters import frozen_weight
 from randbasis.tuner.mixed_batch import BASE, MixedBatch, given_rows, layout_of, pass_names, rows_of_a_prompt, sending
 from randbasis.tuner.pickles import refuse_pickles
 from randbasis.tuner.places import check_places
@@ -116,6 +117,9 @@ class RandbasisModel(BaseTuner):
             config.run.stored.check(matched)
         self._checked = {key: self._check_target(config, key, modules[key]) for key in matched}
         check_reached(model, matched)
+        if config.base_weights is not None:
+            own = {key: (frozen_weight(modules[key]), parts) for key, (_, parts) in self._checked.items()}
+            check_weights(config.base_weights, own, config.base_model_name_or_path)
         if self._usual_names or all_linear:  # PEFT's names and not the user's, who may have excluded some
             config.target_modules = {name for name in config.target_modules or () if names_any(name, matched)}
         warn_of_gaps(model, config, matched, all_linear=all_linear)
@@ -145,7 +149,10 @@ class RandbasisModel(BaseTuner):
                 f"{expected[0]}×{expected[1]} there and {shape[0]}×{shape[1]} here (out×in); "
                 f"load it on {config.base_model_name_or_path or 'the base model it was made for'}"
             )
-        return config.method_for(key), self._parts(config, key, shape[0])
+        method = config.method_for(key)
+        if method.needs_base:
+            check_derivable(key, base)
+        return method, self._parts(config, key, shape[0])
 
     def _parts(self, config: RandbasisConfig, key: str, rows: int) -> list[Part]:
         """The rows of a layer that the configuration names: those that it was saved with, else by the model's code."""
@@ -204,17 +211,20 @@ class RandbasisModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         shapes: dict[str, tuple[int, int]] = {}
         rows: dict[str, tuple[int, int]] = {}
+        digests: list[tuple[str, int, str | None]] = []
         for key, layer in _named_modules(model):
             if isinstance(layer, RandbasisLinear) and adapter_name in layer.adapted:
                 shapes[key] = layer.out_features, layer.in_features
                 parts = [one.part for one in layer.adapted[adapter_name] if one.part.name]
                 rows |= {f"{key}[{part.name}]": (part.start, part.stop) for part in parts}
+                digests += [(key, one.part.start, one.bound.digest) for one in layer.adapted[adapter_name]]
         self._see_to_calls(model)
         config = cast("RandbasisConfig", self.peft_config[adapter_name])
         told = {
             "base_shapes": compress_shapes(shapes),
             "base_rows": compress_shapes(rows) if rows else None,
             "base_model_type": cast("dict[str, Any]", self.get_model_config(self.model)).get("model_type"),
+            "base_weights": weights_digest(digests) if config.method_cls.needs_base else None,
         }
         config.run = replace(config.run, made_for={name: value for name, value in told.items() if value})
         place_meaning(model, adapter_name, config)
@@ -359,9 +369,9 @@ class RandbasisModel(BaseTuner):
         """Add an adapter whose coefficients are a weighted sum of those of others with the same basis.
 
         Coefficients of one seed, law and shape are a vector space, so their means and differences are adapters. For
-        PRANC, ΔW is linear in them and the result is exactly the weighted sum of the ΔW; for the other methods it is a
-        point between the adapters, as LoRA's ``"linear"`` is. What was trained whole beside them (``modules_to_save``)
-        is combined too.
+        PRANC and LoRA-XS, ΔW is linear in them and the result is exactly the weighted sum of the ΔW; for the others it
+        is a point between the adapters, as LoRA's ``"linear"`` is. What was trained whole beside them
+        (``modules_to_save``) is combined too.
 
         Args:
             adapters: names of the adapters.
