@@ -49,7 +49,8 @@ def place_meaning(model: nn.Module, adapter: str, config: RandbasisConfig) -> No
         for key, layer in layers.items()
         for one in layer.adapted[adapter]
     ]
-    meaning = meaning_of(config.method_for(""), config.quantize_coefficients, matrices, config.made_for_weights)
+    weights = config.run.made_for.get("base_weights")
+    meaning = meaning_of(config.method_for(""), config.quantize_coefficients, matrices, weights)
     holder = holder_of(layers)
     for key, layer in layers.items():
         layer.hold_meaning(adapter, meaning if key == holder else None)
