@@ -20,7 +20,7 @@ from randbasis.files.whole_file import write
 from randbasis.methods import check_method
 
 if TYPE_CHECKING:
-    from randbasis.store import Record
+    from randbasis.store import AdapterStore, Record
 
 commands = typer.Typer(
     name="store",
@@ -49,11 +49,11 @@ def add(
 ) -> None:
     """Put packed files in, all or none; under a name that is there, as its next version."""
     with reported(as_json):
-        from randbasis.store import AdapterStore, NewAdapter
+        from randbasis.store import NewAdapter
 
         check_options(context, STORE_ADD)
         batch = [NewAdapter(name or PurePath(file).stem, file, tuple(tag or ())) for file in files]
-        with AdapterStore(store, timeout=timeout) as opened:
+        with _opened(store, timeout, create=True) as opened:
             _answer_records(opened.add_many(batch), as_json)
 
 
@@ -73,12 +73,10 @@ def get(
 ) -> None:
     """Check the hash of an adapter, and write it as a packed file."""
     with reported(as_json):
-        from randbasis.store import AdapterStore
-
         check_options(context, STORE_GET)
         if output is not None:
             check_output_file(output, (store,), overwrite=overwrite)
-        with AdapterStore(store, create=False, timeout=timeout) as opened:
+        with _opened(store, timeout) as opened:
             found = opened.get(name, version=version, digest=digest)
         if output is not None:
             write(output, found.data, overwrite=overwrite)
@@ -98,11 +96,9 @@ def list_(
 ) -> None:
     """List the newest version of every adapter, a page at a time, by name."""
     with reported(as_json):
-        from randbasis.store import AdapterStore
-
         if method is not None:
             check_method(method)
-        with AdapterStore(store, create=False, timeout=timeout) as opened:
+        with _opened(store, timeout) as opened:
             page = opened.list(tag=tag, base=base, method=method, after=after, limit=limit)
         caption = None if page.next is None else f"there are more: --after {page.next}"
         answer_table(page.as_json(), _table(page.records, caption), as_json)
@@ -118,11 +114,8 @@ def history(
     as_json: AsJson = False,
 ) -> None:
     """List the versions of an adapter, newest first."""
-    with reported(as_json):
-        from randbasis.store import AdapterStore
-
-        with AdapterStore(store, create=False, timeout=timeout) as opened:
-            _answer_records(opened.history(name, before=before, limit=limit), as_json)
+    with reported(as_json), _opened(store, timeout) as opened:
+        _answer_records(opened.history(name, before=before, limit=limit), as_json)
 
 
 @commands.command(epilog="Example: randbasis store rollback adapters.db team/user-1 --to 3")
@@ -134,11 +127,8 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Make an old version of an adapter the newest: a new version that is equal to it."""
-    with reported(as_json):
-        from randbasis.store import AdapterStore
-
-        with AdapterStore(store, create=False, timeout=timeout) as opened:
-            answer(opened.rollback(name, to).as_json(), as_json)
+    with reported(as_json), _opened(store, timeout) as opened:
+        answer(opened.rollback(name, to).as_json(), as_json)
 
 
 @commands.command(epilog="Example: randbasis store remove adapters.db team/user-1 --version 2")
@@ -150,11 +140,8 @@ def remove(
     as_json: AsJson = False,
 ) -> None:
     """Take out an adapter with all its versions, or one version."""
-    with reported(as_json):
-        from randbasis.store import AdapterStore
-
-        with AdapterStore(store, create=False, timeout=timeout) as opened:
-            answer(opened.remove(name, version).as_json(), as_json)
+    with reported(as_json), _opened(store, timeout) as opened:
+        answer(opened.remove(name, version).as_json(), as_json)
 
 
 @commands.command(epilog="Example: randbasis store gc adapters.db --keep 3")
@@ -166,9 +153,7 @@ def gc(
 ) -> None:
     """Remove all but the newest versions of every adapter, and make the file smaller."""
     with reported(as_json):
-        from randbasis.store import AdapterStore
-
-        with AdapterStore(store, create=False, timeout=timeout) as opened, _shown("pages") as progress:
+        with _opened(store, timeout) as opened, _shown("pages") as progress:
             freed = opened.gc(keep, progress)
         answer({**freed.as_json(), "file_bytes": opened.path.stat().st_size}, as_json)
 
@@ -177,9 +162,7 @@ def gc(
 def verify(store: Store, timeout: Timeout = STORE_TIMEOUT, as_json: AsJson = False) -> None:
     """Hash everything again; exits with 1 where something is not as it was put in."""
     with reported(as_json):
-        from randbasis.store import AdapterStore
-
-        with AdapterStore(store, create=False, timeout=timeout) as opened, _shown("contents") as progress:
+        with _opened(store, timeout) as opened, _shown("contents") as progress:
             checked = opened.verify(progress)
         answer(checked.as_json(), as_json)
     if not checked.sound:
@@ -200,11 +183,9 @@ def export(
 ) -> None:
     """Write adapters as a folder of packed files with a manifest; a cut-off export goes on."""
     with reported(as_json):
-        from randbasis.store import AdapterStore
-
         if method is not None:
             check_method(method)
-        with AdapterStore(store, create=False, timeout=timeout) as opened, _shown("versions") as progress:
+        with _opened(store, timeout) as opened, _shown("versions") as progress:
             done = opened.export(
                 output, one_file=one_file, tag=tag, base=base, method=method, newest=newest, progress=progress
             )
@@ -220,11 +201,16 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Take in an export: names, versions, times and tags as they were; a cut-off import goes on."""
-    with reported(as_json):
-        from randbasis.store import AdapterStore
+    with reported(as_json), _opened(store, timeout, create=True) as opened, _shown("versions") as progress:
+        answer(opened.import_from(source, prefix=prefix, progress=progress).as_json(), as_json)
 
-        with AdapterStore(store, timeout=timeout) as opened, _shown("versions") as progress:
-            answer(opened.import_from(source, prefix=prefix, progress=progress).as_json(), as_json)
+
+@contextmanager
+def _opened(path: str, timeout: float, *, create: bool = False) -> "Generator[AdapterStore]":
+    from randbasis.store import AdapterStore
+
+    with AdapterStore(path, create=create, timeout=timeout) as store:
+        yield store
 
 
 @contextmanager

@@ -429,15 +429,7 @@ def _gradients_of_terms(
 
 
 @_sandwich_gradients.register_fake
-def _(
-    gradient: Tensor,
-    diagonal: Tensor,
-    columns: Tensor | None,
-    a_name: list[int],
-    b_name: list[int],
-    law: str,
-    storage: str,
-) -> tuple[Tensor, Tensor]:
+def _(gradient: Tensor, diagonal: Tensor, columns: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(diagonal), diagonal.new_empty(0) if columns is None else torch.empty_like(columns)
 
 
