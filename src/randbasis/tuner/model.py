@@ -24,22 +24,15 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from randbasis.contraction import check_order
-from randbasis.errors import (
-    AdapterNameError,
-    BaseMismatchError,
-    CombinationError,
-    LayerTypeError,
-    RandbasisError,
-    TargetError,
-    near,
-)
-from randbasis.methods import Method
+from randbasis.errors import AdapterNameError, RandbasisError, TargetError, near
 from randbasis.tuner.adapted_part import AdapterOptions
 from randbasis.tuner.adapter_names import adapter_of, belongs_to, check_name, path_words, without_adapter
-from randbasis.tuner.base_shapes import compress_shapes, expected_shape
-from randbasis.tuner.base_weight import check_derivable, check_weights, layer_shape, weights_digest
-from randbasis.tuner.bypasses import check_reached, check_whole, leave_out_bypassed
+from randbasis.tuner.base_shapes import compress_shapes
+from randbasis.tuner.base_weight import check_weights, weights_digest
+from randbasis.tuner.bypasses import check_reached, leave_out_bypassed
 from randbasis.tuner.checked_loading import check_loaded, check_native_loading, forget_hooks, place_meaning
+from randbasis.tuner.chosen_targets import Target, check_target, nothing_matched
+from randbasis.tuner.combining import check_combination, combine_coefficients
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.coverage import names_any, warn_of_gaps
 from randbasis.tuner.fast_paths import Switched, call_every_layer
@@ -53,7 +46,6 @@ from randbasis.tuner.places import check_places
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.saved_files import PICKLE_FILE, WEIGHTS_FILE, check_adapter_files, tensor_shapes
 from randbasis.tuner.switching import activate
-from randbasis.tuner.targets import Part, parts_of, resolve_parts
 
 _WRAPPERS = threading.Lock()
 
@@ -70,7 +62,7 @@ class RandbasisModel(BaseTuner):
     model: nn.Module
     trained_before: frozenset[str] | None = None
     """Names of the parameters that trained before the first adapter froze them."""
-    _checked: dict[str, tuple[Method, list[Part]]]
+    _checked: dict[str, Target]
     """Layers of the adapter that is being put on that were checked, and are not yet replaced."""
     _known_layers: list[RandbasisLinear] | None = None
     """The adapted layers, once they were looked for; a new adapter may add some."""
@@ -112,7 +104,7 @@ class RandbasisModel(BaseTuner):
             config.target_modules = leave_out_bypassed(model, cast("set[str]", config.target_modules))
         matched = self._matched(config, modules)
         if not matched:
-            raise _nothing_matched(config, list(modules))
+            raise nothing_matched(config, list(modules))
         if config.run.stored is not None:
             config.run.stored.check(matched)
         self._checked = {key: self._check_target(config, key, modules[key]) for key in matched}
@@ -132,38 +124,8 @@ class RandbasisModel(BaseTuner):
             if key and not key.startswith(inside) and self._check_target_module_exists(config, key)
         ]
 
-    def _check_target(self, config: RandbasisConfig, key: str, module: nn.Module) -> tuple[Method, list[Part]]:
-        """The method and the parts of one layer, which can be adapted so."""
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        check_whole(key, base)
-        shape = layer_shape(base)
-        if shape is None:
-            raise LayerTypeError(
-                f"target_modules matches {key!r}, a {type(base).__name__}, but only linear layers can be adapted "
-                "(nn.Linear, Conv1D, quantized linear); leave it out, or train it whole with modules_to_save"
-            )
-        expected = expected_shape(config.base_shapes, key)
-        if expected is not None and expected != shape:
-            raise BaseMismatchError(
-                f"this adapter was made for another base model: the first matrix that differs is {key!r}, "
-                f"{expected[0]}×{expected[1]} there and {shape[0]}×{shape[1]} here (out×in); "
-                f"load it on {config.base_model_name_or_path or 'the base model it was made for'}"
-            )
-        method = config.method_for(key)
-        if method.needs_base:
-            check_derivable(key, base)
-        return method, self._parts(config, key, shape[0])
-
-    def _parts(self, config: RandbasisConfig, key: str, rows: int) -> list[Part]:
-        """The rows of a layer that the configuration names: those that it was saved with, else by the model's code."""
-        wanted = parts_of(key, config.target_slices)
-        if not wanted:
-            return [Part("", 0, rows)]
-        saved = [(name, expected_shape(config.base_rows, f"{key}[{name}]")) for name in wanted]
-        known = [Part(name, *bounds) for name, bounds in saved if bounds is not None]
-        if known and len(known) == len(wanted):
-            return sorted(known, key=lambda part: part.start)
-        return resolve_parts(key, wanted, rows, self._model_config())
+    def _check_target(self, config: RandbasisConfig, key: str, module: nn.Module) -> Target:
+        return check_target(config, key, module, self._model_config())
 
     def _model_config(self) -> Mapping[str, Any]:
         return cast("dict[str, Any]", self.get_model_config(self.model))
@@ -386,50 +348,15 @@ class RandbasisModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             return
-        self._check_combination(adapters, weights, combination_type)
+        layers = list(self._layers())
+        check_combination(layers, self.peft_config, adapters, weights, combination_type)
+        check_heads(self.model, adapters, weights)
         config = cast("RandbasisConfig", self.peft_config[adapters[0]])
         self.peft_config[adapter_name] = type(config)(**config.to_dict())
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
-            for layer in self._layers():
-                layer.copy_streams(adapters[0], adapter_name)
-                for index, one in enumerate(layer.matrices(adapter_name)):
-                    for name, target in layer.trained_coefficients(adapter_name, one).items():
-                        target.zero_()
-                        for source, weight in zip(adapters, weights, strict=True):
-                            their = layer.matrices(source)[index]
-                            target.add_(layer.trained_coefficients(source, their)[name], alpha=weight)
+            combine_coefficients(layers, adapters, weights, adapter_name)
             combine_heads(self.model, adapters, weights, adapter_name)
-
-    def _check_combination(self, adapters: list[str], weights: list[float], combination_type: str) -> None:
-        for name in adapters:
-            if name not in self.peft_config:
-                raise AdapterNameError(f"Adapter {name} does not exist; {near(name, self.peft_config)}")
-        if not adapters or len(adapters) != len(weights):
-            raise CombinationError(
-                f"weights must have one entry for each adapter, got {len(adapters)} adapters and {len(weights)} weights"
-            )
-        if combination_type != "linear":
-            raise CombinationError(
-                f"combination_type must be 'linear', got {combination_type!r}: other combinations of adapters have no "
-                "coefficients on this basis; convert them with peft.convert_to_lora and combine the LoRA adapters"
-            )
-        for layer in self._layers():
-            first = [(one.bound, one.part) for one in layer.matrices(adapters[0])]
-            for name in adapters[1:]:
-                if [(one.bound, one.part) for one in layer.matrices(name)] != first:
-                    raise CombinationError(
-                        "adapters must share method, seed, law, rank and targets to be combined, "
-                        f"{name!r} differs from {adapters[0]!r}: coefficients on different bases cannot be added; "
-                        "convert both with peft.convert_to_lora and combine the LoRA adapters"
-                    )
-        biased = [name for name in adapters if cast("RandbasisConfig", self.peft_config[name]).bias != "none"]
-        if biased:
-            raise CombinationError(
-                f"adapters must leave the biases of the base model alone to be combined, {biased[0]!r} trains them "
-                "(bias in its configuration): a model has one set of biases; train it with bias='none'"
-            )
-        check_heads(self.model, adapters, weights)
 
     # --- saving and loading ---
 
@@ -490,26 +417,6 @@ def _let_names_pass(wrapper: nn.Module) -> None:
     with _WRAPPERS:
         if pass_names not in vars(wrapper)["_forward_pre_hooks"].values():
             wrapper.register_forward_pre_hook(pass_names, with_kwargs=True)
-
-
-def _nothing_matched(config: RandbasisConfig, keys: list[str]) -> TargetError:
-    listed = [] if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
-    if config.layers_to_transform is not None and any(f".{key}".endswith(f".{one}") for one in listed for key in keys):
-        numbers = sorted({int(word) for key in keys for word in key.split(".") if word.isdigit()})
-        return TargetError(
-            f"layers_to_transform must name layers that have one of the modules {listed}, got "
-            f"{config.layers_to_transform} with layers_pattern={config.layers_pattern!r}: the numbers in the paths of "
-            f"this model are {numbers}, and a number counts where a name stands before its list, as in model.layers.0; "
-            "correct them, or give target_modules as a regular expression"
-        )
-    names = {key.rpartition(".")[2] for key in keys if key and not key.rpartition(".")[2].isdigit()}
-    if isinstance(config.target_modules, str):
-        hint = "a string is one regular expression for whole module names; or pass a list of names"
-        wanted = repr(config.target_modules)
-    else:
-        hint = near(listed[0].rpartition(".")[2], names) if listed else "name at least one module"
-        wanted = str(listed)
-    return TargetError(f"Target modules {wanted} not found in the base model: {hint}")
 
 
 def take_off(model: nn.Module, adapter_name: str) -> None:
