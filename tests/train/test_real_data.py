@@ -42,7 +42,7 @@ def test_sts_is_a_regression_of_pairs(data_dir: Path, tmp_path: Path):
     )
     task = prepare(text_run(data_dir, tmp_path, data)).task
     assert isinstance(task, TextClassification)
-    assert (task.labels, task.metric, task.pooling) == (None, "pearson", "mean")
+    assert (task.labels, task.metric, task.pooling) == (None, "pearson", "model")
 
 
 def test_a_head_on_a_real_encoder_learns_sentiment(data_dir: Path, tmp_path: Path):
@@ -50,7 +50,8 @@ def test_a_head_on_a_real_encoder_learns_sentiment(data_dir: Path, tmp_path: Pat
     data = DataSettings(folder / "train.tsv.gz", eval=folder / "dev.tsv.gz", text_column="sentence",
                         label_column="label", limit=240, eval_limit=64)  # fmt: skip
     loop = LoopSettings(max_steps=20, batch_size=16, learning_rate=2e-2, eval_every=20)
-    settings = text_run(data_dir, tmp_path / "run", data, adapter=AdapterSettings(method="none"), loop=loop)
+    head = AdapterSettings(method="none")  # on the mean that this encoder was pretrained with
+    settings = text_run(data_dir, tmp_path / "run", data, adapter=head, loop=loop, pooling="mean")
     assert train(settings).summary["after"]["accuracy"] > 0.6
 
 

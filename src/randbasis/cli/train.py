@@ -96,7 +96,7 @@ def train(
     keep: Annotated[str, of_loop(help="Save the best or the last parameters.")] = LoopSettings.keep,
     max_length: Annotated[int | None, of_task(help="Tokens a row.")] = None,
     pooling: Annotated[
-        str, of_task(help="Of a text encoder: auto, mean, cls, or the model's own head.")
+        str, of_task(help="auto or model: transformers' own class; mean, cls: randbasis alone loads it.")
     ] = TrainSettings.pooling,
     separator: Annotated[str, of_task(help="Between prompt and target.")] = TrainSettings.separator,
     end_token: Annotated[str | None, of_task(help="Token that ends a text; by default the tokenizer's.")] = None,

@@ -40,6 +40,7 @@ class CausalLanguage(Task):
 
     name = "causal-lm"
     peft_task_type = "CAUSAL_LM"
+    auto_class = "AutoModelForCausalLM"
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Classes or numbers from one text or two."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 from unicodedata import normalize
@@ -7,7 +8,7 @@ from unicodedata import normalize
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
-from transformers import AutoModelForSequenceClassification
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 
 from randbasis.adapters.base_model import read_config
 from randbasis.errors import EmptyDataError, LabelError, SettingError, near
@@ -54,6 +55,7 @@ class TextClassification(Task):
         self.columns = columns
         self.max_length = max_length
         self.pooling = pooling
+        self.auto_class = "AutoModelForSequenceClassification" if pooling == "model" else None
         self.drawn: list[str] = []
         self.metric_names = CLASS_METRICS if labels else NUMBER_METRICS
         self.choose_metric(None)
@@ -329,10 +331,15 @@ def allowed_length(tokenizer: Any, config: Any) -> int:
 
 
 def _own_pooling(config: Any) -> str:
-    """``model`` where the checkpoint is a classifier or a decoder; ``mean`` for a bare encoder."""
-    names: list[str] = config.architectures or []
-    bare = bool(names) and all(name.endswith("Model") for name in names)
-    return "mean" if bare else "model"
+    """``model``, so that transformers and PEFT load what was trained; ``mean`` where transformers has no such class."""
+    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return "model"
+    warnings.warn(
+        f"transformers has no class for sequence classification with a {config.model_type}: its hidden states are "
+        "averaged under a head of randbasis (pooling mean), which randbasis alone can load",
+        stacklevel=2,
+    )
+    return "mean"
 
 
 def _fractional(values: Sequence[Any]) -> bool:

@@ -123,6 +123,7 @@ class ImageClassification(Task):
 
     name = "image-classification"
     peft_task_type = None
+    auto_class = "AutoModelForImageClassification"
 
     def __init__(self, processor: Any, labels: tuple[str, ...], image_size: int | None, flip: bool = False):
         self.processor = processor

@@ -12,8 +12,8 @@ from randbasis.train.model_reading import read_model
 class PooledClassifier(PreTrainedModel):
     """``classifier(dropout(pool(encoder(x))))``.
 
-    Sentence encoders are pretrained with a mean over the tokens, which the head of
-    ``AutoModelForSequenceClassification`` (a freshly drawn pooler on the first token) throws away.
+    Sentence encoders are pretrained with a mean over the tokens, and not with the pooler on the first token that the
+    head of ``AutoModelForSequenceClassification`` reads. Neither transformers nor plain PEFT can load this class.
 
     Args:
         config: of the encoder, with ``num_labels`` set; one label is a regression.
@@ -61,7 +61,8 @@ class PooledClassifier(PreTrainedModel):
         **inputs: Any,
     ) -> SequenceClassifierOutput:
         """Logits ``[batch, num_labels]`` and, with labels, the mean cross-entropy or squared error."""
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        given = {name: value for name, value in inputs.items() if value is not None}  # PEFT names what none may take
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **given).last_hidden_state
         logits = self.classifier(self.dropout(self.pool(states, attention_mask).to(self.classifier.weight.dtype)))
         loss = None
         if labels is not None and self.config.num_labels == 1:

@@ -268,6 +268,7 @@ def _summary(settings: TrainSettings, prepared: Prepared, result: FitResult) -> 
         "task": settings.task,
         "method": settings.adapter.method,
         "model": settings.model,
+        "loaded_by": prepared.task.loaded_by(),
         "metric": prepared.task.metric,
         "before": result.before,
         "after": result.after,

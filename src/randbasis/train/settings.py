@@ -229,7 +229,9 @@ class TrainSettings:
         resume: go on from the last checkpoint in ``output``.
         keep_checkpoints: leave the checkpoints in ``output`` after the run.
         max_length: tokens a row; ``None``: what model and tokenizer allow, at most 512.
-        pooling: of a text encoder: ``"auto" | "mean" | "cls" | "model"`` (the model's own head).
+        pooling: of a text encoder: ``"auto" | "model" | "mean" | "cls"``. ``model`` is the class that transformers has
+            for the task, which transformers and PEFT load; ``mean`` and ``cls`` are one linear layer of ours on the
+            hidden states, which randbasis alone can load. ``auto`` is ``model`` where transformers has such a class.
         separator: text between a prompt and its target.
         end_token: token that ends a text; ``None``: the tokenizer's end-of-text token.
         image_size: side in pixels; ``None``: the model's own.
@@ -261,8 +263,8 @@ class TrainSettings:
         """
         if self.task not in TASKS:
             raise SettingError(f"task {self.task!r} is unknown; {near(self.task, TASKS)}")
-        if self.pooling not in ("auto", "mean", "cls", "model"):
-            raise SettingError(f"pooling {self.pooling!r} is unknown; there are: auto, mean, cls, model")
+        if self.pooling not in ("auto", "model", "mean", "cls"):
+            raise SettingError(f"pooling {self.pooling!r} is unknown; there are: auto, model, mean, cls")
         for name, value in (("max_length", self.max_length), ("image_size", self.image_size)):
             if value is not None and value < 1:
                 raise SettingError(f"{name} must be at least 1, got {value}")

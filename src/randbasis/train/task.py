@@ -47,6 +47,8 @@ class Task(ABC):
 
     name: ClassVar[str]
     peft_task_type: ClassVar[str | None]
+    auto_class: str | None
+    """The class of transformers that makes the model; ``None`` for one of ours, which transformers does not know."""
     metric_names: tuple[str, ...]
     metric: str
 
@@ -94,6 +96,12 @@ class Task(ABC):
     @abstractmethod
     def description(self) -> dict[str, Any]:
         """What ``from_description`` of its class needs, as plain values."""
+
+    def loaded_by(self) -> str:
+        """Who can load what was trained, for the summary."""
+        if self.auto_class is None:
+            return "randbasis alone"
+        return f"randbasis; PEFT and {self.auto_class} after import randbasis"
 
     def longest(self) -> str:
         """What of a text is kept, for messages."""
