@@ -56,7 +56,8 @@ def test_a_run_without_a_method_in_the_place_of_one_with_a_method_answers_with_i
     (Path(run.output) / "notes.txt").write_text("mine")
     done = train(replace(run, adapter=AdapterSettings(method="none"), overwrite=True))
     names = {path.name for path in Path(run.output).iterdir()}
-    assert names == {"head.safetensors", "task.json", "summary.json", "history.jsonl", "loss.png", "notes.txt"}
+    assert names == {"head.safetensors", "task.json", "summary.json", "history.jsonl", "loss.png", "run.yaml",
+             "notes.txt"}  # fmt: skip
     scores = evaluate(UseSettings(run.output, data=run.data.eval, threads=1))["metrics"]
     assert scores["loss"] == pytest.approx(done.summary["after"]["loss"], abs=1e-6)
 

@@ -94,7 +94,7 @@ def test_a_run_learns_and_its_folder_reloads(task: str, adapter: AdapterSettings
     outcome = train(settings)
     summary = outcome.summary
     assert summary["after"]["loss"] < summary["before"]["loss"]
-    expected = {"summary.json", "task.json", "history.jsonl", "loss.png"}
+    expected = {"summary.json", "task.json", "history.jsonl", "loss.png", "run.yaml"}
     expected |= (
         {"head.safetensors"} if adapter.method == "none" else {"adapter_config.json", "adapter_model.safetensors"}
     )

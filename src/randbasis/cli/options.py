@@ -1,7 +1,8 @@
 """No option that was given is ignored: where it would mean nothing, the command says so before it begins.
 
 Each command has a table of what its options need beside them. What was given is what stands on the command line, not
-what differs from a default, so that ``--temperature 1`` without ``--sample`` is refused, too.
+what differs from a default, so that ``--temperature 1`` without ``--sample`` is refused, too. Of a file of options only
+what differs counts: one that a run left names all of its settings, and must stay of use beside another option.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,11 +35,14 @@ class Needs:
 
 
 def given_options(context: typer.Context) -> dict[str, Any]:
-    """Parameter name → value of what stands on the command line; a flag that is switched off asks for nothing."""
+    """Parameter name → value of what somebody wrote; a flag that is switched off asks for nothing."""
+    defaults = {parameter.name: parameter.default for parameter in context.command.params}
+    sources = {name: getattr(context.get_parameter_source(name), "name", "") for name in context.params}
     return {
         name: value
         for name, value in context.params.items()
-        if value is not False and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        if value is not False
+        and (sources[name] == "COMMANDLINE" or (sources[name] == "DEFAULT_MAP" and value != defaults[name]))
     }
 
 

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from typer import Option
 
+from randbasis.cli.config import CommandWithConfig, Config
 from randbasis.cli.console import answer, reported
 from randbasis.cli.options import TRAIN, check_options
 from randbasis.cli.parameters import (
@@ -38,8 +39,9 @@ commands = typer.Typer(rich_markup_mode="markdown")
 
 
 @commands.command(
+    cls=CommandWithConfig,
     epilog="Example: randbasis train --task sequence-classification --model MODEL --data train.tsv --eval-data dev.tsv "
-    "--text-column sentence --label-column label --method nola --rank 4 --basis 64 --seed 1 --output runs/sst2"
+    "--text-column sentence --label-column label --method nola --rank 4 --basis 64 --seed 1 --output runs/sst2",
 )
 def train(
     context: typer.Context,
@@ -47,6 +49,7 @@ def train(
     model: Annotated[str, Option(help="Folder or hub name of the base.")],
     data: Annotated[str, Option(help="csv, tsv, jsonl, json or txt, also .gz; or a folder or zip of images.")],
     output: Annotated[Path, Option(help="Folder for adapter, task, summary and plot.")],
+    config: Config = None,
     eval_data: Annotated[str | None, of_data(help="Held-out rows; by default a share of the data.")] = None,
     eval_fraction: Annotated[
         float, of_data(help="Share to hold out without --eval-data.")

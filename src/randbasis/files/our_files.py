@@ -7,7 +7,7 @@ from pathlib import Path
 ADAPTER_SET = frozenset(
     {
         *("adapter_config.json", "adapter_model.safetensors", "head.safetensors", "packed.safetensors"),
-        *("task.json", "summary.json", "history.jsonl", "loss.png"),
+        *("task.json", "summary.json", "history.jsonl", "loss.png", "run.yaml"),
         *("checkpoints", ".checkpoints-before"),
     }
 )

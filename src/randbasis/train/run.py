@@ -22,6 +22,7 @@ from randbasis.train.loop import FitResult, fit, runs_on_cpu
 from randbasis.train.loss_plot import plot_losses
 from randbasis.train.method_table import peft_config
 from randbasis.train.ranks import Ranks, joined
+from randbasis.train.run_config import CONFIG_FILE, config_text
 from randbasis.train.settings import DataSettings, TrainSettings
 from randbasis.train.splits import few_shot, hold_out, sample
 from randbasis.train.tabular import Table, read_table
@@ -255,6 +256,7 @@ def _save(settings: TrainSettings, prepared: Prepared, result: FitResult, proces
         about = {"base_model": settings.model, "method": settings.adapter.method, "task": prepared.task.description()}
         (stage / TASK_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (stage / SUMMARY_FILE).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (stage / CONFIG_FILE).write_text(config_text(settings), encoding="utf-8")
         lines = [json.dumps(entry) for entry in result.history]
         (stage / HISTORY_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
         plot_losses(
