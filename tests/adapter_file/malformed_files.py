@@ -14,7 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from packed_cases import METHODS, adapter_of, heads
+from packed_cases import METHODS, TASK, adapter_of, heads
 
 from randbasis import errors
 
@@ -24,6 +24,7 @@ GOOD = adapter_of(METHODS["nola"], 16).to_bytes()
 CODED = adapter_of(METHODS["nola"], 4).to_bytes()
 ODD = adapter_of(METHODS["pranc"], 3).to_bytes()  # 25 codes of 3 bits leave 5 bits over
 OWN = adapter_of(METHODS["nola-own-basis"], 32).to_bytes()
+TASKED = adapter_of(METHODS["nola"], 16, task=TASK).to_bytes()
 HEADS = adapter_of(METHODS["vera"], 16, extra=heads()).to_bytes()
 
 Change = Callable[[dict[str, Any]], object]
@@ -218,6 +219,19 @@ FILES: dict[str, tuple[bytes, type[errors.RandbasisError]]] = {
     "extra-absolute": (with_spec(put("extra", ["/tmp/a"])), errors.UnsafeNameError),
     "tensor-climbs": (with_tensor("coefficients", "../coefficients"), errors.UnsafeNameError),
     # --- tensors ---
+    "task-a-text": (with_spec(put("task", "causal-lm")), errors.SpecValueError),
+    "task-without-name": (with_spec(lambda spec: spec["task"].pop("task"), TASKED), errors.SpecKeyError),
+    "task-of-one-label": (with_spec(into("task", "labels", ["no"]), TASKED), errors.SpecValueError),
+    "task-label-twice": (with_spec(into("task", "labels", ["no", "no"]), TASKED), errors.SpecValueError),
+    "task-columns-a-list": (with_spec(into("task", "columns", ["a", "y"]), TASKED), errors.SpecValueError),
+    "task-column-a-number": (with_spec(into("task", "columns", {"text": 0}), TASKED), errors.SpecValueError),
+    "task-length-zero": (with_spec(into("task", "max_length", 0), TASKED), errors.SpecValueError),
+    "task-length-true": (with_spec(into("task", "max_length", True), TASKED), errors.SpecValueError),
+    "task-pooling-a-number": (with_spec(into("task", "pooling", 1), TASKED), errors.SpecValueError),
+    "task-image-of-no-size": (with_spec(into("task", "image_size", 0), TASKED), errors.SpecValueError),
+    "task-separator-null": (with_spec(into("task", "separator", None), TASKED), errors.SpecValueError),
+    "task-end-negative": (with_spec(into("task", "end_id", -1), TASKED), errors.SpecValueError),
+    "task-answer-of-a-fraction": (with_spec(into("task", "answer_length", 1.5), TASKED), errors.SpecValueError),
     "coefficients-missing": (with_tensor("coefficients", "coefficient"), errors.ExtraTensorError),
     "extra-unnamed": (with_spec(lambda spec: spec["extra"].pop(), HEADS), errors.ExtraTensorError),
     "extra-missing": (with_spec(put("extra", ["a"])), errors.ExtraTensorError),

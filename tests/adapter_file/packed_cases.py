@@ -19,6 +19,10 @@ METHODS: dict[str, Method] = {
     "nola-own-basis": Nola(r=2, num_basis=3, alpha=0.5, share_basis=False, parametrization="plain"),
     "pranc-own-basis": Pranc(num_basis=2, share_basis=False),
 }
+TASK = {
+    "task": "sequence-classification", "labels": ["no", "yes"], "max_length": 128, "pooling": "mean",
+    "columns": {"text": "a", "text_pair": None, "label": "y"},
+}  # fmt: skip
 PRECISIONS = [(32, 0), (16, 0), (8, 0), (4, 0), (3, 0), (2, 0), (8, 2), (4, 3), (3, 1), (2, 4)]
 
 
@@ -46,9 +50,10 @@ def adapter_of(
     adapted: Sequence[SpecMatrix] | None = None,
     extra: Mapping[str, Tensor] | None = None,
     peft: Mapping[str, Any] | None = None,
+    task: Mapping[str, Any] | None = None,
 ) -> PackedAdapter:
     groups = group_matrices(matrices(method) if adapted is None else adapted)
-    spec = Spec(method, BASE, groups, bits, group, peft=peft or {})
+    spec = Spec(method, BASE, groups, bits, group, peft=peft or {}, task=task or {})
     streams = None
     if not method.shares_basis:
         streams = torch.tensor([one.method.streams(f"{one.name}[{one.part}]") for one in spec.matrices])
@@ -85,5 +90,6 @@ CASES: dict[str, PackedAdapter] = {
     **{name: adapter_of(method, 16) for name, method in METHODS.items()},
     **{f"nola-{bits}-{group}": adapter_of(METHODS["nola"], bits, group) for bits, group in PRECISIONS},
     "bfloat16": adapter_of(METHODS["vera"], 16, values=numbers(50, 4, torch.bfloat16)),
+    "task": adapter_of(METHODS["vera"], 16, task=TASK),
     "heads": adapter_of(METHODS["nola"], 4, extra=heads(), peft={"task_type": "SEQ_CLS", "dropout": 0.25}),
 }

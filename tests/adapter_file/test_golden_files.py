@@ -53,6 +53,21 @@ def test_golden_bytes_at_16_bits():
     assert torch.equal(PackedAdapter.from_bytes(SIXTEEN).values(), VALUES.half())
 
 
+def test_a_task_is_one_key_of_the_spec_and_no_other_byte():
+    """The text is written out; a reader keeps what it does not know of a task."""
+    task = {"task": "sequence-classification", "labels": ["no", "süß"], "later": {"than": [1.5, None]}}
+    data = adapter_of(METHOD, 16, values=VALUES, adapted=ADAPTED, task=task).to_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    spec = json.loads(data[8 : 8 + length])["__metadata__"]["spec"]
+    told = '"seed":7,"task":{"labels":["no","süß"],"later":{"than":[1.5,null]},"task":"sequence-classification"}}'
+    plain = SPEC.replace(b"@BITS@", b"16").replace(b"@REST@", b"").replace(b"\\", b"").decode()
+    digest = json.loads(spec)["digest"]
+    assert spec == plain.replace("@DIGEST@", digest).replace('"seed":7}', told)
+    assert PackedAdapter.from_bytes(data).spec.task == task
+    assert PackedAdapter.from_bytes(data).at(4).spec.task == task
+    assert PackedAdapter.from_bytes(data).to_bytes() == data
+
+
 def test_golden_bytes_at_4_bits():
     assert adapter_of(METHOD, 4, values=VALUES, adapted=ADAPTED).to_bytes() == FOUR
     expected = torch.tensor([0.0, -7.0, 1.0, 3.5, 0.0, 0.0, -1.75, 0.25])

@@ -217,6 +217,7 @@ class Verification:
             "bits": spec.bits,
             "group": spec.group,
             "extra_tensors": len(spec.extra),
+            "task": spec.task.get("task"),
         }
 
 

@@ -172,6 +172,8 @@ class Spec:
         group: coefficients that share a scale; 0 for one scale a vector.
         extra: names of the tensors that training saved beside the adapter, sorted.
         peft: options of the PEFT configuration that are not the usual ones; not read here.
+        task: what the adapter was trained for, as training describes it: labels, columns, lengths; empty where that is
+            not known. Not read here.
     """
 
     method: Method
@@ -181,6 +183,7 @@ class Spec:
     group: int = 0
     extra: tuple[str, ...] = ()
     peft: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    task: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @cached_property
     def size(self) -> int:
@@ -262,6 +265,7 @@ class Spec:
             **({"digest_rest": digest_rest} if digest_rest is not None else {}),
             **({"extra": list(self.extra)} if self.extra else {}),
             **({"peft": dict(self.peft)} if self.peft else {}),
+            **({"task": dict(self.task)} if self.task else {}),
         }
 
     def check_base(self, shapes: Shapes, architecture: str | None, where: str) -> None:

@@ -4,7 +4,7 @@ import math
 import re
 import threading
 import types
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Union, cast, get_args, get_origin
@@ -28,7 +28,7 @@ _DIGEST_VALUE = re.compile(r'"(digest|digest_rest)":"([0-9a-f]{64})"')
 _KNOWN: dict[str, tuple[Spec, str]] = {}
 _KNOWN_LOCK = threading.Lock()
 _KEYS = {"method", "options", "seed", "law", "base", "matrices", "bits", "digest"}
-_MAY = {"group", "digest_rest", "extra", "peft"}
+_MAY = {"group", "digest_rest", "extra", "peft", "task"}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _WEIGHTS = re.compile(r"[0-9a-f]{16}")
 _PART = re.compile(r"[0-9A-Za-z_]+([:/][0-9A-Za-z_]+)?")
@@ -104,7 +104,8 @@ def _parse_spec(text: str, where: str) -> tuple[Spec, Digests]:
         check_name(name, "the name of a tensor", where)
     if list(extra) != sorted(set(extra)):
         raise _wrong("extra", "sorted names without repetition", list(extra), where)
-    spec = Spec(common, base, groups, bits, group, extra, _object(document, "peft", where, missing=True))
+    peft, task = _object(document, "peft", where, missing=True), _task(document, where)
+    spec = Spec(common, base, groups, bits, group, extra, peft, task)
     if not 1 <= spec.size <= MATRIX_LIMIT:
         raise _wrong("matrices", f"1 to {MATRIX_LIMIT} matrices", spec.size, where)
     rest = _digest(document, "digest_rest", where) if "digest_rest" in document else None
@@ -222,6 +223,61 @@ def _layers(document: Mapping[str, Any], name: str, where: str) -> tuple[Numbers
     if len(written) != stars:
         raise _wrong("layers", f"{stars} ranges, one for each * of {name!r}", written, where)
     return tuple(parse_ranges(_text(text, "layers", where), where) for text in written)
+
+
+def _task(document: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The description of a task; what is said of a task that only a newer version knows is kept as it is."""
+    if "task" not in document:
+        return {}
+    task = _object(document, "task", where)
+    if not isinstance(task.get("task"), str):
+        raise SpecKeyError(
+            f"{where}: task in the spec must have the key 'task' with the name of the task, such as 'causal-lm', got "
+            f"{task.get('task')!r}; pack the adapter again"
+        )
+    for key in task.keys() & _TASK.keys():
+        rule, fits = _TASK[key]
+        if not fits(task[key]):
+            raise _wrong(f"task.{key}", rule, task[key], where)
+    return task
+
+
+def _is_names(value: object) -> bool:
+    """Names of at least two classes, or None for numbers."""
+    if not isinstance(value, list):
+        return value is None
+    names = cast("list[object]", value)
+    return len(names) > 1 and all(isinstance(name, str) for name in names) and len({*names}) == len(names)
+
+
+def _is_columns(value: object) -> bool:
+    cells = cast("dict[str, object]", value).values() if isinstance(value, dict) else [0]
+    return all(cell is None or isinstance(cell, str) for cell in cells)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def _is_size(value: object) -> bool:
+    return _is_count(value) and value != 0
+
+
+_TASK: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "labels": ("a list of at least two different names, or null for numbers", _is_names),
+    "columns": ("an object of names of columns, each a text or null", _is_columns),
+    "max_length": ("a whole number of at least 1", _is_size),
+    "image_size": ("a whole number of at least 1, or null", lambda value: value is None or _is_size(value)),
+    "pooling": ("text", _is_text),
+    "separator": ("text", _is_text),
+    "end_id": ("a whole number of at least 0", _is_count),
+    "answer_length": ("a whole number of at least 0", _is_count),
+}
+"""Key of a task → what its value must be, in words and as a condition."""
 
 
 def _check_keys(document: Mapping[str, Any], must: set[str], may: set[str], what: str, where: str) -> None:

@@ -1,7 +1,7 @@
 """What a saved adapter holds: counts, and norm and spectrum of each ΔW, without the base model's weights."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -90,6 +90,7 @@ class Inspection:
         head_parameters: what was trained whole beside the adapter.
         bytes: size of the file of tensors.
         matrices: one entry for each adapted matrix, in the model's order.
+        task: what it was trained for, as training described it; empty where nobody did.
     """
 
     adapter: str
@@ -98,6 +99,7 @@ class Inspection:
     head_parameters: int
     bytes: int
     matrices: tuple[MatrixReport, ...]
+    task: Mapping[str, Any]
 
     @property
     def coefficients(self) -> int:
@@ -115,6 +117,7 @@ class Inspection:
         return {
             "adapter": self.adapter,
             "base_model": self.base_model,
+            "task": dict(self.task) or None,
             "method": self.config.method,
             "seed": self.config.seed,
             "law": self.config.law,
@@ -169,6 +172,7 @@ def inspect_adapter(
         sum(torch.Size(shape).numel() for shape in found.head.values()),
         found.bytes,
         tuple(reports),
+        found.task,
     )
 
 

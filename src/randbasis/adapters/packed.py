@@ -16,7 +16,7 @@ from torch import Tensor
 from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, Verification, group_matrices, read, verify
 from randbasis.adapter_file.paths import check_name
 from randbasis.adapters.base_model import linear_shapes, meta_model, read_config, shape_of
-from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter, paths_of
+from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter, paths_of, write_task
 from randbasis.adapters.spec_options import STREAMS, bare, config_of, named_tensors, peft_options
 from randbasis.codes import rounded
 from randbasis.defaults import ONE_SCALE, PACKED_BITS
@@ -63,6 +63,8 @@ def pack_adapter(
     overwrite: bool = False,
 ) -> Verification:
     """Write an adapter as one packed file, and read it back to verify it.
+
+    The file holds the task that training described, so that it can be used as the directory can.
 
     Of an adapter that was trained with ``quantize_coefficients`` the file holds the values that it computes with,
     without loss at those bits or at 32, and is an adapter like any other; the full-precision values, which only further
@@ -121,7 +123,7 @@ def exact(found: SavedAdapter, *, model: str | None = None, base_name: str | Non
     name = base_name or _plain_name(config.base_model_name_or_path)
     base = Base(name, config.base_model_type, config.base_weights)
     groups = group_matrices(one.matrix for one in stored.values())
-    spec = Spec(bare(config.method_for("")), base, groups, 32, peft=peft_options(config))
+    spec = Spec(bare(config.method_for("")), base, groups, 32, peft=peft_options(config), task=found.task)
     ordered = [stored[one.name, one.part] for one in spec.matrices]
     for one in ordered:
         coefficients = {name: tensors[tensor] for name, tensor in one.tensors.items()}
@@ -269,7 +271,7 @@ def _plain_name(name: str | None) -> str | None:
 def unpack_adapter(
     file: str | Path, path: str | Path, *, base_name: str | None = None, overwrite: bool = False
 ) -> PackedAdapter:
-    """Write a packed file as a PEFT directory, which ``PeftModel.from_pretrained`` reads.
+    """Write a packed file as a PEFT directory, which ``PeftModel.from_pretrained`` reads; its task lies beside it.
 
     Args:
         file: the packed file.
@@ -296,22 +298,19 @@ def write_adapter_dir(
     where: str,
     base_name: str | None = None,
     overwrite: bool = False,
-    beside: Mapping[str, str] | None = None,
 ) -> None:
     """Write a packed adapter as a PEFT directory; see :func:`unpack_adapter`.
 
     Args:
         where: what it was read from, for messages.
-        beside: name → text of further files of the directory.
     """
     config = config_of(adapter.spec, where, base_name)
     folder = check_output_folder(path, (), overwrite=overwrite)
     with replaced_set(folder) as stage:
         _write_dir(stage, adapter, config)
-        for name, text in (beside or {}).items():
-            (stage / name).write_text(text, encoding="utf-8")
 
 
 def _write_dir(path: Path, adapter: PackedAdapter, config: RandbasisConfig) -> None:
     save_file(named_tensors(adapter), path / WEIGHTS_FILE, metadata={"format": "pt"})
     config.save_pretrained(str(path))
+    write_task(path, config.base_model_name_or_path, adapter.spec.method.name, adapter.spec.task)

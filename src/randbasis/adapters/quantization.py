@@ -10,7 +10,7 @@ from torch import Tensor
 
 from randbasis.adapter_file import PackedAdapter
 from randbasis.adapters.packed import exact, write_adapter_dir
-from randbasis.adapters.saved import AdapterLocation, open_adapter, paths_of, task_of
+from randbasis.adapters.saved import AdapterLocation, open_adapter, paths_of
 from randbasis.codes import rounded
 from randbasis.defaults import ONE_SCALE, QUANTIZED_BITS
 from randbasis.errors import PrecisionError
@@ -94,8 +94,7 @@ def quantize_adapter(
     Needs no data: the scales come from the coefficients alone. Heads and streams stay as they are.
 
     Args:
-        source: where the adapter is: see :func:`randbasis.adapters.saved.open_adapter`. The task of a folder comes
-            along into a directory.
+        source: where the adapter is: see :func:`randbasis.adapters.saved.open_adapter`. Its task comes along.
         output: a name that ends in ``.safetensors`` becomes a packed file, any other a directory for PEFT whose values
             are the quantized ones, in float32 (float16 at 16 bits); None writes nothing.
         bits: one of :data:`PRECISIONS`.
@@ -130,8 +129,8 @@ def quantize_adapter(
     if output is not None and str(output).endswith(PACKED_SUFFIX):
         chosen.write(output, overwrite=overwrite)
     elif output is not None:
-        beside = task_of([found])
-        write_adapter_dir(chosen, output, where=found.where, base_name=base_name, overwrite=overwrite, beside=beside)
+        name = base_name or found.base_model or None  # with the folders above it, which a packed file does not name
+        write_adapter_dir(chosen, output, where=found.where, base_name=name, overwrite=overwrite)
     return Quantization(
         found.where,
         None if output is None else str(output),

@@ -110,16 +110,22 @@ class SavedAdapter:
         """What training wrote of it: ``task``, ``method`` and ``base_model``; empty where it wrote nothing.
 
         Raises:
-            AdapterFilesError: the file is not a JSON object.
+            AdapterFilesError: the file is not a JSON object, or its task is none.
         """
         if self.folder is None or not (self.folder / TASK_FILE).is_file():
             return {}
-        return _read_json(self.folder / TASK_FILE)
+        about = _read_json(self.folder / TASK_FILE)
+        if not isinstance(about.get("task", {}), dict):
+            raise AdapterFilesError(
+                f"{self.folder / TASK_FILE}: task must be an object, got {about['task']!r}; take the file from where "
+                "the adapter was trained"
+            )
+        return about
 
     @property
     def task(self) -> dict[str, Any]:
-        """The description of its task; empty for packed files, and for adapters of other tools."""
-        return self.about.get("task", {})
+        """A copy of the description of its task; empty where nobody wrote one, as for adapters of other tools."""
+        return deepcopy(self.about.get("task", {}) if self.whole is None else dict(self.whole.spec.task))
 
     @property
     def method(self) -> str:
@@ -244,21 +250,25 @@ def open_folder(path: str | Path) -> SavedAdapter:
     return found
 
 
-def task_of(sources: Sequence[SavedAdapter], method: str = "") -> dict[str, str]:
-    """What to write beside an adapter that is made of others, where all of them have one and the same task.
+def common_task(sources: Sequence[SavedAdapter]) -> dict[str, Any]:
+    """The task of an adapter that is made of others: theirs where they have one and the same, else nothing."""
+    first = sources[0].task
+    return {} if any(one.task != first for one in sources[1:]) else first
+
+
+def write_task(folder: Path, base_model: str | None, method: str, task: Mapping[str, Any]) -> None:
+    """Write what a folder says of its adapter's task, where there is one.
 
     Args:
-        sources: the adapters that it is made of; packed files have no task.
-        method: what it is then, as the command names it; empty for that of the first.
-
-    Returns:
-        The name and text of the description, or nothing.
+        folder: of the adapter.
+        base_model: folder or hub name of the base.
+        method: as the command names it.
+        task: its description.
     """
-    first = sources[0]
-    if not first.task or any(one.task != first.task for one in sources[1:]):
-        return {}
-    about = {"base_model": first.base_model, "method": method or first.method, "task": first.task}
-    return {TASK_FILE: json.dumps(about, indent=2, ensure_ascii=False) + "\n"}
+    if task:
+        about = {"base_model": base_model or "", "method": method, "task": dict(task)}
+        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+        (folder / TASK_FILE).write_text(text, encoding="utf-8")
 
 
 def _of_packed(packed: PackedAdapter, where: str) -> SavedAdapter:

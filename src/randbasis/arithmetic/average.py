@@ -18,7 +18,7 @@ from torch import Tensor
 from randbasis.adapter_file import PackedAdapter
 from randbasis.adapters.inspection import Track
 from randbasis.adapters.packed import write_adapter_dir
-from randbasis.adapters.saved import AdapterLocation, open_adapter, paths_of, task_of
+from randbasis.adapters.saved import AdapterLocation, common_task, open_adapter, paths_of
 from randbasis.arithmetic.changes import OurChanges, read_packed
 from randbasis.arithmetic.same_basis import check_same_basis
 from randbasis.defaults import AVERAGED_HEADS
@@ -89,7 +89,7 @@ def average_adapters(
 
     Args:
         adapters: of this package and of one basis; where they are: see
-            :func:`randbasis.adapters.saved.open_adapter`. The task that all of them have comes along into a directory.
+            :func:`randbasis.adapters.saved.open_adapter`. The task that all of them have comes along.
         output: a packed file where its name ends in ``.safetensors``, else a directory; 32 bits a coefficient.
         weights: one for each adapter, of any sign and sum; None takes the mean.
         heads: ``"average"`` or ``"first"``: what becomes of modules that were trained whole beside the adapters. They
@@ -126,15 +126,14 @@ def average_adapters(
     values = sum((w * one.values().double() for w, one in zip(shares, packed, strict=True)), start=torch.zeros(()))
     first = packed[0].spec
     base = replace(first.base, name=Path(base_name).name) if base_name else first.base
-    spec = replace(first, base=base, bits=32, group=0)
+    spec = replace(first, base=base, bits=32, group=0, task=common_task(saved))
     made = PackedAdapter.of(spec, values.float(), streams=packed[0].streams, extra=extra)
     size, apart = (None, None) if first.method.needs_base else _distances(made, packed, shares, track)
     if output.suffix == SUFFIX:
         made.write(output, overwrite=overwrite)
     else:
-        name = base_name or saved[0].config.base_model_name_or_path  # with the folders above it
-        beside = task_of(saved)
-        write_adapter_dir(made, output, where=str(output), base_name=name, overwrite=overwrite, beside=beside)
+        name = base_name or saved[0].base_model or None  # with the folders above it
+        write_adapter_dir(made, output, where=str(output), base_name=name, overwrite=overwrite)
     return Average(output, first.method.name, tuple(shares), first.count, len(extra), size, apart)
 
 

@@ -131,5 +131,5 @@ def _totals(inspection: Inspection) -> str:
     head = f", head of {inspection.head_parameters:,}" if inspection.head_parameters else ""
     return (
         f"{inspection.coefficients:,} coefficients in {len(inspection.matrices)} matrices{head}, "
-        f"{inspection.bytes:,} bytes"
+        f"{inspection.bytes:,} bytes" + (f", trained for {inspection.task.get('task')}" if inspection.task else "")
     )

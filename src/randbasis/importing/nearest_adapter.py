@@ -15,7 +15,7 @@ from torch import Tensor
 from randbasis.adapter_file import SpecMatrix
 from randbasis.adapters.base_model import linear_shapes, meta_model, read_config, shape_of
 from randbasis.adapters.inspection import Track
-from randbasis.adapters.saved import task_of
+from randbasis.adapters.saved import write_task
 from randbasis.errors import BaseMismatchError, CoefficientValueError, ResidualError, UnknownMethodError
 from randbasis.files.output_checks import check_output_folder
 from randbasis.files.output_set import replaced_set
@@ -183,8 +183,7 @@ def import_as_nearest(
     with replaced_set(folder) as stage:
         save_file(tensors, stage / WEIGHTS_FILE, metadata={"format": "pt"})
         made.save_pretrained(str(stage))
-        for name, text in task_of([found.saved], config.method).items():
-            (stage / name).write_text(text, encoding="utf-8")
+        write_task(stage, found.saved.base_model, config.method, found.saved.task)
     return result
 
 

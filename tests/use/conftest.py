@@ -1,0 +1,3 @@
+from trained_runs import trained
+
+__all__ = ["trained"]
