@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from randbasis.errors import DataMissingError
-from randbasis.train.settings import DataSettings, LoopSettings, TrainSettings
+from randbasis.train.loop_settings import LoopSettings
+from randbasis.train.settings import DataSettings, TrainSettings
 from studies.study import Row, Setting, Study
 
 STUDIES = ("sst2", "vision", "e2e", "quantization")

@@ -19,7 +19,8 @@ from randbasis.export import export_gguf_lora, export_merged, export_peft_lora
 from randbasis.hub import build_hub_folder, push_to_hub
 from randbasis.importing import import_as_lora, import_as_merged, import_as_nearest
 from randbasis.store import AdapterStore
-from randbasis.train.settings import AdapterSettings, DataSettings, GenerationSettings, LoopSettings, TrainSettings
+from randbasis.train.loop_settings import LoopSettings
+from randbasis.train.settings import AdapterSettings, DataSettings, GenerationSettings, TrainSettings
 from randbasis.use.settings import UseSettings
 
 USE = (UseSettings, GenerationSettings)

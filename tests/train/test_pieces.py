@@ -13,8 +13,9 @@ from randbasis.errors import HyperparameterError, MissingPackageError, RankError
 from randbasis.train import METHOD_NAMES, AdapterSettings, PooledClassifier, peft_config
 from randbasis.train import metrics as metrics_module
 from randbasis.train.loop import adapt, count_trained
+from randbasis.train.loop_settings import LoopSettings
 from randbasis.train.randomness import confined_randomness
-from randbasis.train.settings import LoopSettings, settings_from_words
+from randbasis.train.settings import settings_from_words
 from randbasis.train.task import CUT, count_cut, inference
 from randbasis.train.trained_parameters import restore_parameters, save_parameters
 from randbasis.train.trainer import EpochOrder, parameter_groups

@@ -33,7 +33,8 @@ from randbasis.cli.parameters import (
     of_loop,
     of_task,
 )
-from randbasis.train.settings import AdapterSettings, DataSettings, LoopSettings, TrainSettings
+from randbasis.train.loop_settings import LoopSettings
+from randbasis.train.settings import AdapterSettings, DataSettings, TrainSettings
 
 commands = typer.Typer(rich_markup_mode="markdown")
 

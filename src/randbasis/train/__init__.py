@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from randbasis.train.classification import TextClassification
     from randbasis.train.images import ImageClassification, read_images
     from randbasis.train.loop import FitResult, fit
+    from randbasis.train.loop_settings import LoopSettings
     from randbasis.train.method_table import METHOD_NAMES, peft_config
     from randbasis.train.pooled import PooledClassifier
     from randbasis.train.run import Prepared, TrainOutcome, prepare, train
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
         AdapterSettings,
         DataSettings,
         GenerationSettings,
-        LoopSettings,
         TrainSettings,
     )
     from randbasis.train.tabular import Table, read_table
@@ -31,9 +31,10 @@ else:
             "randbasis.train.classification": "TextClassification",
             "randbasis.train.images": "ImageClassification read_images",
             "randbasis.train.loop": "FitResult fit",
+            "randbasis.train.loop_settings": "LoopSettings",
             "randbasis.train.pooled": "PooledClassifier",
             "randbasis.train.run": "Prepared TrainOutcome prepare train",
-            "randbasis.train.settings": "AdapterSettings DataSettings GenerationSettings LoopSettings TrainSettings",
+            "randbasis.train.settings": "AdapterSettings DataSettings GenerationSettings TrainSettings",
             "randbasis.train.tabular": "Table read_table",
             "randbasis.train.task": "Task",
             "randbasis.train.trained_parameters": "load_adapter",

@@ -23,11 +23,11 @@ from transformers import (
 from transformers.utils import logging
 
 from randbasis.errors import EmptyDataError, RandbasisError, SettingError, TargetError
+from randbasis.train.loop_settings import LoopSettings
 from randbasis.train.method_table import is_of_targets
 from randbasis.train.progress import ProgressReport
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.ranks import Ranks
-from randbasis.train.settings import LoopSettings
 from randbasis.train.task import Example, Task
 from randbasis.train.trainer import AdapterTrainer, checkpoint_to_resume, parameter_groups
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from randbasis.errors import SettingError, near
-from randbasis.train.settings import DTYPES, GenerationSettings
+from randbasis.train.loop_settings import DTYPES
+from randbasis.train.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from randbasis.adapters.saved import AdapterLocation

@@ -1,0 +1,104 @@
+"""How a run optimises, as plain values: what the command takes its defaults from, so that nothing heavy is imported."""
+
+from dataclasses import dataclass
+
+from randbasis.errors import SettingError, near
+
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How to optimise.
+
+    Args:
+        batch_size: rows a step.
+        eval_batch_size: rows a batch of evaluation; ``None``: four times ``batch_size``.
+        epochs: passes over the rows, when ``max_steps`` is not given.
+        max_steps: steps.
+        learning_rate: of the adapter.
+        head_learning_rate: of the head; ``None``: as the adapter.
+        warmup: share of the steps in which the learning rate rises.
+        schedule: how it falls, a name of transformers.
+        weight_decay: of the adapter and of the head's matrices.
+        max_grad_norm: gradients are clipped to this norm.
+        accumulate: batches a step.
+        train_seed: head, order of the rows, dropout, held-out rows.
+        metric: which metric chooses the best checkpoint; ``None``: the task's first.
+        eval_every: steps between evaluations; ``None``: each epoch, or five times in ``max_steps``.
+        early_stop: stop after that many evaluations without a better metric.
+        keep: ``"best"`` or ``"last"``.
+        group_by_length: rows of like length share a batch.
+        label_smoothing: of the classes.
+        threads: threads of torch; ``None`` leaves them.
+        dtype: of the base model; coefficients and head stay float32.
+        device: ``"auto"`` or ``"cpu"``.
+    """
+
+    batch_size: int = 16
+    eval_batch_size: int | None = None
+    epochs: float = 3.0
+    max_steps: int | None = None
+    learning_rate: float = 1e-2
+    head_learning_rate: float | None = None
+    warmup: float = 0.06
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    accumulate: int = 1
+    train_seed: int = 0
+    metric: str | None = None
+    eval_every: int | None = None
+    early_stop: int | None = None
+    keep: str = "best"
+    group_by_length: bool = True
+    label_smoothing: float = 0.0
+    threads: int | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+
+    def check(self) -> None:
+        """Refuse what cannot be trained with.
+
+        Raises:
+            SettingError: a value is out of range; the message names it.
+        """
+        at_least_one = {
+            "batch_size": self.batch_size,
+            "eval_batch_size": self.eval_batch_size,
+            "max_steps": self.max_steps,
+            "accumulate": self.accumulate,
+            "eval_every": self.eval_every,
+            "early_stop": self.early_stop,
+            "threads": self.threads,
+        }
+        for name, value in at_least_one.items():
+            if value is not None and value < 1:
+                raise SettingError(f"{name} must be at least 1, got {value}")
+        not_negative = {
+            "learning_rate": self.learning_rate,
+            "head_learning_rate": self.head_learning_rate,
+            "weight_decay": self.weight_decay,
+            "train_seed": self.train_seed,
+        }
+        for name, value in not_negative.items():
+            if value is not None and not 0 <= value < float("inf"):
+                raise SettingError(f"{name} must be a finite number not below 0, got {value}")
+        if not 0 < self.epochs < float("inf"):
+            raise SettingError(f"epochs must be a finite number above 0, got {self.epochs}")
+        if self.train_seed >= 2**32:
+            raise SettingError(f"train_seed must be below 2**32 (numpy's limit), got {self.train_seed}")
+        if not 0.0 <= self.warmup < 1.0:
+            raise SettingError(f"warmup is a share of the steps in [0, 1), got {self.warmup}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise SettingError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        choices = {
+            "schedule": (self.schedule, SCHEDULES),
+            "dtype": (self.dtype, DTYPES),
+            "device": (self.device, ("auto", "cpu")),
+            "keep": (self.keep, ("best", "last")),
+        }
+        for name, (value, known) in choices.items():
+            if value not in known:
+                raise SettingError(f"{name} {value!r} is unknown; {near(value, known)}")
