@@ -40,7 +40,7 @@ ROWS: dict[str, set[str]] = {
     "arithmetic": {"torch"},
     "train": {
         "torch", "numpy", "peft", "transformers", "safetensors", "accelerate", "PIL", "sacrebleu", "sklearn", "scipy",
-        "matplotlib", "rich", "yaml",
+        "matplotlib", "rich", "yaml", "jinja2",
     },
     "use": {"torch"},
     "hub": {"huggingface_hub"},

@@ -274,6 +274,10 @@ _TASK: dict[str, tuple[str, Callable[[object], bool]]] = {
     "image_size": ("a whole number of at least 1, or null", lambda value: value is None or _is_size(value)),
     "pooling": ("text", _is_text),
     "separator": ("text", _is_text),
+    "prompt_template": ("text", _is_text),
+    "target_template": ("text", _is_text),
+    "chat_template": ("text", _is_text),
+    "loss_on": ("text", _is_text),
     "end_id": ("a whole number of at least 0", _is_count),
     "answer_length": ("a whole number of at least 0", _is_count),
 }

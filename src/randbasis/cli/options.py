@@ -76,7 +76,13 @@ def _classes(words: Words) -> bool:
 
 
 def _pairs(words: Words) -> bool:
-    return words["task"] == "causal-lm" and words["prompt_column"] is not None and words["target_column"] is not None
+    """Whether a row is a prompt and a target."""
+    asked = words["prompt_column"] is not None or words["prompt_template"] is not None
+    return words["task"] == "causal-lm" and asked and (words["target_column"] or words["target_template"]) is not None
+
+
+def _chat(words: Words) -> bool:
+    return words["task"] == "causal-lm" and words["messages_column"] is not None
 
 
 def _writes(words: Words) -> bool:
@@ -126,7 +132,10 @@ TRAIN = (
     *_ADAPTER,
     Needs("kind", _task("causal-lm", "sequence-classification"), "a task with a file of rows"),
     Needs("text_pair_column", _task("sequence-classification"), "--task sequence-classification"),
-    Needs("prompt_column target_column end_token", _task("causal-lm"), "--task causal-lm"),
+    Needs("prompt_column target_column messages_column end_token", _task("causal-lm"), "--task causal-lm"),
+    Needs("prompt_template target_template packing", _task("causal-lm"), "--task causal-lm"),
+    Needs("chat_template", _chat, "--task causal-lm with --messages-column"),
+    Needs("loss_on", lambda words: _chat(words) or _pairs(words), "--messages-column, or prompts and targets"),
     Needs("text_column max_length", _task("causal-lm", "sequence-classification"), "a task with texts"),
     Needs("text_column", lambda words: not _pairs(words), "no --prompt-column and --target-column beside it"),
     Needs("label_column", _task("sequence-classification"), "--task sequence-classification"),
@@ -134,6 +143,7 @@ TRAIN = (
     Needs("label_smoothing", lambda words: words["label_kind"] != "number", "classes"),
     Needs("pooling", _task("sequence-classification"), "--task sequence-classification"),
     Needs("separator", _pairs, "--task causal-lm with --prompt-column and --target-column"),
+    Needs("separator", lambda words: words["prompt_template"] is None, "no --prompt-template beside it, which has it"),
     Needs("image_size flip", _task("image-classification"), "--task image-classification"),
     Needs("head_learning_rate", _classes, "a task with a head"),
     Needs(
@@ -162,7 +172,11 @@ EVALUATE = (
 PREDICT = (*(need for need in EVALUATE if need.options != "texts"), _REPLACED)
 
 GENERATE = (
-    Needs("data kind prompt_column limit", lambda words: not words["prompt"], "no --prompt beside it"),
+    Needs(
+        "data kind prompt_column messages_column limit",
+        lambda words: not words["prompt"] and not words["messages"],
+        "no --prompt or --messages beside it",
+    ),
     Needs("kind prompt_column limit", lambda words: words["data"] is not None, "--data"),
     Needs("temperature top_k top_p seed", lambda words: words["sample"], "--sample"),
     _BEAMS,

@@ -33,6 +33,9 @@ TextColumn = Annotated[str | None, of_data(help="Column of the text, by name, or
 PairColumn = Annotated[str | None, of_data(help="Column of a second text.")]
 PromptColumn = Annotated[str | None, of_data(help="Column of what the language model is given.")]
 TargetColumn = Annotated[str | None, of_data(help="Column of what it has to write.")]
+MessagesColumn = Annotated[
+    str | None, of_data(help="Column of a conversation: a list of messages with role and content.")
+]
 LabelColumn = Annotated[str | None, of_data(help="Column of the class or number.")]
 NewTokens = Annotated[int | None, of_texts(help="Longest answer; by default the longest of training.")]
 Beams = Annotated[int, of_texts(help="Beams of a beam search; 1 is greedy.")]

@@ -19,6 +19,7 @@ from randbasis.cli.parameters import (
     LabelColumn,
     Matrices,
     MatricesOfB,
+    MessagesColumn,
     Overwrite,
     PairColumn,
     PromptColumn,
@@ -60,6 +61,7 @@ def train(
     text_pair_column: PairColumn = None,
     prompt_column: PromptColumn = None,
     target_column: TargetColumn = None,
+    messages_column: MessagesColumn = None,
     label_column: LabelColumn = None,
     label_kind: Annotated[str, of_data(help="auto, class or number (a regression).")] = DataSettings.label_kind,
     limit: Annotated[int | None, of_data(help="Train on that many rows.")] = None,
@@ -103,6 +105,19 @@ def train(
         str, of_task(help="auto or model: transformers' own class; mean, cls: randbasis alone loads it.")
     ] = TrainSettings.pooling,
     separator: Annotated[str, of_task(help="Between prompt and target.")] = TrainSettings.separator,
+    prompt_template: Annotated[
+        str | None, of_task(help="Prompt of several columns, 'Title: {title}\\n{body} =>', instead of --prompt-column.")
+    ] = None,
+    target_template: Annotated[str | None, of_task(help="The same of what has to be written.")] = None,
+    chat_template: Annotated[
+        Path | None, of_task(help="File with a Jinja template for messages; by default the tokenizer's own.")
+    ] = None,
+    loss_on: Annotated[
+        str, of_task(help="answer: learn targets, or what the assistant says; all: the whole text.")
+    ] = TrainSettings.loss_on,
+    packing: Annotated[
+        bool, of_task(help="Several rows in one sequence of --max-length, each apart from its neighbours.")
+    ] = False,
     end_token: Annotated[str | None, of_task(help="Token that ends a text; by default the tokenizer's.")] = None,
     image_size: Annotated[int | None, of_task(help="Side of the images in pixels.")] = None,
     flip: Annotated[bool, of_task(help="Mirror half of the training images.")] = False,

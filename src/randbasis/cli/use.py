@@ -20,6 +20,7 @@ from randbasis.cli.parameters import (
     LabelColumn,
     LengthPenalty,
     Limit,
+    MessagesColumn,
     NewTokens,
     Overwrite,
     PairColumn,
@@ -50,6 +51,7 @@ def evaluate(
     text_pair_column: PairColumn = None,
     prompt_column: PromptColumn = None,
     target_column: TargetColumn = None,
+    messages_column: MessagesColumn = None,
     label_column: LabelColumn = None,
     texts: Annotated[
         bool | None, Option(help="Generate texts for BLEU and chrF; by default if there are prompts.")
@@ -86,6 +88,7 @@ def predict(
     text_column: TextColumn = None,
     text_pair_column: PairColumn = None,
     prompt_column: PromptColumn = None,
+    messages_column: MessagesColumn = None,
     max_new_tokens: NewTokens = None,
     beams: Beams = GenerationSettings.beams,
     length_penalty: LengthPenalty = GenerationSettings.length_penalty,
@@ -113,12 +116,19 @@ def predict(
 def generate(
     context: typer.Context,
     adapter: Adapter = None,
-    prompt: Annotated[list[str] | None, Option(help="A prompt; may be given several times.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        Option(help="A prompt, or the first message of a conversation; may be given several times."),
+    ] = None,
+    messages: Annotated[
+        list[str] | None, Option(help='A conversation, as JSON: [{"role": "user", "content": ...}, ...].')
+    ] = None,
     data: Rows = None,
     model: Base = None,
     output: Annotated[Path | None, Option(help="File of JSON lines; by default the output stream.")] = None,
     kind: Kind = None,
     prompt_column: PromptColumn = None,
+    messages_column: MessagesColumn = None,
     max_new_tokens: NewTokens = None,
     beams: Beams = GenerationSettings.beams,
     length_penalty: LengthPenalty = GenerationSettings.length_penalty,
@@ -143,12 +153,14 @@ def generate(
     """Write texts from prompts: greedy, beam search or sampling."""
     given = dict(locals())
     with reported(as_json):
+        from randbasis.train.chat import conversation
         from randbasis.use.evaluation import generate as run
 
         check_options(context, GENERATE)
+        asked = [conversation(one) for one in messages or []]
         if output is not None:
             check_output_file(output, (data, adapter, model), overwrite=overwrite)
-        answer_rows(run(use_from_words(given), prompt or []), output, as_json, overwrite=overwrite)
+        answer_rows(run(use_from_words(given), prompt or [], messages=asked), output, as_json, overwrite=overwrite)
 
 
 def answer_rows(rows: list[dict[str, Any]], output: Path | None, as_json: bool, *, overwrite: bool) -> None:

@@ -1,7 +1,7 @@
 """A language model that continues a prompt, or that is trained on plain text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,30 +10,36 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from randbasis.adapters.base_model import read_config
-from randbasis.errors import EmptyDataError, SettingError, near
+from randbasis.errors import ColumnError, EmptyDataError, SettingError, near
+from randbasis.train.chat import Chat, Conversation, asked, conversations
 from randbasis.train.classification import allowed_length, pad_batch, pad_id
 from randbasis.train.generation import generate_texts
 from randbasis.train.metrics import bleu, chrf
 from randbasis.train.model_reading import read_model, read_tokenizer
+from randbasis.train.packing import collate_packs
 from randbasis.train.randomness import confined_randomness
+from randbasis.train.row_format import RowFormat, roles
 from randbasis.train.settings import GenerationSettings, TrainSettings
 from randbasis.train.tabular import Table
 from randbasis.train.task import CUT, Batch, Example, Task, inference
 
 DEFAULT_MAX_LENGTH = 512
+ANSWER = "answer_tokens"
+"""Key of an example: how many tokens its target has, as far as they are kept."""
 
 
 class CausalLanguage(Task):
     """Causal language modelling.
 
     A row of prompt and target becomes ``prompt + separator + target + end token``; only target and end token are
-    learned. A row of plain text is learned whole, in blocks of ``max_length``.
+    learned. Of a conversation what the assistant says is learned. A row of plain text is learned whole, in blocks of
+    ``max_length``.
 
     Args:
         tokenizer: of the base.
-        columns: ``prompt`` and ``target``, or ``text``: where they are in a table.
+        columns: ``prompt`` and ``target``, ``text``, or ``messages``: where they are in a table.
         max_length: tokens a row.
-        separator: between prompt and target.
+        format: what stands around and between them.
         end_id: token that ends a text.
         answer_length: tokens of the longest target seen in training, end token included.
     """
@@ -47,17 +53,18 @@ class CausalLanguage(Task):
         tokenizer: Any,
         columns: dict[str, str | None],
         max_length: int,
-        separator: str,
+        format: RowFormat,
         end_id: int,
         answer_length: int = 0,
     ):
         self.tokenizer = tokenizer
         self.columns = columns
         self.max_length = max_length
-        self.separator = separator
+        self.format = format
+        self.chat = Chat(tokenizer, format.chat_template) if "messages" in columns else None
         self.end_id = end_id
         self.answer_length = answer_length
-        self.prompted = columns["prompt"] is not None
+        self.prompted = is_prompted(columns, format)
         self.metric_names = ("loss", "perplexity", "bleu", "chrf") if self.prompted else ("loss", "perplexity")
         self.generation = GenerationSettings()
         self.with_generation = False
@@ -68,30 +75,15 @@ class CausalLanguage(Task):
         """The task as the settings imply it.
 
         Raises:
-            SettingError: neither a text column nor a prompt and a target column was named, or the end token is unknown.
+            SettingError: neither a text, a prompt and a target, nor a conversation was named, the tokenizer has no chat
+                template, or the end token is unknown.
         """
-        data = settings.data
-        prompted = data.prompt_column is not None and data.target_column is not None
-        plain = data.text_column is not None and not (data.prompt_column or data.target_column)
-        if plain == prompted or (prompted and data.text_column is not None):
-            raise SettingError(
-                f"{cls.name} needs prompt_column and target_column, or text_column alone; "
-                f"{table.source} has {', '.join(table.columns)}"
-            )
-        columns = {
-            "prompt": data.prompt_column,
-            "target": data.target_column,
-            "text": None if prompted else data.text_column,
-        }
+        columns, format = roles(settings, table), RowFormat.of(settings)
         tokenizer = read_tokenizer(settings.model)
         limit = allowed_length(tokenizer, read_config(settings.model))
-        task = cls(
-            tokenizer,
-            columns,
-            min(limit, settings.max_length or DEFAULT_MAX_LENGTH),
-            settings.separator,
-            end_token_id(tokenizer, settings.end_token),
-        )
+        own = Chat(tokenizer, format.chat_template).end_id if "messages" in columns else None
+        end_id = end_token_id(tokenizer, settings.end_token) if own is None or settings.end_token else own
+        task = cls(tokenizer, columns, min(limit, settings.max_length or DEFAULT_MAX_LENGTH), format, end_id)
         task.choose_metric(settings.loop.metric)
         task.with_generation = task.metric in ("bleu", "chrf")
         return task
@@ -103,7 +95,7 @@ class CausalLanguage(Task):
             read_tokenizer(model),
             description["columns"],
             description["max_length"],
-            description["separator"],
+            RowFormat.from_record(description),
             description["end_id"],
             description["answer_length"],
         )
@@ -114,7 +106,7 @@ class CausalLanguage(Task):
             "task": self.name,
             "columns": self.columns,
             "max_length": self.max_length,
-            "separator": self.separator,
+            **self.format.record(),
             "end_id": self.end_id,
             "answer_length": self.answer_length,
         }
@@ -137,19 +129,62 @@ class CausalLanguage(Task):
                     f"has {', '.join(table.columns)}"
                 )
             return self._blocks(table.texts(self.columns["text"]))
-        prompts = self.prompts(table)
-        if not training and self.columns["target"] not in table.columns:
-            return self.prompt_examples(prompts)
-        examples: list[Example] = []
-        for prompt, targets in zip(prompts, table.references(self.columns["target"]), strict=True):
-            examples += [self._pair(prompt, target) for target in targets]
+        if not training and not self._has_answers(table):
+            return self.prompt_examples(self.prompts(table))
+        examples = self._conversations(table) if self.chat else self._pairs(table)
         if training:
-            self.answer_length = max(sum(label != -100 for label in e["labels"]) for e in examples)
+            self.answer_length = max(example[ANSWER] for example in examples)
         return examples
 
+    def groups(self, table: Table) -> Sequence[object]:
+        """See :meth:`Task.groups`: rows of the same prompt."""
+        if not self.prompted:
+            return super().groups(table)
+        column = self.columns.get("prompt")
+        return [str(cell) for cell in table.column(column)] if column else self.prompts(table)
+
     def prompts(self, table: Table) -> list[str]:
-        """The prompts of a table as texts."""
-        return table.texts(self.columns["prompt"] or "")
+        """The prompts of a table as texts, by their template where there is one."""
+        if self.chat is not None:
+            return [self.chat.prompt(asked(one)) for one in self._messages(table)]
+        template = self.format.prompt
+        return template.texts(table) if template else table.texts(self.columns["prompt"] or "")
+
+    def prompt_of(self, text: str) -> str:
+        """What a person asks, as :meth:`prompts` has it: the first message of a conversation, the value of a template.
+
+        Raises:
+            SettingError: the template has several columns, and the text is no object with a value for each.
+        """
+        if self.chat is not None:
+            return self.prompt_of_messages([{"role": "user", "content": text}])
+        return text if self.format.prompt is None else self.format.prompt.of_one(text)
+
+    def prompt_of_messages(self, messages: Conversation) -> str:
+        """A conversation up to where the next answer begins.
+
+        Raises:
+            SettingError: the model was not trained on conversations.
+        """
+        if self.chat is None:
+            raise SettingError(f"messages are for a model that was trained on conversations; {self.name} here has none")
+        return self.chat.prompt(asked(messages))
+
+    def _has_answers(self, table: Table) -> bool:
+        if self.chat is not None:
+            return any(one is not asked(one) for one in self._messages(table))
+        template = self.format.target
+        return {*(template.fields if template else (self.columns["target"],))} <= {*table.columns}
+
+    def _messages(self, table: Table) -> list[Conversation]:
+        return conversations(table, self.columns["messages"] or "")
+
+    def _pairs(self, table: Table) -> list[Example]:
+        template = self.format.target
+        texts = template.texts(table) if template else ()
+        references = [[one] for one in texts] if template else table.references(self.columns["target"])
+        pairs = zip(self.prompts(table), references, strict=True)
+        return [self._pair(prompt, target) for prompt, targets in pairs for target in targets]
 
     def prompt_examples(self, prompts: Sequence[str]) -> list[Example]:
         """Prompts without answers, with what of each is kept."""
@@ -162,9 +197,12 @@ class CausalLanguage(Task):
 
     def _start(self, prompt: str) -> tuple[list[int], bool]:
         """Tokens of a prompt and the separator, and whether some were cut."""
-        text = prompt + self.separator if self.prompted else prompt
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
-        if ids and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
+        if self.chat is not None:
+            ids = self.chat.ids(prompt)
+        else:
+            text = prompt + self.format.separator if self.prompted else prompt
+            ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        if self.chat is None and ids and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
             ids = ids[:-1]
         room = self._prompt_room
         return ids[-room:], len(ids) > room
@@ -181,15 +219,37 @@ class CausalLanguage(Task):
     def _pair(self, prompt: str, target: str) -> Example:
         start, cut = self._start(prompt)
         answer = [*self.tokenizer(target, add_special_tokens=False)["input_ids"], self.end_id]
-        ids = (start + answer)[: self.max_length]
-        labels = ([-100] * len(start) + answer)[: self.max_length]
+        example = self._example(start + answer, [False] * len(start) + [True] * len(answer), cut)
+        kept = max(0, self.max_length - len(start))
+        return {"prompt": prompt, "target": target, ANSWER: min(len(answer), kept), **example}
+
+    def _conversations(self, table: Table) -> list[Example]:
+        """An example of each conversation, whose last message is the answer that texts are compared with."""
+        assert self.chat is not None
+        examples: list[Example] = []
+        for number, messages in enumerate(self._messages(table), 1):
+            if messages is asked(messages):
+                raise ColumnError(
+                    f"row {number} of {table.source} ends with a message of {messages[-1]['role']!r}, so that there is "
+                    "no answer to learn; take it out, or the messages behind the last answer"
+                )
+            ids, learned = self.chat.learned(messages)
+            end = [self.end_id] if self.chat.end_id is None else []
+            target: str = messages[-1]["content"]
+            example = self._example([*ids, *end], [*learned, *(True for _ in end)], False)
+            answer = min(self.max_length, len(self.chat.ids(target)) + 1)
+            examples.append({"prompt": self.chat.prompt(messages[:-1]), "target": target, ANSWER: answer, **example})
+        return examples
+
+    def _example(self, ids: list[int], learned: list[bool], cut: bool) -> Example:
+        """The first ``max_length`` tokens, and those of them that are learned."""
+        whole, kept = self.format.loss_on == "all", ids[: self.max_length]
+        labels = [token if whole or one else -100 for token, one in zip(ids, learned, strict=True)]
         return {
-            "prompt": prompt,
-            "target": target,
-            "input_ids": ids,
-            "attention_mask": [1] * len(ids),
-            "labels": labels,
-            CUT: cut or len(start) + len(answer) > self.max_length,
+            "input_ids": kept,
+            "attention_mask": [1] * len(kept),
+            "labels": labels[: self.max_length],
+            CUT: cut or len(ids) > self.max_length,
         }
 
     def _blocks(self, texts: Sequence[str]) -> list[Example]:
@@ -209,6 +269,12 @@ class CausalLanguage(Task):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """See :meth:`Task.collate`."""
         return pad_batch(examples, ("input_ids", "attention_mask", "labels"), pad_id(self.tokenizer))
+
+    def training_collate(self, examples: Sequence[Example]) -> Batch:
+        """See :meth:`Task.training_collate`; examples may be packs."""
+        if "position_ids" in examples[0]:
+            return collate_packs(examples, pad_id(self.tokenizer))
+        return self.collate(examples)
 
     def items(self, batch: Batch) -> int:
         """See :meth:`Task.items`; the first token of a row is not predicted."""
@@ -268,6 +334,11 @@ class CausalLanguage(Task):
         distinct = list(dict.fromkeys(prompts))
         texts = dict(zip(distinct, self.answers(model, distinct, batch_size), strict=True))
         return [{"prediction": texts[prompt]} for prompt in prompts]
+
+
+def is_prompted(columns: Mapping[str, str | None], format: RowFormat) -> bool:
+    """Whether rows have prompts: in a column, by a template, or in a conversation."""
+    return "messages" in columns or columns.get("prompt") is not None or format.prompt_template is not None
 
 
 def end_token_id(tokenizer: Any, token: str | None) -> int:

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
 from randbasis.train.loop import FitResult, fit, runs_on_cpu
 from randbasis.train.loss_plot import plot_losses
 from randbasis.train.method_table import peft_config
+from randbasis.train.packing import check_kept_apart, pack
 from randbasis.train.ranks import Ranks, joined
 from randbasis.train.run_config import CONFIG_FILE, config_text
 from randbasis.train.settings import DataSettings, TrainSettings
@@ -54,11 +55,13 @@ class Prepared:
         task: the task.
         train: examples to learn from.
         eval: held-out examples.
+        packs: sequences of several of ``train``, where they were asked for.
     """
 
     task: Task
     train: Sequence[Example]
     eval: Sequence[Example]
+    packs: Sequence[Example] | None = None
 
     def load_model(self, settings: TrainSettings) -> nn.Module:
         """The frozen base with a fresh head drawn from the seed of the run."""
@@ -121,6 +124,8 @@ def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> Tr
             settings.adapter, task_type=prepared.task.peft_task_type, head=prepared.task.head_modules(model)
         )
     )
+    if prepared.packs is not None:
+        ranks.agreed(lambda: check_kept_apart(model, prepared.train))
     if not settings.resume:
         ranks.by_first(lambda: _begin(settings, checkpoints, ranks.count))
     try:
@@ -128,7 +133,7 @@ def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> Tr
             model,
             config,
             prepared.task,
-            train=prepared.train,
+            train=prepared.train if prepared.packs is None else prepared.packs,
             eval=prepared.eval,
             loop=settings.loop,
             checkpoints=checkpoints,
@@ -148,14 +153,18 @@ def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> Tr
 
 def prepare(settings: TrainSettings) -> Prepared:
     """Read the rows, split them and make examples of them; the model's weights are not read."""
+    if settings.packing and settings.task != CausalLanguage.name:
+        raise SettingError(f"packing is for {CausalLanguage.name}, got task {settings.task!r}; leave it out")
     train_table, eval_table = _tables(settings)
     task = TASK_CLASSES[settings.task].prepare(settings, train_table)
-    train_table, eval_table = _chosen(settings, train_table, eval_table)
+    train_table, eval_table = _chosen(settings, task, train_table, eval_table)
     prepared = Prepared(task, task.encode(train_table, training=True), task.encode(eval_table, training=False))
     if not prepared.train or not prepared.eval:
         raise EmptyDataError(f"{train_table.source} leaves nothing to train on or to evaluate on")
     warn_of_cut(task, prepared.train, f"rows of {train_table.source}")
     warn_of_cut(task, prepared.eval, f"rows of {eval_table.source} (held out)")
+    if settings.packing:
+        prepared = replace(prepared, packs=pack(prepared.train, cast(CausalLanguage, task).max_length))
     return prepared
 
 
@@ -175,12 +184,11 @@ def _tables(settings: TrainSettings) -> tuple[Table, Table | None]:
     return splits[train_name], next((splits[name] for name in EVAL_SPLITS if name in splits), None)
 
 
-def _chosen(settings: TrainSettings, train: Table, eval: Table | None) -> tuple[Table, Table]:
+def _chosen(settings: TrainSettings, task: Task, train: Table, eval: Table | None) -> tuple[Table, Table]:
     """Hold rows out where no others were given, then keep as many as were asked for."""
     data, seed = settings.data, settings.loop.train_seed
     if eval is None:
-        groups = train.column(data.prompt_column) if data.prompt_column else list(range(len(train.rows)))
-        kept, held = hold_out([str(group) for group in groups], data.eval_fraction, seed)
+        kept, held = hold_out(task.groups(train), data.eval_fraction, seed)
         train, eval = train.subset(kept), train.subset(held)
     elif data.eval_fraction != DataSettings.eval_fraction:
         raise SettingError(
@@ -281,6 +289,7 @@ def _summary(settings: TrainSettings, prepared: Prepared, result: FitResult) -> 
         "seconds": round(result.seconds, 2),
         "train_rows": len(prepared.train),
         "eval_rows": len(prepared.eval),
+        **({} if prepared.packs is None else {"packed_into": len(prepared.packs)}),
         "train_cut": count_cut(prepared.train),
         "eval_cut": count_cut(prepared.eval),
         "settings": settings.as_json(),

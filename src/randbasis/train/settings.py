@@ -13,7 +13,11 @@ from randbasis.precision import check_training_precision
 from randbasis.train.loop_settings import LoopSettings
 
 TASKS = ("causal-lm", "sequence-classification", "image-classification")
-COLUMN_ROLES = ("text_column", "text_pair_column", "prompt_column", "target_column", "label_column")
+COLUMN_ROLES = (
+    *("text_column", "text_pair_column", "prompt_column", "target_column"),
+    *("messages_column", "label_column"),
+)
+LEARNED = ("answer", "all")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class DataSettings:
         text_pair_column: a second text (classification of pairs).
         prompt_column: what the language model is given.
         target_column: what it has to write; a list of texts counts as several references.
+        messages_column: a conversation: a list of messages with role and content.
         label_column: the class or, for a regression, the number.
         label_kind: ``"auto" | "class" | "number"``; auto takes labels as numbers when one has a fraction.
         limit: train on that many rows, drawn by the seed of the run.
@@ -44,6 +49,7 @@ class DataSettings:
     text_pair_column: str | None = None
     prompt_column: str | None = None
     target_column: str | None = None
+    messages_column: str | None = None
     label_column: str | None = None
     label_kind: str = "auto"
     limit: int | None = None
@@ -52,7 +58,7 @@ class DataSettings:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that were named."""
+        """The columns that were named by themselves."""
         return tuple(name for name in self._roles().values() if name is not None)
 
     def check(self) -> None:
@@ -135,7 +141,12 @@ class TrainSettings:
         pooling: of a text encoder: ``"auto" | "model" | "mean" | "cls"``. ``model`` is the class that transformers has
             for the task, which transformers and PEFT load; ``mean`` and ``cls`` are one linear layer of ours on the
             hidden states, which randbasis alone can load. ``auto`` is ``model`` where transformers has such a class.
-        separator: text between a prompt and its target.
+        separator: text between a prompt and its target; a template of the prompt has it itself.
+        prompt_template: of several columns, ``"Title: {title}\\n{body} =>"``, instead of a prompt column.
+        target_template: the same of what has to be written, instead of a target column.
+        chat_template: file with a Jinja template for conversations; ``None``: the tokenizer's own.
+        loss_on: ``"answer"`` learns targets, or what the assistant says; ``"all"`` the whole text.
+        packing: put several rows into one sequence of ``max_length``, each apart from its neighbours.
         end_token: token that ends a text; ``None``: the tokenizer's end-of-text token.
         image_size: side in pixels; ``None``: the model's own.
         flip: mirror half of the training images.
@@ -153,6 +164,11 @@ class TrainSettings:
     max_length: int | None = None
     pooling: str = "auto"
     separator: str = " => "
+    prompt_template: str | None = None
+    target_template: str | None = None
+    chat_template: str | Path | None = None
+    loss_on: str = "answer"
+    packing: bool = False
     end_token: str | None = None
     image_size: int | None = None
     flip: bool = False
@@ -171,6 +187,8 @@ class TrainSettings:
         for name, value in (("max_length", self.max_length), ("image_size", self.image_size)):
             if value is not None and value < 1:
                 raise SettingError(f"{name} must be at least 1, got {value}")
+        if self.loss_on not in LEARNED:
+            raise SettingError(f"loss_on {self.loss_on!r} is unknown; there are: {', '.join(LEARNED)}")
         if self.overwrite and self.resume:
             raise SettingError("overwrite and resume exclude each other; give one")
         self.data.check()

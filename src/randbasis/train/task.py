@@ -115,6 +115,10 @@ class Task(ABC):
         """Lengths to group rows by, ``None`` where all are alike."""
         return None
 
+    def groups(self, table: Table) -> Sequence[object]:
+        """One value a row; rows of equal value are trained on or held out together."""
+        return range(len(table.rows))
+
     def training_collate(self, examples: Sequence[Example]) -> Batch:
         """As :meth:`collate`, with augmentation where the task has any."""
         return self.collate(examples)

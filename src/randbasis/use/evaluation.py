@@ -14,12 +14,14 @@ from randbasis.errors import AdapterFilesError, EmptyDataError, SettingError, ne
 from randbasis.files.locations import Location
 from randbasis.files.whole_file import whole_file
 from randbasis.train.causal_lm import CausalLanguage, end_token_id
+from randbasis.train.chat import Chat, conversation
 from randbasis.train.classification import TextClassification, allowed_length
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
 from randbasis.train.loop import torch_threads
 from randbasis.train.model_reading import read_tokenizer
+from randbasis.train.row_format import RowFormat
 from randbasis.train.run import TASK_CLASSES
-from randbasis.train.settings import check_distinct
+from randbasis.train.settings import TrainSettings, check_distinct
 from randbasis.train.splits import sample
 from randbasis.train.tabular import Row, Table, read_table
 from randbasis.train.task import Task, warn_of_cut
@@ -125,11 +127,19 @@ def predict(settings: UseSettings) -> list[Row]:
     return [{**row, **answer} for row, answer in zip(table.rows, answers, strict=True)]
 
 
-def generate(settings: UseSettings, prompts: Sequence[str] = ()) -> list[Row]:
-    """Texts from prompts, given or in the prompt column of the rows.
+def generate(
+    settings: UseSettings, prompts: Sequence[str] = (), *, messages: Sequence[Sequence[dict[str, Any]]] = ()
+) -> list[Row]:
+    """Texts from prompts, given or in the rows.
+
+    Args:
+        settings: which adapter, and which rows where nothing else is given.
+        prompts: what to ask, as a person writes it: what the adapter was trained with around it is added, such as a
+            chat template with the prompt as the first message.
+        messages: conversations to go on with, for an adapter that was trained on some.
 
     Returns:
-        ``{"prompt", "text"}`` for each.
+        ``{"prompt", "text"}`` for each, or ``{"messages", "text"}``.
 
     Raises:
         RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
@@ -138,15 +148,18 @@ def generate(settings: UseSettings, prompts: Sequence[str] = ()) -> list[Row]:
     task = found.task
     if not isinstance(task, CausalLanguage):
         raise SettingError(f"the adapter was trained for {task.name}; only causal-lm generates texts, use predict")
-    wanted = list(prompts)
+    talks = [conversation([*one]) for one in messages]
+    wanted = [*map(task.prompt_of, prompts), *map(task.prompt_of_messages, talks)]
+    given: list[Row] = [*({"prompt": one} for one in prompts), *({"messages": one} for one in talks)]
     if not wanted:
-        if settings.data is None or task.columns["prompt"] is None:
+        if settings.data is None or not task.prompted:
             raise SettingError("there is nothing to generate from; give a prompt, or data and its prompt column")
         wanted = task.prompts(read_rows(settings, task))
+        given = [{"prompt": one} for one in wanted]
     warn_of_cut(task, task.prompt_examples(wanted), "prompts")
     with torch_threads(settings.threads):
         texts = task.answers(found.load(settings), wanted, settings.batch_size)
-    return [{"prompt": prompt, "text": text} for prompt, text in zip(wanted, texts, strict=True)]
+    return [{**one, "text": text} for one, text in zip(given, texts, strict=True)]
 
 
 def read_rows(settings: UseSettings, task: Task) -> Table:
@@ -167,6 +180,8 @@ def read_rows(settings: UseSettings, task: Task) -> Table:
     else:
         assert isinstance(task, CausalLanguage | TextClassification)
         wanted = [name for name in task.columns.values() if name is not None]
+        if isinstance(task, CausalLanguage):
+            wanted += task.format.fields
         table = read_table(settings.data, kind=settings.kind, wanted=wanted)
     return table if settings.limit is None else table.subset(sample(len(table.rows), settings.limit, 0))
 
@@ -210,9 +225,15 @@ def _language_task(saved: SavedAdapter | None, name: str, settings: UseSettings)
         )
     tokenizer = read_tokenizer(name)
     columns: dict[str, str | None] = {key: settings.columns.get(key) for key in ("prompt", "target", "text")}
-    separator = " => " if columns["target"] else ""
+    format = RowFormat(TrainSettings.separator if columns["target"] else "")
+    end_id = None
+    if "messages" in settings.columns:
+        columns = {"messages": settings.columns["messages"]}
+        end_id = Chat(tokenizer, None).end_id
     limit = allowed_length(tokenizer, config)
-    return CausalLanguage(tokenizer, columns, limit, separator, end_token_id(tokenizer, None))
+    return CausalLanguage(
+        tokenizer, columns, limit, format, end_token_id(tokenizer, None) if end_id is None else end_id
+    )
 
 
 def _undescribed(saved: SavedAdapter | None) -> str:
@@ -237,5 +258,7 @@ def _rename_columns(task: TrainedTask, names: dict[str, str]) -> None:
 def _without_answers(table: Table, task: TrainedTask) -> Table:
     """The table without the column of answers, whose values need not be known labels."""
     answer = {"causal-lm": "target", "sequence-classification": "label"}.get(task.name)
-    name = "label" if isinstance(task, ImageClassification) else task.columns[answer or "label"]
-    return replace(table, columns=tuple(column for column in table.columns if column != name))
+    names = {"label"} if isinstance(task, ImageClassification) else {task.columns.get(answer or "label")}
+    if isinstance(task, CausalLanguage) and task.format.target is not None:
+        names = {*task.format.target.fields} - {*(task.format.prompt.fields if task.format.prompt else ())}
+    return replace(table, columns=tuple(column for column in table.columns if column not in names))

@@ -15,7 +15,7 @@ from randbasis.train.settings import GenerationSettings
 if TYPE_CHECKING:
     from randbasis.adapters.saved import AdapterLocation
 
-COLUMN_KEYS = ("text", "text_pair", "label", "prompt", "target")
+COLUMN_KEYS = ("text", "text_pair", "label", "prompt", "target", "messages")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class UseSettings:
         data: rows, or images; not needed to generate from prompts.
         kind: kind of the file when its name does not tell.
         split: which split of an archive of images; ``None``: the first that is not for training.
-        columns: other names for the columns of the task (``text``, ``text_pair``, ``label``, ``prompt``, ``target``).
+        columns: other names for the columns of the task (``text``, ``text_pair``, ``label``, ``prompt``, ``target``,
+            ``messages``).
         limit: use that many rows, drawn by seed 0.
         batch_size: rows at a time.
         dtype: of the base.
@@ -79,8 +80,8 @@ class UseSettings:
 
         self.check()
         task = {} if self.adapter is None else open_adapter(self.adapter).task
-        columns: dict[str, str | None] = task.get("columns") or {}
-        prompted = self.columns.get("prompt") is not None or columns.get("prompt") is not None
+        columns: dict[str, str | None] = {**(task.get("columns") or {}), **self.columns}
+        prompted = any(columns.get(key) is not None for key in ("prompt", "messages")) or "prompt_template" in task
         return {"task": task.get("task", CausalLanguage.name), "prompted": prompted}
 
 
