@@ -40,7 +40,7 @@ ROWS: dict[str, set[str]] = {
     "arithmetic": {"torch"},
     "train": {
         "torch", "numpy", "peft", "transformers", "safetensors", "accelerate", "PIL", "sacrebleu", "sklearn", "scipy",
-        "matplotlib", "rich", "yaml", "jinja2",
+        "matplotlib", "rich", "yaml", "jinja2", "huggingface_hub", "datasets", "pyarrow",
     },
     "use": {"torch"},
     "hub": {"huggingface_hub"},

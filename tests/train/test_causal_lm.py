@@ -176,7 +176,7 @@ def test_a_base_alone_and_a_foreign_adapter(language_model: str, trained: Path, 
 
 def test_what_cannot_be_prepared(pairs: TrainSettings, language_model: str, trained: Path, tmp_path: Path):
     with pytest.raises(
-        SettingError, match="needs prompt_column and target_column .*, or text_column alone, or messages_column"
+        SettingError, match=r"needs prompt_column and target_column .*, or text_column alone, or messages_column"
     ):
         prepare(replace(pairs, data=replace(pairs.data, target_column=None)))
     with pytest.raises(SettingError, match="give a prompt"):

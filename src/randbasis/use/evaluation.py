@@ -22,8 +22,9 @@ from randbasis.train.model_reading import read_tokenizer
 from randbasis.train.row_format import RowFormat
 from randbasis.train.run import TASK_CLASSES
 from randbasis.train.settings import TrainSettings, check_distinct
+from randbasis.train.sources import read_sources
 from randbasis.train.splits import sample
-from randbasis.train.tabular import Row, Table, read_table
+from randbasis.train.tabular import Row, Table
 from randbasis.train.task import Task, warn_of_cut
 from randbasis.train.trained_parameters import load_adapter
 from randbasis.use.settings import UseSettings
@@ -182,7 +183,7 @@ def read_rows(settings: UseSettings, task: Task) -> Table:
         wanted = [name for name in task.columns.values() if name is not None]
         if isinstance(task, CausalLanguage):
             wanted += task.format.fields
-        table = read_table(settings.data, kind=settings.kind, wanted=wanted)
+        table = read_sources((settings.data,), kind=settings.kind, wanted=wanted)
     return table if settings.limit is None else table.subset(sample(len(table.rows), settings.limit, 0))
 
 
