@@ -15,7 +15,7 @@ from torch import nn
 
 from randbasis.errors import NonFiniteLossError
 from randbasis.train import AdapterSettings, CausalLanguage, LoopSettings, fit, peft_config
-from randbasis.train.loop import torch_threads
+from randbasis.train.threads import torch_threads
 from randbasis.train.trained_parameters import save_parameters
 from randbasis.train.trainer import parameter_groups
 from studies.budgets import Shape, adapted_shapes, configure

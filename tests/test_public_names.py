@@ -27,6 +27,8 @@ PUBLIC_NAMES = [
     "Vera",
     "VeraConfig",
     "basis_entries",
+    "load",
+    "load_packed",
     "open_adapter",
     "parse_law",
     "put",

@@ -22,7 +22,7 @@ from randbasis.lazy import lazy_names
 from randbasis.peft_import import register_with_peft
 
 if TYPE_CHECKING:
-    from randbasis.adapters import open_adapter, put
+    from randbasis.adapters import load_packed, open_adapter, put
     from randbasis.basis import Basis, Law, basis_entries, parse_law, stream_of
     from randbasis.methods import METHODS, LoraXs, Method, Nola, Pranc, RandLora, Vera
     from randbasis.tuner import (
@@ -35,16 +35,18 @@ if TYPE_CHECKING:
         RandLoraConfig,
         VeraConfig,
     )
+    from randbasis.use import load
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "randbasis.adapters": "open_adapter put",
+            "randbasis.adapters": "load_packed open_adapter put",
             "randbasis.basis": "Basis Law basis_entries parse_law stream_of",
             "randbasis.methods": "METHODS LoraXs Method Nola Pranc RandLora Vera",
             "randbasis.tuner.config": "LoraXsConfig NolaConfig PrancConfig RandLoraConfig RandbasisConfig VeraConfig",
             "randbasis.tuner.layer": "RandbasisLinear",
             "randbasis.tuner.model": "RandbasisModel",
+            "randbasis.use.loading": "load",
         },
     )
 
@@ -70,6 +72,8 @@ __all__ = [
     "Vera",
     "VeraConfig",
     "basis_entries",
+    "load",
+    "load_packed",
     "open_adapter",
     "parse_law",
     "put",

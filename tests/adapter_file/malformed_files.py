@@ -230,6 +230,7 @@ FILES: dict[str, tuple[bytes, type[errors.RandbasisError]]] = {
     "task-pooling-a-number": (with_spec(into("task", "pooling", 1), TASKED), errors.SpecValueError),
     "task-image-of-no-size": (with_spec(into("task", "image_size", 0), TASKED), errors.SpecValueError),
     "task-separator-null": (with_spec(into("task", "separator", None), TASKED), errors.SpecValueError),
+    "task-template-a-list": (with_spec(into("task", "prompt_template", ["a"]), TASKED), errors.SpecValueError),
     "task-end-negative": (with_spec(into("task", "end_id", -1), TASKED), errors.SpecValueError),
     "task-answer-of-a-fraction": (with_spec(into("task", "answer_length", 1.5), TASKED), errors.SpecValueError),
     "coefficients-missing": (with_tensor("coefficients", "coefficient"), errors.ExtraTensorError),

@@ -152,7 +152,7 @@ def test_a_packed_classifier_says_what_is_missing(tmp_path: Path, held_csv: str,
     pack_adapter(tmp_path / "adapter", tmp_path / "file")
     settings = UseSettings(adapter=tmp_path / "file", model=encoder, data=held_csv)
     with pytest.raises(
-        AdapterFilesError, match=r"packed adapter, which holds no description.*output folder of a training"
+        AdapterFilesError, match=r"nothing describes the task of .*none was packed with it.*folder of a training run"
     ):
         evaluate(settings)
 

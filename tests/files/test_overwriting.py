@@ -66,7 +66,9 @@ def test_what_an_earlier_run_told_does_not_stand_beside_an_unpacked_adapter(run:
     train(replace(run, keep_checkpoints=True))
     pack_adapter(run.output, tmp_path / "file.safetensors", base_name="base")
     assert command("unpack", tmp_path / "file.safetensors", run.output, "--overwrite")[0] == 0
-    assert {path.name for path in Path(run.output).iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    left = {path.name for path in Path(run.output).iterdir()}
+    assert left == {"adapter_config.json", "adapter_model.safetensors", "task.json"}
+    assert json.loads((Path(run.output) / "task.json").read_text())["base_model"] == "base"  # the file's, not the run's
 
 
 def failing(*_: object, **__: object) -> None:

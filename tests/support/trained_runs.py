@@ -18,8 +18,21 @@ from randbasis.use import write_lines
 
 NOLA = AdapterSettings(method="nola", rank=2, basis=8, seed=5)
 LOOP = LoopSettings(max_steps=6, batch_size=8, learning_rate=5e-2, eval_every=6, threads=1)
-TASKS = ("text", "pair", "number", "image", "prompt", "plain")
+TASKS = ("text", "pooled", "pair", "number", "image", "prompt", "template", "chat", "plain")
 PLACES = ("file", "url", "store", "version")
+
+
+#: Task of a language model → its columns and what stands around them.
+LANGUAGE: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "prompt": ({"prompt_column": "mr", "target_column": "ref"}, {"separator": "="}),
+    "template": ({"target_column": "ref"}, {"prompt_template": "{mr} = {mr} >"}),
+    "chat": ({"messages_column": "talk"}, {}),
+    "plain": ({"text_column": "text"}, {}),
+}
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}u {{ m.content }}{% else %} a {{ m.content }}</s>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %} a {% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -40,14 +53,19 @@ def of_task(task: str, bases: dict[str, str], rows: Path, files: dict[str, Any])
     output = rows / task
     if task == "image":
         return TrainSettings("image-classification", bases["vision"], DataSettings(files["images"]), output, NOLA, LOOP)
-    if task in ("prompt", "plain"):
-        columns = {"prompt_column": "mr", "target_column": "ref"} if task == "prompt" else {"text_column": "text"}
+    if task in LANGUAGE:
+        columns, options = LANGUAGE[task]
         data = DataSettings(files[task], eval=files[task], **columns)
-        return TrainSettings("causal-lm", bases["language"], data, output, NOLA, LOOP, separator="=")
+        if task == "chat":
+            options = {"chat_template": rows / "template.jinja"}
+        return TrainSettings("causal-lm", bases["language"], data, output, NOLA, LOOP, **options)
     columns = {"text_column": "sentence", "label_column": "label"}
+    pooling = "mean" if task == "pooled" else "auto"
     columns |= {"text_pair_column": "other"} if task == "pair" else {}
     data = DataSettings(files[task], eval=files[task], **columns)
-    return TrainSettings("sequence-classification", bases["encoder"], data, output, NOLA, LOOP, max_length=9)
+    return TrainSettings(
+        "sequence-classification", bases["encoder"], data, output, NOLA, LOOP, max_length=9, pooling=pooling
+    )
 
 
 @pytest.fixture(scope="session")
@@ -63,13 +81,23 @@ def trained(
     """Task → its adapter; ``RANDBASIS_STORE`` names the store of them all. Some rows are cut at the longest length."""
     rows = tmp_path_factory.mktemp("trained")
     bases = {"encoder": encoder, "language": language_model, "vision": vision_model}
-    files: dict[str, Any] = {"text": held_csv, "prompt": pairs_jsonl, "images": image_folder}
-    for name in ("pair", "number", "plain"):
+    files: dict[str, Any] = {
+        "text": held_csv,
+        "pooled": held_csv,
+        "prompt": pairs_jsonl,
+        "template": pairs_jsonl,
+        "images": image_folder,
+    }
+    for name in ("pair", "number", "plain", "chat"):
         files[name] = rows / f"{name}.jsonl"
     told = sentences(24, 2)
     write_lines([{**row, "other": told[i - 1]["sentence"]} for i, row in enumerate(told)], files["pair"])
     write_lines([{**row, "label": 0.5 + (row["label"] == "pos")} for row in told], files["number"])
     write_lines([{"text": f"{letter} {letter}"} for letter in "abcdefghij"], files["plain"])
+    asked = [[("user", one), ("assistant", one * 2)] for one in "abcdefgh"]
+    talks = [[{"role": role, "content": text} for role, text in turns] for turns in asked]
+    write_lines([{"talk": one} for one in talks], files["chat"])
+    (rows / "template.jinja").write_text(CHAT)
     url = f"memory://{os.urandom(8).hex()}"
     found: dict[str, Trained] = {}
     with pytest.MonkeyPatch.context() as patch, AdapterStore(rows / "some.db") as store:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from randbasis.adapter_file import read
 from randbasis.adapters import open_adapter, unpack_adapter
 from randbasis.cli import app
+from randbasis.store import AdapterStore
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*are longer than"),
@@ -63,7 +64,7 @@ class TestEveryTask:
         assert read(tmp_path / "eight.safetensors").spec.task == open_adapter(one.folder).task
 
 
-@pytest.mark.parametrize("task", ["prompt", "plain"])
+@pytest.mark.parametrize("task", ["prompt", "template", "chat", "plain"])
 def test_generate_as_from_the_folder(task: str, trained: dict[str, Trained]):
     one = trained[task]
     words = ["generate", "--model", one.base, "--prompt", "ab", "--max-new-tokens", 5]
@@ -87,3 +88,50 @@ def test_names_of_columns_are_of_one_use_alone(trained: dict[str, Trained], tmp_
     words = ["predict", "--adapter", one.where["file"], "--model", one.base]
     assert run(*words, "--data", rows, "--text-column", "words")["rows"][0]["words"] == "a good film"
     assert open_adapter(one.where["file"]).task == open_adapter(one.folder).task
+
+
+def test_an_entry_of_a_store_is_read_once(trained: dict[str, Trained], monkeypatch: pytest.MonkeyPatch):
+    """What the options need to know is asked of the adapter that then answers."""
+    asked: list[str] = []
+    own = AdapterStore.get
+
+    def get(self: AdapterStore, name: str, **options: Any) -> Any:
+        asked.append(name)
+        return own(self, name, **options)
+
+    monkeypatch.setattr(AdapterStore, "get", get)
+    one = trained["prompt"]
+    for command in ("evaluate", "predict"):
+        used(command, one.where["store"], one, "--max-new-tokens", 1)
+    run("generate", "--adapter", one.where["store"], "--model", one.base, "--prompt", "a", "--max-new-tokens", 1)
+    run("inspect", one.where["store"])
+    assert asked == ["of/prompt"] * 4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["predict", "--data", "{data}", "--model", "{base}", "--output", "{store}", "--adapter", "{adapter}"],
+        ["generate", "--prompt", "a", "--model", "{base}", "--output", "{store}", "--adapter", "{adapter}"],
+        ["inspect", "{adapter}", "--plot", "{store}"],
+        ["pack", "{adapter}", "{store}"],
+        ["quantize", "{adapter}", "{store}"],
+        ["export", "{adapter}", "{store}", "--to", "gguf-lora", "--base", "{base}"],
+    ],
+)
+@pytest.mark.parametrize("behind", ["", "-wal"])
+def test_nothing_is_written_over_the_store_that_is_read(
+    words: list[str], behind: str, trained: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    one, store = trained["prompt"], tmp_path / "some.safetensors"
+    monkeypatch.setenv("RANDBASIS_STORE", str(store))
+    with AdapterStore(store) as opened:
+        opened.add("mine", one.where["file"])
+        output = f"{store}{behind}"
+        assert Path(output).exists()
+        before = Path(output).read_bytes()
+        said = {"{data}": one.data, "{base}": one.base, "{store}": output, "{adapter}": "store:mine"}
+        result = CliRunner().invoke(app, [*[said.get(word, word) for word in words], "--overwrite"])
+        assert result.exit_code == 2, result.output
+        assert "output must not be" in result.output.replace("\n", " ")
+        assert Path(output).read_bytes() == before

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, Verification, group_matrices, read, verify
+from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, Verification, group_matrices, verify
 from randbasis.adapter_file.paths import check_name
 from randbasis.adapters.base_model import linear_shapes, meta_model, read_config, shape_of
-from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter, paths_of, write_task
+from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter, open_packed, paths_of, write_task
 from randbasis.adapters.spec_options import STREAMS, bare, config_of, named_tensors, peft_options
 from randbasis.codes import rounded
 from randbasis.defaults import ONE_SCALE, PACKED_BITS
@@ -269,12 +269,12 @@ def _plain_name(name: str | None) -> str | None:
 
 
 def unpack_adapter(
-    file: str | Path, path: str | Path, *, base_name: str | None = None, overwrite: bool = False
+    file: AdapterLocation, path: str | Path, *, base_name: str | None = None, overwrite: bool = False
 ) -> PackedAdapter:
     """Write a packed file as a PEFT directory, which ``PeftModel.from_pretrained`` reads; its task lies beside it.
 
     Args:
-        file: the packed file.
+        file: the packed adapter, wherever it is; see :func:`randbasis.adapters.saved.open_packed`.
         path: the directory; see :mod:`randbasis.files.output_set` for what stays in it.
         base_name: folder or hub name of the base for the configuration; None takes the one in the file.
         overwrite: replace an adapter that is there.
@@ -285,9 +285,10 @@ def unpack_adapter(
         LocationError: the directory is not of this machine.
         SaveError: it could not be written.
     """
-    check_output_folder(path, (file,), overwrite=overwrite)
-    adapter = read(file)
-    write_adapter_dir(adapter, path, where=str(file), base_name=base_name, overwrite=overwrite)
+    check_output_folder(path, paths_of(file), overwrite=overwrite)
+    found = open_packed(file)
+    adapter = exact(found)
+    write_adapter_dir(adapter, path, where=found.where, base_name=base_name, overwrite=overwrite)
     return adapter
 
 

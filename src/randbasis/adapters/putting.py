@@ -12,10 +12,10 @@ from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from randbasis.adapter_file import PackedAdapter, read
+from randbasis.adapter_file import PackedAdapter
 from randbasis.adapters.base_model import linear_shapes
-from randbasis.adapters.packed import config_of
-from randbasis.files.locations import Location
+from randbasis.adapters.saved import AdapterLocation, open_packed
+from randbasis.adapters.spec_options import config_of
 from randbasis.tuner.base_weight import layer_shape
 from randbasis.tuner.checked_loading import adapted_layers, held_meaning
 from randbasis.tuner.config import RandbasisConfig
@@ -75,20 +75,23 @@ def put(
     return adapted if is_trainable else adapted.eval()
 
 
-def load_packed(model: nn.Module, file: Location, adapter_name: str = "default", **options: Any) -> PeftModel:
-    """Put the adapter of a packed file on a model.
+def load_packed(model: nn.Module, file: AdapterLocation, adapter_name: str = "default", **options: Any) -> PeftModel:
+    """Put the adapter of a packed file on a model: :func:`put`, for one that is not read yet.
 
     Args:
         model: as for :func:`put`.
-        file: path or URL.
+        file: path, URL or bytes of a packed file, ``store:NAME@VERSION``, or an adapter at hand: packed, or of a store.
         adapter_name: its name in the model.
         options: as for :func:`put`.
 
     Raises:
+        PackedFileMissingError: there is none, or it is a folder.
         RandbasisError: the file breaks a rule; see :func:`randbasis.adapter_file.read`.
         BaseMismatchError: the model is not the one that the adapter was made for; the model is as it was.
     """
-    return put(model, read(file), adapter_name, where=str(file), **options)
+    found = open_packed(file)
+    assert found.whole is not None
+    return put(model, found.whole, adapter_name, where=found.where, **options)
 
 
 def _check_model(model: nn.Module, adapter: PackedAdapter, where: str) -> None:

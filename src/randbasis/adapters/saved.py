@@ -6,8 +6,6 @@ leaves it; the other places hold packed files, which are of this package.
 """
 
 import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,10 +19,11 @@ from torch import Tensor
 
 from randbasis.adapter_file import PackedAdapter, read
 from randbasis.adapters.spec_options import config_of, named_tensors
-from randbasis.errors import AdapterFilesError, AdapterMissingError, RandbasisError, StoreMissingError
+from randbasis.adapters.store_entry import StoreEntry
+from randbasis.errors import AdapterFilesError, AdapterMissingError, PackedFileMissingError, RandbasisError
 from randbasis.files.locations import Location, local_path
 from randbasis.files.output_set import check_finished
-from randbasis.store import AdapterStore
+from randbasis.store import StoredAdapter
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.saved_files import (
@@ -37,12 +36,6 @@ from randbasis.tuner.saved_files import (
     natural_order,
     tensor_shapes,
 )
-
-STORE_VARIABLE = "RANDBASIS_STORE"
-"""Environment variable that names the file of the store behind ``store:NAME``."""
-STORE_FILE = "adapters.db"
-"""The store in the working directory, where the variable is not set."""
-_ENTRY = re.compile(r"store:(?P<name>.*?)(@(?P<version>\d+))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -190,7 +183,7 @@ class SavedAdapter:
         return config
 
 
-AdapterLocation = Location | bytes | PackedAdapter | SavedAdapter
+AdapterLocation = Location | bytes | PackedAdapter | StoredAdapter | SavedAdapter
 """Where an adapter may be: what :func:`open_adapter` takes."""
 
 
@@ -199,8 +192,8 @@ def open_adapter(location: AdapterLocation) -> SavedAdapter:
 
     Args:
         location: a folder; a packed file, by its path, its URL or its bytes; ``store:NAME`` or ``store:NAME@VERSION``,
-            in the store that the environment variable :data:`STORE_VARIABLE` names, else :data:`STORE_FILE` in the
-            working directory; or an adapter that is at hand.
+            in the store that the environment variable ``RANDBASIS_STORE`` names, else ``adapters.db`` in the working
+            directory; or an adapter that is at hand: packed, from a store, or saved.
 
     Raises:
         AdapterMissingError: there is nothing.
@@ -216,8 +209,10 @@ def open_adapter(location: AdapterLocation) -> SavedAdapter:
         return _of_packed(location, "the packed adapter")
     if isinstance(location, bytes):
         return _of_packed(PackedAdapter.from_bytes(location), "the packed adapter")
-    if isinstance(location, str) and (entry := _ENTRY.fullmatch(location)):
-        return _stored(entry["name"], entry["version"])
+    if (entry := StoreEntry.named(location)) is not None:
+        location = entry.read()
+    if isinstance(location, StoredAdapter):
+        return _of_packed(location.packed(), f"store:{location.record.name}@{location.record.version}")
     path = local_path(location)
     if path is not None and path.is_dir():
         return open_folder(path)
@@ -229,9 +224,30 @@ def open_adapter(location: AdapterLocation) -> SavedAdapter:
     return _of_packed(read(location), str(location))
 
 
+def open_packed(location: AdapterLocation) -> SavedAdapter:
+    """As :func:`open_adapter`, of what is packed.
+
+    Raises:
+        PackedFileMissingError: a folder or nothing is there.
+        RandbasisError: as :func:`open_adapter`.
+    """
+    if isinstance(location, str | Path) and StoreEntry.named(location) is None:
+        return _of_packed(read(location), str(location))
+    found = open_adapter(location)
+    if found.whole is None:
+        raise PackedFileMissingError(
+            f"a packed adapter must be given, {found.where!r} is a folder; `randbasis pack` makes a file of it"
+        )
+    return found
+
+
 def paths_of(*adapters: AdapterLocation) -> list[Location]:
-    """Those that are named by a path or a URL, for what must not be written over what is read."""
-    return [one for one in adapters if isinstance(one, str | Path)]
+    """The files, folders and URLs that they are read from by name, over which nothing must be written."""
+    found: list[Location] = []
+    for one in adapters:
+        entry = StoreEntry.named(one)
+        found += entry.files if entry is not None else [one] if isinstance(one, str | Path) else []
+    return found
 
 
 def open_folder(path: str | Path) -> SavedAdapter:
@@ -278,20 +294,6 @@ def _of_packed(packed: PackedAdapter, where: str) -> SavedAdapter:
         "base_model_name_or_path": packed.spec.base.name,
     }
     return SavedAdapter(where, options, whole=packed)
-
-
-def _stored(name: str, version: str | None) -> SavedAdapter:
-    named = os.environ.get(STORE_VARIABLE)
-    path = Path(named or STORE_FILE)
-    if not path.is_file():
-        raise StoreMissingError(
-            f"store:{name} is looked for in the store that the environment variable {STORE_VARIABLE} names, else in "
-            f"{STORE_FILE!r} in the working directory, got {STORE_VARIABLE}={named!r} and no file at {str(path)!r}; "
-            "set the variable to the file of a store, or go to where it lies"
-        )
-    with AdapterStore(path, create=False) as store:
-        found = store.get(name, version=None if version is None else int(version))
-    return _of_packed(found.packed(), f"store:{name}@{found.record.version}")
 
 
 def _own_config(path: Path | None) -> RandbasisConfig:

@@ -76,11 +76,12 @@ def inspect(
     """Tell method, seed and counts of an adapter, and norm and spectrum of each change of a weight."""
     with reported(as_json):
         from randbasis.adapters.inspection import inspect_adapter
+        from randbasis.adapters.saved import paths_of
         from randbasis.cli.report import inspection_table, plot_inspection
 
         check_options(context, INSPECT)
         if plot is not None:
-            check_output_file(plot, (adapter, model), overwrite=overwrite)
+            check_output_file(plot, (*paths_of(adapter), model), overwrite=overwrite)
         progress = partial(track, description="matrices", console=Console(stderr=True), transient=True)
         found = inspect_adapter(adapter, model, track=progress)
         if plot is not None:
@@ -112,13 +113,13 @@ def pack(
 
 @commands.command(epilog="Example: randbasis unpack e2e.safetensors runs/again")
 def unpack(
-    file: Annotated[str, typer.Argument(help="Packed file, or its URL.")],
+    file: Annotated[str, typer.Argument(help="Packed file, its URL, or store:NAME@VERSION.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     base_name: Annotated[str | None, Option(help="Folder or hub name of the base; by default the file's.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a packed file as an adapter folder, which PEFT loads."""
+    """Write a packed adapter as a folder, which PEFT loads, with its task beside it."""
     with reported(as_json):
         from randbasis.adapters.packed import unpack_adapter
 

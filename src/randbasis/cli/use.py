@@ -71,7 +71,7 @@ def evaluate(
     with reported(as_json):
         from randbasis.use.evaluation import evaluate as run
 
-        settings = use_from_words(given)
+        settings = use_from_words(given).opened()
         check_options(context, EVALUATE, **settings.facts())
         answer(run(settings, texts=texts), as_json)
 
@@ -105,9 +105,10 @@ def predict(
     with reported(as_json):
         from randbasis.use.evaluation import predict as run
 
-        if output is not None:
-            check_output_file(output, (data, adapter, model), overwrite=overwrite)
         settings = use_from_words(given)
+        if output is not None:
+            check_output_file(output, settings.sources(), overwrite=overwrite)
+        settings = settings.opened()
         check_options(context, PREDICT, **settings.facts())
         answer_rows(run(settings), output, as_json, overwrite=overwrite)
 
@@ -158,14 +159,15 @@ def generate(
 
         check_options(context, GENERATE)
         asked = [conversation(one) for one in messages or []]
+        settings = use_from_words(given)
         if output is not None:
-            check_output_file(output, (data, adapter, model), overwrite=overwrite)
-        answer_rows(run(use_from_words(given), prompt or [], messages=asked), output, as_json, overwrite=overwrite)
+            check_output_file(output, settings.sources(), overwrite=overwrite)
+        answer_rows(run(settings, prompt or [], messages=asked), output, as_json, overwrite=overwrite)
 
 
 def answer_rows(rows: list[dict[str, Any]], output: Path | None, as_json: bool, *, overwrite: bool) -> None:
     """Many results: into a file of JSON lines, or onto the output stream."""
-    from randbasis.use.evaluation import json_line, write_lines
+    from randbasis.use.answer_files import json_line, write_lines
 
     if output is not None:
         write_lines(rows, output, overwrite=overwrite)

@@ -149,14 +149,24 @@ def _task_snippet(facts: CardFacts) -> str:
     return (
         "With its head and its task, as it was trained by `randbasis train`:\n\n"
         "```python\n"
-        "from huggingface_hub import snapshot_download\n"
-        "from randbasis.use import UseSettings, find\n\n"
-        f'settings = UseSettings(adapter=snapshot_download("{facts.repo_id}"))\n'
-        "model = find(settings).load(settings)\n"
+        "import randbasis\n"
+        "from huggingface_hub import snapshot_download\n\n"
+        f'adapter = randbasis.load(snapshot_download("{facts.repo_id}"))\n'
+        f"{_asking(facts)}\n"
         "```\n\n"
         "or, for a file of rows, `randbasis predict --adapter FOLDER --data rows.csv` on the folder that "
         f"`hf download {facts.repo_id} --local-dir FOLDER` wrote."
     )
+
+
+def _asking(facts: CardFacts) -> str:
+    """How the adapter is asked, as its task takes rows."""
+    if facts.task.get("task") == "causal-lm":
+        return 'adapter.generate(["a prompt"])'
+    if facts.task.get("task") == "image-classification":
+        return 'adapter.predict(["image.png"])'
+    pair = (facts.task.get("columns") or {}).get("text_pair") is not None
+    return 'adapter.predict([("a text", "another")])' if pair else 'adapter.predict(["a text"])'
 
 
 def _packed_snippet(facts: CardFacts) -> str:

@@ -64,11 +64,15 @@ class CausalLanguage(Task):
         self.chat = Chat(tokenizer, format.chat_template) if "messages" in columns else None
         self.end_id = end_id
         self.answer_length = answer_length
-        self.prompted = is_prompted(columns, format)
         self.metric_names = ("loss", "perplexity", "bleu", "chrf") if self.prompted else ("loss", "perplexity")
         self.generation = GenerationSettings()
         self.with_generation = False
         self.choose_metric(None)
+
+    @property
+    def prompted(self) -> bool:
+        """Whether rows have prompts, rather than plain text."""
+        return is_prompted(self.columns, self.format)
 
     @classmethod
     def prepare(cls, settings: TrainSettings, table: Table) -> "CausalLanguage":
@@ -326,8 +330,12 @@ class CausalLanguage(Task):
             longest=self.max_length,
         )
 
-    def predict(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> list[dict[str, Any]]:
+    def predict(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int, *, probabilities: bool = False
+    ) -> list[dict[str, Any]]:
         """The generated text of each row."""
+        if probabilities:
+            raise self.no_classes()
         if not self.prompted:
             raise SettingError("a model of plain text has no prompts to answer; use generate")
         prompts = [example["prompt"] for example in examples]

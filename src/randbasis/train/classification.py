@@ -186,12 +186,16 @@ class TextClassification(Task):
             "spearman": spearman(predicted, expected),
         }
 
-    def predict(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> list[dict[str, Any]]:
+    def predict(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int, *, probabilities: bool = False
+    ) -> list[dict[str, Any]]:
         """The label and its probability, or the number."""
+        if self.labels is None and probabilities:
+            raise self.no_classes()
         logits = logits_of(self, model, examples, batch_size)
         if self.labels is None:
             return [{"prediction": float(value)} for value in logits.squeeze(-1)]
-        return class_answers(logits, self.labels)
+        return class_answers(logits, self.labels, every=probabilities)
 
 
 def classes_of(
@@ -292,12 +296,16 @@ def class_scores(logits: Tensor, expected: list[int]) -> dict[str, float]:
     }
 
 
-def class_answers(logits: Tensor, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """The most probable class of each row and its probability."""
-    best = logits.double().softmax(-1).max(-1)
-    return [
+def class_answers(logits: Tensor, labels: Sequence[str], *, every: bool = False) -> list[dict[str, Any]]:
+    """The most probable class of each row and its probability; with ``every`` those of all classes by name, too."""
+    chances = logits.double().softmax(-1)
+    best = chances.max(-1)
+    answers: list[dict[str, Any]] = [
         {"prediction": labels[int(i)], "probability": float(p)} for p, i in zip(best.values, best.indices, strict=True)
     ]
+    for answer, row in zip(answers, chances if every else [], strict=every):
+        answer["probabilities"] = {label: float(p) for label, p in zip(labels, row, strict=True)}
+    return answers
 
 
 def pad_batch(examples: Sequence[Example], keys: Sequence[str], padding: int, *, left: bool = False) -> Batch:

@@ -47,6 +47,37 @@ class ImageRef:
         return str(self.path) if self.member is None else f"{self.path}:{self.member}"
 
 
+@dataclass(frozen=True, eq=False)
+class ImageAtHand:
+    """One image of PIL, in memory."""
+
+    image: Any
+
+    def __str__(self) -> str:
+        return f"image of {self.image.size} pixels in memory"
+
+
+ImageSource = ImageRef | ImageAtHand
+
+
+def image_source(value: object) -> ImageSource:
+    """An image from what a caller gives for one: a path, or an image of PIL.
+
+    Raises:
+        DataMissingError: there is no such file.
+        DataFormatError: it is something else.
+    """
+    if isinstance(value, ImageRef | ImageAtHand):
+        return value
+    if isinstance(value, str | Path):
+        if not Path(value).is_file():
+            raise DataMissingError(f"image {str(value)!r} is not a file; give the path of an image")
+        return ImageRef(Path(value))
+    if callable(getattr(value, "convert", None)):
+        return ImageAtHand(value)
+    raise DataFormatError(f"an image must be a path or an image of PIL, got a {type(value).__name__}; open it with PIL")
+
+
 def read_images(path: str | Path) -> dict[str, Table]:
     """List the images of a folder or zip as tables of the columns ``image`` and ``label``.
 
@@ -176,7 +207,7 @@ class ImageClassification(Task):
 
     def encode(self, table: Table, *, training: bool) -> list[Example]:
         """See :meth:`Task.encode`; pixels are decoded once where they fit in ``CACHE_BYTES``, else for each batch."""
-        references: list[ImageRef] = table.column("image")
+        references = [image_source(value) for value in table.column("image")]
         images: Sequence[Any] = references
         if len(references) * 3 * (self.image_size or 224) ** 2 <= CACHE_BYTES:
             images = self._pixels(references)
@@ -190,13 +221,14 @@ class ImageClassification(Task):
                 example["label"] = self.labels.index(value)
         return examples
 
-    def _pixels(self, references: Sequence[ImageRef]) -> list[Pixels]:
+    def _pixels(self, references: Sequence[ImageSource]) -> list[Pixels]:
         """Decoded and resized images, uint8 ``[channels, height, width]``."""
         size = {"size": {"height": self.image_size, "width": self.image_size}} if self.image_size else {}
         images: list[Pixels] = []
         with ExitStack() as stack:
             archives = {
-                path: stack.enter_context(zipfile.ZipFile(path)) for path in {r.path for r in references if r.member}
+                path: stack.enter_context(zipfile.ZipFile(path))
+                for path in {r.path for r in references if isinstance(r, ImageRef) and r.member}
             }
             for reference in references:
                 picture = _decode(reference, archives)
@@ -207,7 +239,7 @@ class ImageClassification(Task):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """See :meth:`Task.collate`."""
         images = [example["image"] for example in examples]
-        if isinstance(images[0], ImageRef):
+        if isinstance(images[0], ImageRef | ImageAtHand):
             images = self._pixels(images)
         pixels = torch.from_numpy(np.stack(images)).float()
         if self.processor.do_rescale:
@@ -238,9 +270,11 @@ class ImageClassification(Task):
         logits = logits_of(self, model, examples, batch_size)
         return class_scores(logits, [example["label"] for example in examples])
 
-    def predict(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> list[dict[str, Any]]:
+    def predict(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int, *, probabilities: bool = False
+    ) -> list[dict[str, Any]]:
         """The label and its probability."""
-        return class_answers(logits_of(self, model, examples, batch_size), self.labels)
+        return class_answers(logits_of(self, model, examples, batch_size), self.labels, every=probabilities)
 
 
 def _processor(model: str) -> Any:
@@ -248,7 +282,9 @@ def _processor(model: str) -> Any:
         return cast(Any, AutoImageProcessor).from_pretrained(model)
 
 
-def _decode(reference: ImageRef, archives: dict[Path, zipfile.ZipFile]) -> Any:
+def _decode(reference: ImageSource, archives: dict[Path, zipfile.ZipFile]) -> Any:
+    if isinstance(reference, ImageAtHand):
+        return reference.image.convert("RGB")
     with needing("reading images", "PIL", "train", distribution="pillow"):
         from PIL import Image
     try:

@@ -29,6 +29,7 @@ from randbasis.train.progress import ProgressReport
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.ranks import Ranks
 from randbasis.train.task import Example, Task
+from randbasis.train.threads import torch_threads
 from randbasis.train.trainer import AdapterTrainer, checkpoint_to_resume, parameter_groups
 
 
@@ -246,18 +247,6 @@ def _result(trainer: AdapterTrainer, task: Task, before: dict[str, float], secon
     model = cast(nn.Module, trainer.model)
     coefficients, head = count_trained(model)
     return FitResult(model, before, after, history, state.global_step, best, coefficients, head, seconds)
-
-
-@contextmanager
-def torch_threads(count: int | None) -> Generator[None]:
-    """Torch with ``count`` threads inside the block; ``None`` leaves them."""
-    own = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(own)
 
 
 @contextmanager

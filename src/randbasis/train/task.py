@@ -90,8 +90,14 @@ class Task(ABC):
         """The metrics of the task; exact means over all examples, whatever the batch size."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> list[dict[str, Any]]:
-        """One answer an example, in their order."""
+    def predict(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int, *, probabilities: bool = False
+    ) -> list[dict[str, Any]]:
+        """One answer an example, in their order; with ``probabilities`` those of every class.
+
+        Raises:
+            SettingError: probabilities are asked for where there are no classes.
+        """
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
@@ -102,6 +108,10 @@ class Task(ABC):
         if self.auto_class is None:
             return "randbasis alone"
         return f"randbasis; PEFT and {self.auto_class} after import randbasis"
+
+    def no_classes(self) -> SettingError:
+        """The error where probabilities of classes are asked for and there are none."""
+        return SettingError(f"probabilities are of classes, and the adapter was trained for {self.name} without any")
 
     def longest(self) -> str:
         """What of a text is kept, for messages."""

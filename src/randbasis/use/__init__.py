@@ -1,19 +1,33 @@
-"""TRAINED ADAPTER → ANSWERS: ``evaluate``, ``predict`` and ``generate`` use what a run left."""
+"""TRAINED ADAPTER → ANSWERS: ``load`` makes it ready; ``evaluate``, ``predict`` and ``generate`` use it on files."""
 
 from typing import TYPE_CHECKING
 
 from randbasis.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from randbasis.use.evaluation import Found, evaluate, find, generate, predict, write_lines
+    from randbasis.use.answer_files import write_lines
+    from randbasis.use.evaluation import Found, evaluate, find, generate, predict
+    from randbasis.use.loading import LoadedAdapter, load
     from randbasis.use.settings import UseSettings
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "randbasis.use.evaluation": "Found evaluate find generate predict write_lines",
+            "randbasis.use.answer_files": "write_lines",
+            "randbasis.use.evaluation": "Found evaluate find generate predict",
+            "randbasis.use.loading": "LoadedAdapter load",
             "randbasis.use.settings": "UseSettings",
         },
     )
 
-__all__ = ["Found", "UseSettings", "evaluate", "find", "generate", "predict", "write_lines"]
+__all__ = [
+    "Found",
+    "LoadedAdapter",
+    "UseSettings",
+    "evaluate",
+    "find",
+    "generate",
+    "load",
+    "predict",
+    "write_lines",
+]

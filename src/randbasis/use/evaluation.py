@@ -1,6 +1,5 @@
 """Using what a run left: scores, answers and texts from a saved adapter."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,26 +9,21 @@ from torch import nn
 
 from randbasis.adapters.base_model import read_config
 from randbasis.adapters.saved import SavedAdapter, open_adapter
-from randbasis.errors import AdapterFilesError, EmptyDataError, SettingError, near
-from randbasis.files.locations import Location
-from randbasis.files.whole_file import whole_file
+from randbasis.errors import AdapterFilesError, DataMissingError, EmptyDataError, SettingError, near
 from randbasis.train.causal_lm import CausalLanguage, end_token_id
 from randbasis.train.chat import Chat, conversation
-from randbasis.train.classification import TextClassification, allowed_length
-from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
-from randbasis.train.loop import torch_threads
+from randbasis.train.classification import allowed_length
+from randbasis.train.images import ImageClassification
 from randbasis.train.model_reading import read_tokenizer
 from randbasis.train.row_format import RowFormat
-from randbasis.train.run import TASK_CLASSES
 from randbasis.train.settings import TrainSettings, check_distinct
-from randbasis.train.sources import read_sources
-from randbasis.train.splits import sample
 from randbasis.train.tabular import Row, Table
-from randbasis.train.task import Task, warn_of_cut
+from randbasis.train.task import Example, warn_of_cut
+from randbasis.train.task_table import TASK_CLASSES, TrainedTask
+from randbasis.train.threads import torch_threads
 from randbasis.train.trained_parameters import load_adapter
+from randbasis.use.rows import read_rows, without_answers
 from randbasis.use.settings import UseSettings
-
-TrainedTask = CausalLanguage | TextClassification | ImageClassification
 
 
 @dataclass(frozen=True)
@@ -56,8 +50,7 @@ class Found:
         model = self.task.load_model(self.base, dtype=settings.dtype, seed=0)
         if self.adapter is not None:
             model = load_adapter(model, self.adapter)
-        use_gpu = settings.device == "auto" and torch.cuda.is_available()
-        return model.to("cuda" if use_gpu else "cpu").eval()
+        return model.to(_device(settings.device)).eval()
 
 
 def find(settings: UseSettings) -> Found:
@@ -66,13 +59,21 @@ def find(settings: UseSettings) -> Found:
     Raises:
         AdapterFilesError: the adapter lacks what is needed, or its task is not described.
         SettingError: no base is named, or a column is given that the task has not.
+        DataMissingError: the base is not there.
     """
     settings.check()
     saved = None if settings.adapter is None else open_adapter(settings.adapter)
     base = settings.model or (saved.base_model if saved else "")
     if not base:
         raise SettingError(f"the adapter {saved.where if saved else None!r} does not name its base; give model")
-    task = _described(saved.task, base) if saved and saved.task else _language_task(saved, base, settings)
+    try:
+        task = _described(saved, base) if saved and saved.task else _language_task(saved, base, settings)
+    except DataMissingError as error:
+        if saved is None or settings.model is not None:
+            raise
+        raise DataMissingError(
+            f"{saved.where} names {base!r} as its base; where it lies elsewhere, give model: {error}"
+        ) from error
     _rename_columns(task, settings.columns)
     if isinstance(task, CausalLanguage):
         task.generation = settings.generation
@@ -84,8 +85,7 @@ def evaluate(settings: UseSettings, *, texts: bool | None = None) -> dict[str, A
 
     Args:
         settings: which adapter and rows.
-        texts: generate texts for BLEU and chrF; ``None``: where the task has prompts and targets. Rows of the same
-            prompt are references of one text.
+        texts: as for :func:`to_score`.
 
     Returns:
         ``{"task", "rows", "cut", "metrics"}``; ``cut`` counts the rows, and the whole targets, above the length.
@@ -95,37 +95,66 @@ def evaluate(settings: UseSettings, *, texts: bool | None = None) -> dict[str, A
     """
     found = find(settings)
     table = read_rows(settings, found.task)
-    if isinstance(found.task, CausalLanguage):
-        if texts and not found.task.prompted:
+    examples, told = to_score(found.task, table, texts)
+    with torch_threads(settings.threads):
+        return told | {"metrics": found.task.score(found.load(settings), examples, settings.batch_size)}
+
+
+def to_score(task: TrainedTask, table: Table, texts: bool | None) -> tuple[Sequence[Example], dict[str, Any]]:
+    """Examples with their answers, and what is told of them: ``task``, ``rows`` and ``cut``.
+
+    Args:
+        task: which is told whether it generates texts.
+        table: the rows.
+        texts: generate texts for BLEU and chrF; ``None``: where the task has prompts and targets. Rows of the same
+            prompt are references of one text.
+
+    Raises:
+        EmptyDataError: there are no rows, or no answers in them.
+        SettingError: texts are asked for where there are no prompts.
+    """
+    if isinstance(task, CausalLanguage):
+        if texts and not task.prompted:
             raise SettingError("BLEU and chrF need a prompt column and a target column")
-        found.task.with_generation = found.task.prompted if texts is None else texts
-    examples = found.task.encode(table, training=False)
-    cut = warn_of_cut(found.task, examples, f"rows of {table.source}")
+        task.with_generation = task.prompted if texts is None else texts
+    examples = task.encode(table, training=False)
+    cut = warn_of_cut(task, examples, f"rows of {table.source}")
     if not {"label", "labels"} & set(examples[0]):
         raise EmptyDataError(f"{table.source} has no column of answers; its columns are {', '.join(table.columns)}")
-    with torch_threads(settings.threads):
-        metrics = found.task.score(found.load(settings), examples, settings.batch_size)
-    return {"task": found.task.name, "rows": len(table.rows), "cut": cut, "metrics": metrics}
+    return examples, {"task": task.name, "rows": len(table.rows), "cut": cut}
 
 
 def predict(settings: UseSettings) -> list[Row]:
     """Answer a file of rows.
 
     Returns:
-        The rows with ``prediction`` added, and ``probability`` for classes.
+        The rows with ``prediction`` added, for classes ``probability``, and with ``settings.probabilities`` those of
+        every class by its name.
 
     Raises:
         RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
     """
     found = find(settings)
-    if isinstance(found.task, CausalLanguage) and not found.task.prompted:
-        raise SettingError("predict needs the column of the prompts (prompt_column); generate takes prompts themselves")
     table = read_rows(settings, found.task)
-    examples = found.task.encode(_without_answers(table, found.task), training=False)
-    warn_of_cut(found.task, examples, f"rows of {table.source}")
+    examples = to_answer(found.task, table)
     with torch_threads(settings.threads):
-        answers = found.task.predict(found.load(settings), examples, settings.batch_size)
+        model = found.load(settings)
+        answers = found.task.predict(model, examples, settings.batch_size, probabilities=settings.probabilities)
     return [{**row, **answer} for row, answer in zip(table.rows, answers, strict=True)]
+
+
+def to_answer(task: TrainedTask, table: Table) -> Sequence[Example]:
+    """Examples without their answers, which the rows need not have.
+
+    Raises:
+        SettingError: the rows of the task are plain text, which asks for no answer.
+        RandbasisError: a column is missing, or a cell holds no text or image.
+    """
+    if isinstance(task, CausalLanguage) and not task.prompted:
+        raise SettingError("predict needs the column of the prompts (prompt_column); generate takes prompts themselves")
+    examples = task.encode(without_answers(table, task), training=False)
+    warn_of_cut(task, examples, f"rows of {table.source}")
+    return examples
 
 
 def generate(
@@ -146,9 +175,7 @@ def generate(
         RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
     """
     found = find(settings)
-    task = found.task
-    if not isinstance(task, CausalLanguage):
-        raise SettingError(f"the adapter was trained for {task.name}; only causal-lm generates texts, use predict")
+    task = to_generate(found.task)
     talks = [conversation([*one]) for one in messages]
     wanted = [*map(task.prompt_of, prompts), *map(task.prompt_of_messages, talks)]
     given: list[Row] = [*({"prompt": one} for one in prompts), *({"messages": one} for one in talks)]
@@ -163,56 +190,47 @@ def generate(
     return [{**one, "text": text} for one, text in zip(given, texts, strict=True)]
 
 
-def read_rows(settings: UseSettings, task: Task) -> Table:
-    """The rows that the settings name, as many as they ask for.
+def to_generate(task: TrainedTask) -> CausalLanguage:
+    """The task, if it is one that writes texts.
 
     Raises:
-        SettingError: no data were named.
-        EmptyDataError: an archive has no such split.
+        SettingError: it is another.
     """
-    if settings.data is None:
-        raise SettingError("data is needed: a file of rows, or a folder or zip of images")
-    if isinstance(task, ImageClassification):
-        splits = read_images(settings.data)
-        name = settings.split or next((split for split in EVAL_SPLITS if split in splits), next(iter(splits)))
-        if name not in splits:
-            raise EmptyDataError(f"{settings.data} has no split {name!r}; {near(name, splits)}")
-        table = splits[name]
-    else:
-        assert isinstance(task, CausalLanguage | TextClassification)
-        wanted = [name for name in task.columns.values() if name is not None]
-        if isinstance(task, CausalLanguage):
-            wanted += task.format.fields
-        table = read_sources((settings.data,), kind=settings.kind, wanted=wanted)
-    return table if settings.limit is None else table.subset(sample(len(table.rows), settings.limit, 0))
+    if not isinstance(task, CausalLanguage):
+        raise SettingError(f"the adapter was trained for {task.name}; only causal-lm generates texts, use predict")
+    return task
 
 
-def write_lines(rows: Sequence[Row], path: Location, *, overwrite: bool = False) -> None:
-    """Write rows as JSON lines, complete or not at all.
-
-    Raises:
-        OutputExistsError: the file exists and ``overwrite`` was not given.
-        SaveError: the operating system refused.
-    """
-    with whole_file(path, overwrite=overwrite) as temporary:
-        temporary.write_text("".join(json_line(row) + "\n" for row in rows), encoding="utf-8")
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"device {name!r} is not there ({error}); auto takes the one that is") from error
 
 
-def json_line(row: Row) -> str:
-    """A row as one line of JSON; what JSON has no form for, such as an image, is written as text."""
-    return json.dumps(row, ensure_ascii=False, default=str)
-
-
-def _described(description: dict[str, Any], name: str) -> TrainedTask:
+def _described(saved: SavedAdapter, name: str) -> TrainedTask:
+    description = saved.task
     kind = TASK_CLASSES.get(description.get("task", ""))
     if kind is None:
-        raise AdapterFilesError(f"task {description.get('task')!r} of the adapter is unknown; {near('', TASK_CLASSES)}")
+        raise AdapterFilesError(
+            f"{saved.where} was trained for the task {description.get('task')!r}, which is unknown here; "
+            f"{near('', TASK_CLASSES)}"
+        )
     try:
-        return kind.from_description(description, name)
+        task = kind.from_description(description, name)
     except KeyError as error:
         if error.args and error.args[0] in description:
             raise
-        raise AdapterFilesError(f"the task.json of the adapter lacks {error}; was it edited?") from error
+        raise AdapterFilesError(f"the task of {saved.where} lacks {error}; was its task.json edited?") from error
+    unknown = sorted(description.keys() - task.description().keys())
+    if unknown:
+        raise AdapterFilesError(
+            f"the task of {saved.where} says {unknown[0]!r}, which this version of randbasis does not know, so that "
+            "its answers could be others; upgrade it"
+        )
+    return task
 
 
 def _language_task(saved: SavedAdapter | None, name: str, settings: UseSettings) -> CausalLanguage:
@@ -222,7 +240,8 @@ def _language_task(saved: SavedAdapter | None, name: str, settings: UseSettings)
     if not any(architecture.endswith("ForCausalLM") for architecture in architectures):
         raise AdapterFilesError(
             f"{_undescribed(saved)}the base {name!r} is not a causal language model, so labels and columns are not "
-            "known; give the output folder of a training run"
+            "known; give the folder of a training run, or a file that was packed from it; else put the adapter on a "
+            "model of your own (peft.PeftModel, or randbasis.load_packed) and use that"
         )
     tokenizer = read_tokenizer(name)
     columns: dict[str, str | None] = {key: settings.columns.get(key) for key in ("prompt", "target", "text")}
@@ -240,26 +259,18 @@ def _language_task(saved: SavedAdapter | None, name: str, settings: UseSettings)
 def _undescribed(saved: SavedAdapter | None) -> str:
     if saved is None:
         return ""
-    if saved.whole is None:
-        return "the adapter has no task.json, and "
-    return f"{saved.where} is a packed adapter, which holds no description of its task (task.json of a folder), and "
+    where = "no task.json beside it" if saved.whole is None else "none was packed with it"
+    return f"nothing describes the task of {saved.where} ({where}), and "
 
 
 def _rename_columns(task: TrainedTask, names: dict[str, str]) -> None:
     if not names:
         return
     known = {} if isinstance(task, ImageClassification) else task.columns
+    if isinstance(task, CausalLanguage) and not task.prompted:
+        task.format = replace(task.format, separator="")  # trained on plain text: nothing stands behind a prompt
     for key, value in names.items():
         if key not in known:
             raise SettingError(f"{task.name} has no {key}_column; {near(key, known)}")
         known[key] = value
     check_distinct({f"{key}_column": name for key, name in known.items()})
-
-
-def _without_answers(table: Table, task: TrainedTask) -> Table:
-    """The table without the column of answers, whose values need not be known labels."""
-    answer = {"causal-lm": "target", "sequence-classification": "label"}.get(task.name)
-    names = {"label"} if isinstance(task, ImageClassification) else {task.columns.get(answer or "label")}
-    if isinstance(task, CausalLanguage) and task.format.target is not None:
-        names = {*task.format.target.fields} - {*(task.format.prompt.fields if task.format.prompt else ())}
-    return replace(table, columns=tuple(column for column in table.columns if column not in names))

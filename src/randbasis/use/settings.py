@@ -3,8 +3,9 @@
 The command takes its defaults from here, so nothing heavy is imported.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from randbasis.train.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from randbasis.adapters.saved import AdapterLocation
+    from randbasis.files.locations import Location
 
+_DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 COLUMN_KEYS = ("text", "text_pair", "label", "prompt", "target", "messages")
 
 
@@ -23,8 +26,8 @@ class UseSettings:
     """How a trained adapter is used.
 
     Args:
-        adapter: folder of a run, or any other adapter of a causal language model: see
-            :func:`randbasis.adapters.saved.open_adapter`; ``None`` for the base alone, which must be such a model.
+        adapter: where it is: see :func:`randbasis.adapters.saved.open_adapter`. One whose task nobody described must
+            be of a causal language model; ``None`` for the base alone, which must be such a model.
         model: folder or hub name of the base; ``None`` for the one that the adapter names.
         data: rows, or images; not needed to generate from prompts.
         kind: kind of the file when its name does not tell.
@@ -34,8 +37,9 @@ class UseSettings:
         limit: use that many rows, drawn by seed 0.
         batch_size: rows at a time.
         dtype: of the base.
-        device: ``"auto"`` or ``"cpu"``.
+        device: ``"auto"``, or one of torch: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
         threads: threads of torch; ``None`` leaves them.
+        probabilities: answer with those of every class.
         generation: how texts are generated.
     """
 
@@ -50,6 +54,7 @@ class UseSettings:
     dtype: str = "float32"
     device: str = "auto"
     threads: int | None = None
+    probabilities: bool = False
     generation: GenerationSettings = field(default_factory=GenerationSettings)
 
     def check(self) -> None:
@@ -63,26 +68,51 @@ class UseSettings:
         for name, number in (("batch_size", self.batch_size), ("limit", self.limit), ("threads", self.threads)):
             if number is not None and number < 1:
                 raise SettingError(f"{name} must be at least 1, got {number}")
-        for name, value, known in (("dtype", self.dtype, DTYPES), ("device", self.device, ("auto", "cpu"))):
-            if value not in known:
-                raise SettingError(f"{name} {value!r} is unknown; {near(value, known)}")
+        if self.dtype not in DTYPES:
+            raise SettingError(f"dtype {self.dtype!r} is unknown; {near(self.dtype, DTYPES)}")
+        if not _DEVICE.fullmatch(self.device):
+            raise SettingError(f"device must be auto, cpu, mps, cuda or one such as cuda:1, got {self.device!r}")
         self.generation.check()
 
-    def facts(self) -> dict[str, Any]:
-        """``task`` of the adapter and whether its rows have prompts (``prompted``), before any weights are read.
+    def sources(self) -> "list[Location | None]":
+        """What is read, over which no output must be written."""
+        from randbasis.adapters.saved import paths_of
+
+        return [self.data, self.model, *([] if self.adapter is None else paths_of(self.adapter))]
+
+    def opened(self) -> "UseSettings":
+        """The same with the adapter at hand, so that whoever asks next does not read it again.
 
         Raises:
             SettingError: a value is out of range.
+            RandbasisError: as :func:`randbasis.adapters.saved.open_adapter`.
+        """
+        from randbasis.adapters.saved import open_adapter
+
+        self.check()
+        return self if self.adapter is None else replace(self, adapter=open_adapter(self.adapter))
+
+    def facts(self) -> dict[str, Any]:
+        """What is known before any weights are read.
+
+        Returns:
+            ``task`` of the adapter, whether its rows have prompts (``prompted``), and whether it answers with classes
+            (``classes``).
+
+        Raises:
             AdapterFilesError: the adapter lacks what is needed.
         """
         from randbasis.adapters.saved import open_adapter
         from randbasis.train.causal_lm import CausalLanguage
 
-        self.check()
         task = {} if self.adapter is None else open_adapter(self.adapter).task
         columns: dict[str, str | None] = {**(task.get("columns") or {}), **self.columns}
         prompted = any(columns.get(key) is not None for key in ("prompt", "messages")) or "prompt_template" in task
-        return {"task": task.get("task", CausalLanguage.name), "prompted": prompted}
+        return {
+            "task": task.get("task", CausalLanguage.name),
+            "prompted": prompted,
+            "classes": bool(task.get("labels")),
+        }
 
 
 def use_from_words(words: Mapping[str, Any]) -> UseSettings:
