@@ -10,8 +10,8 @@ import numpy as np
 from randbasis.errors import EmptyDataError
 from randbasis.train import CausalLanguage, ImageClassification, Table, Task, TextClassification, read_images
 from randbasis.train.images import EVAL_SPLITS
+from randbasis.train.sources import read_sources
 from randbasis.train.splits import few_shot, sample
-from randbasis.train.tabular import read_table
 from randbasis.train.task import Example
 from studies.study import LANGUAGE, Setting
 
@@ -57,7 +57,7 @@ def read_cell(setting: Setting, sample_set: int) -> Cell:
 def _text(setting: Setting, sample_set: int) -> Cell:
     """Whole held-out texts, and training texts of which none is a part of one of them, nor the other way round."""
     data = setting.base.data
-    table = read_table(data.train, kind=data.kind, wanted=data.columns)
+    table = read_sources(data.train_sources, kind=data.kind, wanted=data.columns)
     texts = [str(text) for text in table.column(data.text_column or "")]
     long_enough = [i for i, text in enumerate(texts) if len(text.split()) >= setting.dev_words]
     dev = [long_enough[i] for i in sample(len(long_enough), setting.dev_rows, SPLIT_SEED)]
@@ -65,7 +65,7 @@ def _text(setting: Setting, sample_set: int) -> Cell:
     if data.limit is not None and len(apart) < data.limit:
         raise EmptyDataError(f"{table.source} leaves {len(apart)} training rows, {data.limit} are asked for")
     train = [apart[i] for i in sample(len(apart), data.limit or len(apart), SPLIT_SEED + sample_set)]
-    test = read_table(data.eval or "", kind=data.kind, wanted=data.columns)
+    test = read_sources(data.eval_sources, kind=data.kind, wanted=data.columns)
     task = TextClassification.prepare(setting.base, table)
     return Cell(
         task,
@@ -87,7 +87,7 @@ def apart_from(held: Sequence[str], texts: Sequence[str]) -> list[int]:
 
 def _images(setting: Setting, sample_set: int) -> Cell:
     """``shots`` images a class to train on, ``dev_rows`` others a class held out, the test split of the archive."""
-    splits = read_images(setting.base.data.train)
+    splits = read_images(*setting.base.data.train_sources)
     table = next(rows for name, rows in splits.items() if name not in EVAL_SPLITS)
     test = next(rows for name, rows in splits.items() if name in EVAL_SPLITS)
     labels = [str(label) for label in table.column("label")]
@@ -107,7 +107,7 @@ def _images(setting: Setting, sample_set: int) -> Cell:
 def _language(setting: Setting, sample_set: int) -> Cell:
     """Pairs that fit into ``max_length`` whole; test prompts with all their references."""
     data = setting.base.data
-    table = read_table(data.train, kind=data.kind, wanted=data.columns)
+    table = read_sources(data.train_sources, kind=data.kind, wanted=data.columns)
     task = CausalLanguage.prepare(setting.base, table)
     drawn = table.subset(_drawn(len(table.rows), 2 * (data.limit or len(table.rows)), SPLIT_SEED + sample_set))
     train = _fitting(task, task.encode(drawn, training=True))[: data.limit]
@@ -116,14 +116,14 @@ def _language(setting: Setting, sample_set: int) -> Cell:
         task,
         train,
         _references(setting, task, setting.dev or "", setting.dev_rows),
-        _references(setting, task, data.eval or "", data.eval_limit),
+        _references(setting, task, data.eval_sources[0], data.eval_limit),
     )
 
 
 def _references(setting: Setting, task: CausalLanguage, path: str | Path, limit: int | None) -> list[Example]:
     """Examples of ``limit`` prompts, one for each reference, of the prompts whose references all fit."""
     data = setting.base.data
-    table = read_table(path, kind=data.kind, wanted=data.columns)
+    table = read_sources((path,), kind=data.kind, wanted=data.columns)
     examples = task.encode(table, training=False)
     fitting = {id(example) for example in _fitting(task, examples)}
     groups: dict[str, list[Example]] = {}

@@ -66,7 +66,7 @@ def study_named(name: str, data: Path | None = None) -> Study:
         return study
     for setting in study.settings:
         base = setting.base
-        for path in (base.model, base.data.train, base.data.eval, setting.dev):
+        for path in (base.model, *base.data.train_sources, *base.data.eval_sources, setting.dev):
             if path is not None and not Path(path).exists():
                 raise DataMissingError(
                     f"study {name!r} reads {path}, which is not there; give the folder of data sets and models"

@@ -39,7 +39,7 @@ ROWS: dict[str, set[str]] = {
     "arithmetic": {"torch"},
     "train": {
         "torch", "numpy", "peft", "transformers", "safetensors", "accelerate", "PIL", "sacrebleu", "sklearn", "scipy",
-        "matplotlib", "rich", "yaml", "jinja2",
+        "matplotlib", "rich", "yaml", "jinja2", "huggingface_hub", "datasets", "pyarrow",
     },
     "use": {"torch"},
     "__init__": set(),

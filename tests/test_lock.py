@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FILES = ["lock.txt", "oldest.txt"]
 #: What a user of the package installs; what is left of the development environment only tests it.
-FOR_USERS = ["train", "remote", "s3", "gguf"]
+FOR_USERS = ["train", "data", "remote", "s3", "gguf"]
 
 
 def pins(file: str) -> list[Requirement]:

@@ -79,7 +79,7 @@ def test_a_text_file_is_lines_or_stories(tmp_path: Path):
         ("rows.jsonl", '{"a": 1}\n{"a":\n', DataFormatError, "line 2 .* is not JSON"),
         ("rows.jsonl", "[1]\n", DataFormatError, "record 1 .* is a list"),
         ("rows.json", '{"a": 1}', DataFormatError, "holds a dict"),
-        ("rows.parquet", "PAR1", DataFormatError, "does not tell what kind"),
+        ("rows.xlsx", "PK", DataFormatError, "does not tell what kind"),
         ("rows", "a", DataFormatError, "does not tell what kind"),
     ],
 )

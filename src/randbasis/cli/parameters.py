@@ -21,8 +21,16 @@ Adapter = Annotated[
     ),
 ]
 Base = Annotated[str | None, Option(help="Folder or hub name of the base; by default the one the adapter names.")]
-Rows = Annotated[str | None, of_data(help="csv, tsv, jsonl, json or txt, also .gz; or a folder or zip of images.")]
-Kind = Annotated[str | None, of_data("--format", help="csv, tsv, jsonl, json, txt; when the name does not tell.")]
+Rows = Annotated[
+    str | None,
+    of_data(
+        help="csv, tsv, jsonl, json or txt, also .gz; parquet; a pattern of files; hub:OWNER/NAME:SPLIT. Or a folder "
+        "or zip of images."
+    ),
+]
+Kind = Annotated[
+    str | None, of_data("--format", help="csv, tsv, jsonl, json, txt, parquet; when the name does not tell.")
+]
 Split = Annotated[str | None, of_data(help="Split of an archive of images, such as test.")]
 Limit = Annotated[int | None, of_data(help="Use that many rows.")]
 Batch = Annotated[int, Option(help="Rows at a time.")]

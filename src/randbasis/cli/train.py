@@ -49,10 +49,18 @@ def train(
     context: typer.Context,
     task: Annotated[str, Option(help="causal-lm, sequence-classification or image-classification.")],
     model: Annotated[str, Option(help="Folder or hub name of the base.")],
-    data: Annotated[str, Option(help="csv, tsv, jsonl, json or txt, also .gz; or a folder or zip of images.")],
+    data: Annotated[
+        list[str],
+        Option(
+            help="csv, tsv, jsonl, json or txt, also .gz; parquet; a pattern of files; hub:OWNER/NAME:SPLIT; may be "
+            "given several times. Or a folder or zip of images."
+        ),
+    ],
     output: Annotated[Path, Option(help="Folder for adapter, task, summary and plot.")],
     config: Config = None,
-    eval_data: Annotated[str | None, of_data(help="Held-out rows; by default a share of the data.")] = None,
+    eval_data: Annotated[
+        list[str] | None, of_data(help="Held-out rows, likewise; by default a share of the data.")
+    ] = None,
     eval_fraction: Annotated[
         float, of_data(help="Share to hold out without --eval-data.")
     ] = DataSettings.eval_fraction,

@@ -24,8 +24,9 @@ from randbasis.train.packing import check_kept_apart, pack
 from randbasis.train.ranks import Ranks, joined
 from randbasis.train.run_config import CONFIG_FILE, config_text
 from randbasis.train.settings import DataSettings, TrainSettings
+from randbasis.train.sources import files_of, is_on_hub, read_sources
 from randbasis.train.splits import few_shot, hold_out, sample
-from randbasis.train.tabular import Table, read_table
+from randbasis.train.tabular import Table
 from randbasis.train.task import Example, Task, count_cut, warn_of_cut
 from randbasis.train.task_table import TASK_CLASSES
 from randbasis.train.trained_parameters import save_parameters
@@ -168,16 +169,23 @@ def _tables(settings: TrainSettings) -> tuple[Table, Table | None]:
     """The rows to train on and, where they come from elsewhere, the rows to evaluate on."""
     data = settings.data
     if settings.task != ImageClassification.name:
-        first = read_table(data.train, kind=data.kind, wanted=data.columns)
-        return first, read_table(data.eval, kind=data.kind, wanted=data.columns) if data.eval is not None else None
-    splits = read_images(data.train)
+        first = read_sources(data.train_sources, kind=data.kind, wanted=data.columns)
+        others = data.eval_sources
+        return first, read_sources(others, kind=data.kind, wanted=data.columns) if others else None
+    splits = read_images(_one_of_images(data.train))
     train_name = next((name for name in splits if name not in EVAL_SPLITS), None)
     if train_name is None:
         raise EmptyDataError(f"{data.train} holds only {', '.join(splits)}; a split named train is needed")
     if data.eval is not None:
-        others = read_images(data.eval)
+        others = read_images(_one_of_images(data.eval))
         return splits[train_name], others[next((name for name in EVAL_SPLITS if name in others), next(iter(others)))]
     return splits[train_name], next((splits[name] for name in EVAL_SPLITS if name in splits), None)
+
+
+def _one_of_images(source: Any) -> str | Path:
+    if isinstance(source, tuple):
+        raise SettingError(f"data of images must be one folder or zip, got {len(cast(tuple[Any, ...], source))}")
+    return source
 
 
 def _chosen(settings: TrainSettings, task: Task, train: Table, eval: Table | None) -> tuple[Table, Table]:
@@ -204,7 +212,8 @@ def _chosen(settings: TrainSettings, task: Task, train: Table, eval: Table | Non
 
 def _check_output(settings: TrainSettings, processes: int) -> Path:
     """The folder to write; raises before anything is read what of it can be refused."""
-    sources = (settings.model, settings.data.train, settings.data.eval)
+    rows = [one for one in (*settings.data.train_sources, *settings.data.eval_sources) if not is_on_hub(one)]
+    sources = (settings.model, *(file for one in rows for file in files_of(one)))
     output = check_output_folder(settings.output, sources, overwrite=settings.overwrite or settings.resume)
     if settings.resume:
         checkpoint_to_resume(output / CHECKPOINTS)

@@ -64,6 +64,8 @@ def _words(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in cast(tuple[Any, ...], value)]
     return str(value) if isinstance(value, Path) else value
 
 

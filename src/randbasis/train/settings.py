@@ -19,16 +19,19 @@ COLUMN_ROLES = (
 )
 LEARNED = ("answer", "all")
 
+Source = str | Path
+
 
 @dataclass(frozen=True)
 class DataSettings:
     """Where the rows come from and what they mean.
 
     Args:
-        train: a file of rows, or a folder or zip of images with a folder for each class.
+        train: a file of rows, a pattern of files or ``hub:OWNER/NAME:SPLIT``, or several of these; or a folder or zip
+            of images with a folder for each class.
         eval: the same for the held-out rows. ``None``: a split that the archive names, else a share of ``train``.
         eval_fraction: the share held out when ``eval`` is not given.
-        kind: kind of the files when their names do not tell: csv, tsv, jsonl, json, txt.
+        kind: kind of the files when their names do not tell: csv, tsv, jsonl, json, txt, parquet.
         text_column: the text (classification, or a language model of plain text).
         text_pair_column: a second text (classification of pairs).
         prompt_column: what the language model is given.
@@ -41,8 +44,8 @@ class DataSettings:
         eval_limit: evaluate on that many rows, drawn likewise.
     """
 
-    train: str | Path
-    eval: str | Path | None = None
+    train: Source | tuple[Source, ...]
+    eval: Source | tuple[Source, ...] | None = None
     eval_fraction: float = 0.1
     kind: str | None = None
     text_column: str | None = None
@@ -55,6 +58,16 @@ class DataSettings:
     limit: int | None = None
     shots: int | None = None
     eval_limit: int | None = None
+
+    @property
+    def train_sources(self) -> tuple[Source, ...]:
+        """All sources of ``train``."""
+        return self.train if isinstance(self.train, tuple) else (self.train,)
+
+    @property
+    def eval_sources(self) -> tuple[Source, ...]:
+        """All sources of ``eval``, none where rows are held out."""
+        return () if self.eval is None else self.eval if isinstance(self.eval, tuple) else (self.eval,)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -272,9 +285,10 @@ def check_distinct(columns: Mapping[str, str | None]) -> None:
 def settings_from_words(words: Mapping[str, Any]) -> TrainSettings:
     """The settings of a run from one flat mapping, as the command gives them; other words are left out.
 
-    ``data`` and ``eval_data`` are the files; ``targets`` may be one string of names separated by commas.
+    ``data`` and ``eval_data`` are the files, one or a list of them; ``targets`` may be one string of names separated by
+    commas.
     """
-    flat = {**words, "train": words["data"], "eval": words.get("eval_data")}
+    flat = {**words, "train": _one_or_more(words["data"]), "eval": _one_or_more(words.get("eval_data"))}
     targets = flat.get("targets")
     if isinstance(targets, str):
         flat["targets"] = named_targets(targets)
@@ -289,6 +303,11 @@ def settings_from_words(words: Mapping[str, Any]) -> TrainSettings:
         loop=LoopSettings(**parts(LoopSettings)),
         **own,
     )
+
+
+def _one_or_more(files: Any) -> Any:
+    several = cast(list[Any], files) if isinstance(files, list) else [files]
+    return several[0] if len(several) == 1 else tuple(several)
 
 
 def named_targets(text: str) -> tuple[str, ...]:
@@ -309,5 +328,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in cast(dict[str, Any], value).items()}
     if isinstance(value, tuple):
-        return list(cast(tuple[Any, ...], value))
+        return [_plain(item) for item in cast(tuple[Any, ...], value)]
     return str(value) if isinstance(value, Path) else value

@@ -1,4 +1,4 @@
-"""Rows from a file: csv, tsv, JSON lines, JSON or plain text, each also gzipped.
+"""Rows from a file: csv, tsv, JSON lines, JSON or plain text, each also gzipped, or parquet.
 
 A table without a header names its columns ``0``, ``1``, ... so that an index is a name like any other.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from randbasis.errors import ColumnError, DataFormatError, DataMissingError, EmptyDataError, near
+from randbasis.optional import needing
 
 Row = dict[str, Any]
 
@@ -99,9 +100,11 @@ def read_table(
     """Read a file of rows.
 
     Args:
-        path: a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.txt`` file, or any of these with ``.gz`` behind it.
-        kind: ``"csv" | "tsv" | "jsonl" | "json" | "txt"``, when the name does not tell. A tsv has no quoting, but for
-            one that is to the last character what a csv writer (that of pandas, too) makes of its cells.
+        path: a ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.txt`` file, any of these with ``.gz`` behind it, or a
+            ``.parquet`` file.
+        kind: ``"csv" | "tsv" | "jsonl" | "json" | "txt" | "parquet"``, when the name does not tell. A tsv has no
+            quoting, but for one that is to the last character what a csv writer (that of pandas, too) makes of its
+            cells.
         header: whether the first line of a csv or tsv names the columns. ``None``: it does, unless a wanted column is
             given by its index.
         wanted: the columns that will be asked for.
@@ -118,15 +121,15 @@ def read_table(
     path = Path(path)
     if not path.is_file():
         raise DataMissingError(
-            f"data {str(path)!r} is not a file; give the path of a csv, tsv, jsonl, json or txt file"
+            f"data {str(path)!r} is not a file; give the path of a csv, tsv, jsonl, json, txt or parquet file"
         )
     kind = kind or _kind_of(path)
-    if kind not in _READERS:
-        raise DataFormatError(f"kind of data {kind!r} is unknown; {near(kind, _READERS)}")
+    if kind not in KINDS:
+        raise DataFormatError(f"kind of data {kind!r} is unknown; {near(kind, KINDS)}")
     if header is None:
         header = not any(name.isdecimal() for name in wanted)
     try:
-        columns, rows = _READERS[kind](_text(path), path.name, header)
+        columns, rows = _read_parquet(path) if kind == PARQUET else _READERS[kind](_text(path), path.name, header)
     except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataFormatError(
             f"{path.name} cannot be read as {kind}: {error}; name the right kind with --format"
@@ -175,10 +178,10 @@ def _kind_of(path: Path) -> str:
         suffixes.pop()
     known = {"ndjson": "jsonl", "jsonlines": "jsonl", "tab": "tsv", "text": "txt"}
     kind = known.get(suffixes[-1], suffixes[-1]) if suffixes else ""
-    if kind not in _READERS:
+    if kind not in KINDS:
         raise DataFormatError(
             f"the name {path.name!r} does not tell what kind of data it is; it should end in one of "
-            f"{', '.join('.' + name for name in _READERS)} (and .gz), or name the kind with --format"
+            f"{', '.join('.' + name for name in KINDS)} (text also as .gz), or name the kind with --format"
         )
     return kind
 
@@ -304,6 +307,18 @@ def _read_txt(stream: io.TextIOWrapper, name: str, header: bool) -> tuple[tuple[
     return ("text",), [{"text": part.strip()} for part in parts if part.strip()]
 
 
+def _read_parquet(path: Path) -> tuple[tuple[str, ...], list[Row]]:
+    with needing("a parquet file", "pyarrow", "data"):
+        import pyarrow
+        from pyarrow import parquet
+    try:
+        table = cast(Any, parquet).read_table(path)
+    except (cast(Any, pyarrow).ArrowException, OSError) as error:
+        raise DataFormatError(f"{path.name} cannot be read as parquet: {error}") from error
+    return tuple(table.column_names), table.to_pylist()
+
+
+PARQUET = "parquet"
 _READERS: dict[str, Callable[[io.TextIOWrapper, str, bool], tuple[tuple[str, ...], list[Row]]]] = {
     "csv": _read_csv,
     "tsv": _read_tsv,
@@ -311,3 +326,4 @@ _READERS: dict[str, Callable[[io.TextIOWrapper, str, bool], tuple[tuple[str, ...
     "json": _read_json,
     "txt": _read_txt,
 }
+KINDS = (*_READERS, PARQUET)

@@ -8,8 +8,9 @@ from randbasis.errors import DataFormatError, EmptyDataError, SettingError, near
 from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.classification import TextClassification
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
+from randbasis.train.sources import read_sources
 from randbasis.train.splits import sample
-from randbasis.train.tabular import Row, Table, read_table
+from randbasis.train.tabular import Row, Table
 from randbasis.train.task_table import TrainedTask
 from randbasis.use.settings import UseSettings
 
@@ -35,7 +36,7 @@ def read_rows(settings: UseSettings, task: TrainedTask) -> Table:
         wanted = [name for name in task.columns.values() if name is not None]
         if isinstance(task, CausalLanguage):
             wanted += task.format.fields
-        table = read_table(settings.data, kind=settings.kind, wanted=wanted)
+        table = read_sources((settings.data,), kind=settings.kind, wanted=wanted)
     return table if settings.limit is None else table.subset(sample(len(table.rows), settings.limit, 0))
 
 
