@@ -71,6 +71,11 @@ def _task(*names: str) -> Callable[[Words], bool]:
     return lambda words: words["task"] in names
 
 
+def _evaluated(words: Words) -> bool:
+    """Whether a run has rows to evaluate on."""
+    return bool(words["eval_data"]) or words["eval_fraction"] != 0
+
+
 def _classes(words: Words) -> bool:
     return words["task"] in ("sequence-classification", "image-classification")
 
@@ -151,7 +156,9 @@ TRAIN = (
         lambda words: words["method"] != "none" or words["head_learning_rate"] is None,
         "an adapter, where --head-learning-rate is given",
     ),
-    Needs("eval_fraction", lambda words: words["eval_data"] is None, "no --eval-data beside it"),
+    Needs("eval_fraction", lambda words: not words["eval_data"], "no --eval-data beside it"),
+    Needs("eval_limit eval_batch_size eval_every early_stop metric", _evaluated, "another --eval-fraction than 0"),
+    Needs("keep", lambda words: _evaluated(words) or words["keep"] == "last", "another --eval-fraction than 0"),
     Needs("epochs", lambda words: words["max_steps"] is None, "no --max-steps beside it"),
     Needs("warmup", lambda words: words["schedule"] != "constant", "another --schedule than constant"),
 )

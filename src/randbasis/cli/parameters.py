@@ -32,7 +32,7 @@ Kind = Annotated[
     str | None, of_data("--format", help="csv, tsv, jsonl, json, txt, parquet; when the name does not tell.")
 ]
 Split = Annotated[str | None, of_data(help="Split of an archive of images, such as test.")]
-Limit = Annotated[int | None, of_data(help="Use that many rows.")]
+Limit = Annotated[int | None, of_data(help="Use that many rows, drawn by seed 0.")]
 Batch = Annotated[int, Option(help="Rows at a time.")]
 Dtype = Annotated[str, Option(help="Of the base: float32, bfloat16, float16.")]
 Device = Annotated[str, Option(help="auto or cpu.")]

@@ -62,7 +62,8 @@ def train(
         list[str] | None, of_data(help="Held-out rows, likewise; by default a share of the data.")
     ] = None,
     eval_fraction: Annotated[
-        float, of_data(help="Share to hold out without --eval-data.")
+        float,
+        of_data(help="Share to hold out without --eval-data; 0 trains on all rows, without evaluation."),
     ] = DataSettings.eval_fraction,
     kind: Kind = None,
     text_column: TextColumn = None,
@@ -72,9 +73,11 @@ def train(
     messages_column: MessagesColumn = None,
     label_column: LabelColumn = None,
     label_kind: Annotated[str, of_data(help="auto, class or number (a regression).")] = DataSettings.label_kind,
-    limit: Annotated[int | None, of_data(help="Train on that many rows.")] = None,
-    shots: Annotated[int | None, of_data(help="Train on that many rows of each class.")] = None,
-    eval_limit: Annotated[int | None, of_data(help="Evaluate on that many rows.")] = None,
+    limit: Annotated[
+        int | None, of_data(help="Train on that many rows, drawn by --train-seed, and evaluate on no more.")
+    ] = None,
+    shots: Annotated[int | None, of_data(help="Train on that many rows of each class, drawn likewise.")] = None,
+    eval_limit: Annotated[int | None, of_data(help="Evaluate on that many rows, drawn likewise.")] = None,
     method: Annotated[
         str, Option(help="nola, vera, randlora, pranc, loraxs; or lora, none (a head alone).")
     ] = AdapterSettings.method,
@@ -103,7 +106,9 @@ def train(
     max_grad_norm: Annotated[float, of_loop(help="Gradients are clipped to this norm.")] = LoopSettings.max_grad_norm,
     accumulate: Annotated[int, of_loop(help="Batches a step.")] = LoopSettings.accumulate,
     label_smoothing: Annotated[float, of_loop(help="Of the classes.")] = LoopSettings.label_smoothing,
-    train_seed: Annotated[int, of_loop(help="Head, order, dropout and held-out rows.")] = LoopSettings.train_seed,
+    train_seed: Annotated[
+        int, of_loop(help="Of head, order, dropout, and which rows are held out or taken.")
+    ] = LoopSettings.train_seed,
     metric: Annotated[str | None, of_loop(help="accuracy, matthews, pearson, spearman, loss, bleu, ...")] = None,
     eval_every: Annotated[int | None, of_loop(help="Steps between evaluations.")] = None,
     early_stop: Annotated[int | None, of_loop(help="Stop after that many evaluations without a better metric.")] = None,

@@ -23,6 +23,9 @@ TRAINER_NAMES = (
     ),
     HostName(_TRAINER, "Trainer.create_optimizer", "adapter and head have one learning rate"),
     HostName(
+        _TRAINER, "Trainer.create_scheduler", "the first step learns nothing", ("num_training_steps", "optimizer")
+    ),
+    HostName(
         _TRAINER,
         "Trainer.evaluation_loop",
         "scores are means of means of batches",

@@ -81,7 +81,7 @@ def fit(
         config: any PEFT configuration, or ``None`` to train the head alone.
         task: makes batches and scores.
         train: examples to learn from.
-        eval: examples to choose the best checkpoint by.
+        eval: examples to choose the best checkpoint by; without any, the last parameters are kept.
         loop: how to optimise.
         checkpoints: folder for the checkpoints (adapter, head and optimiser only).
         resume: go on from the last checkpoint there; the run ends as it would have without the interruption.
@@ -95,16 +95,16 @@ def fit(
     Raises:
         SettingError: a setting is out of range, or there is nothing to train.
         TargetError: PEFT's own method found no target.
-        EmptyDataError: there is nothing to train on or to evaluate on.
+        EmptyDataError: there is nothing to train on.
         NonFiniteLossError: the loss or a parameter stopped being finite; the last good checkpoint is kept.
         CheckpointError: there is nothing to resume from.
         SaveError: a checkpoint could not be written; earlier ones are kept.
     """
     loop.check()
-    if not train or not eval:
-        raise EmptyDataError(
-            f"there are {len(train)} rows to train on and {len(eval)} to evaluate on; both must be there"
-        )
+    if not train:
+        raise EmptyDataError("there are no rows to train on")
+    if loop.early_stop is not None and not eval:
+        raise SettingError("early_stop needs rows to evaluate on, and there are none; leave it out")
     folder = Path(checkpoints)
     ranks = ranks or Ranks()
     start = ranks.agreed(lambda: checkpoint_to_resume(folder)) if resume else None
@@ -112,7 +112,7 @@ def fit(
         adapted = ranks.agreed(lambda: adapt(model, config, task.head_modules(model)))
         if prepare is not None:
             prepare(adapted)
-        arguments = training_arguments(loop, len(train), folder, task, processes=ranks.count)
+        arguments = training_arguments(loop, len(train), folder, task, processes=ranks.count, evaluated=len(eval) > 0)
         report = ProgressReport(task, console) if console else None
         trainer = AdapterTrainer(
             adapted,
@@ -123,11 +123,11 @@ def fit(
             lengths=task.lengths(train) if loop.group_by_length else None,
             head_learning_rate=loop.learning_rate if loop.head_learning_rate is None else loop.head_learning_rate,
             ranks=ranks,
-            callbacks=_callbacks(loop, report),
+            callbacks=_callbacks(loop, report, evaluated=len(eval) > 0),
         )
         trainer.pop_callback(PrinterCallback)
-        before = ranks.of_first(task.score(adapted, eval, arguments.eval_batch_size))
-        if console:
+        before = ranks.of_first(task.score(adapted, eval, arguments.eval_batch_size)) if eval else {}
+        if console and before:
             console.print("before: " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
         began = time.perf_counter()
         try:
@@ -177,9 +177,11 @@ def runs_on_cpu(loop: LoopSettings) -> bool:
 
 
 def training_arguments(
-    loop: LoopSettings, rows: int, folder: Path, task: Task, *, processes: int = 1
+    loop: LoopSettings, rows: int, folder: Path, task: Task, *, processes: int = 1, evaluated: bool = True
 ) -> TrainingArguments:
-    """The arguments of transformers' Trainer; ``batch_size`` is that of one process."""
+    """The arguments of transformers' Trainer; ``batch_size`` is that of one process, ``evaluated`` whether there are
+    rows to evaluate on.
+    """
     steps_an_epoch = math.ceil(math.ceil(rows / (loop.batch_size * processes)) / loop.accumulate)
     every = loop.eval_every or (math.ceil(loop.max_steps / 5) if loop.max_steps else steps_an_epoch)
     total = loop.max_steps or math.ceil(loop.epochs * steps_an_epoch)
@@ -202,12 +204,12 @@ def training_arguments(
         use_cpu=on_cpu,
         bf16=loop.dtype == "bfloat16",
         fp16=loop.dtype == "float16",
-        eval_strategy="steps",
+        eval_strategy="steps" if evaluated else "no",
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
-        load_best_model_at_end=loop.keep == "best",
+        load_best_model_at_end=loop.keep == "best" and evaluated,
         metric_for_best_model=task.metric,
         greater_is_better=task.greater_is_better,
         restore_callback_states_from_checkpoint=True,
@@ -229,8 +231,8 @@ class _LastEvaluation(TrainerCallback):
             control.should_evaluate = True
 
 
-def _callbacks(loop: LoopSettings, report: ProgressReport | None) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [_LastEvaluation()]
+def _callbacks(loop: LoopSettings, report: ProgressReport | None, *, evaluated: bool) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [_LastEvaluation()] if evaluated else []
     if loop.early_stop is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=loop.early_stop))
     return callbacks + ([report] if report else [])

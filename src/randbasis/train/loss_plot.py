@@ -27,10 +27,11 @@ def plot_losses(history: Sequence[Mapping[str, Any]], metric: str, path: str | P
     axes = figure.add_subplot()
     for key, label, style in (("loss", "training loss", "-"), ("eval_loss", "held-out loss", "o-")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, markersize=3)
+        if points:
+            axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, markersize=3)
     lines, names = axes.get_legend_handles_labels()
-    if metric != "loss":
-        points = [(entry["step"], entry[f"eval_{metric}"]) for entry in history if f"eval_{metric}" in entry]
+    points = [(entry["step"], entry[f"eval_{metric}"]) for entry in history if f"eval_{metric}" in entry]
+    if metric != "loss" and points:
         other = axes.twinx()
         lines += other.plot([x for x, _ in points], [y for _, y in points], "s--", color="tab:green", markersize=3)
         names.append(f"held-out {metric}")

@@ -22,10 +22,10 @@ from randbasis.train.loss_plot import plot_losses
 from randbasis.train.method_table import peft_config
 from randbasis.train.packing import check_kept_apart, pack
 from randbasis.train.ranks import Ranks, joined
+from randbasis.train.row_choice import choose_rows
 from randbasis.train.run_config import CONFIG_FILE, config_text
-from randbasis.train.settings import DataSettings, TrainSettings
+from randbasis.train.settings import TrainSettings
 from randbasis.train.sources import files_of, is_on_hub, read_sources
-from randbasis.train.splits import few_shot, hold_out, sample
 from randbasis.train.tabular import Table
 from randbasis.train.task import Example, Task, count_cut, warn_of_cut
 from randbasis.train.task_table import TASK_CLASSES
@@ -53,12 +53,16 @@ class Prepared:
         train: examples to learn from.
         eval: held-out examples.
         packs: sequences of several of ``train``, where they were asked for.
+        trained_on: which rows those of ``train`` are, in words.
+        evaluated_on: which those of ``eval`` are.
     """
 
     task: Task
     train: Sequence[Example]
     eval: Sequence[Example]
     packs: Sequence[Example] | None = None
+    trained_on: str = ""
+    evaluated_on: str = ""
 
     def load_model(self, settings: TrainSettings) -> nn.Module:
         """The frozen base with a fresh head drawn from the seed of the run."""
@@ -154,12 +158,18 @@ def prepare(settings: TrainSettings) -> Prepared:
         raise SettingError(f"packing is for {CausalLanguage.name}, got task {settings.task!r}; leave it out")
     train_table, eval_table = _tables(settings)
     task = TASK_CLASSES[settings.task].prepare(settings, train_table)
-    train_table, eval_table = _chosen(settings, task, train_table, eval_table)
-    prepared = Prepared(task, task.encode(train_table, training=True), task.encode(eval_table, training=False))
-    if not prepared.train or not prepared.eval:
+    learned, judged = choose_rows(settings, task, train_table, eval_table)
+    prepared = Prepared(
+        task,
+        task.encode(learned.table, training=True),
+        task.encode(judged.table, training=False) if judged.table.rows else [],
+        trained_on=learned.told,
+        evaluated_on=judged.told,
+    )
+    if not prepared.train or (judged.table.rows and not prepared.eval):
         raise EmptyDataError(f"{train_table.source} leaves nothing to train on or to evaluate on")
-    warn_of_cut(task, prepared.train, f"rows of {train_table.source}")
-    warn_of_cut(task, prepared.eval, f"rows of {eval_table.source} (held out)")
+    warn_of_cut(task, prepared.train, f"rows of {learned.table.source}")
+    warn_of_cut(task, prepared.eval, f"rows of {judged.table.source} (held out)")
     if settings.packing:
         prepared = replace(prepared, packs=pack(prepared.train, cast(CausalLanguage, task).max_length))
     return prepared
@@ -186,28 +196,6 @@ def _one_of_images(source: Any) -> str | Path:
     if isinstance(source, tuple):
         raise SettingError(f"data of images must be one folder or zip, got {len(cast(tuple[Any, ...], source))}")
     return source
-
-
-def _chosen(settings: TrainSettings, task: Task, train: Table, eval: Table | None) -> tuple[Table, Table]:
-    """Hold rows out where no others were given, then keep as many as were asked for."""
-    data, seed = settings.data, settings.loop.train_seed
-    if eval is None:
-        kept, held = hold_out(task.groups(train), data.eval_fraction, seed)
-        train, eval = train.subset(kept), train.subset(held)
-    elif data.eval_fraction != DataSettings.eval_fraction:
-        raise SettingError(
-            f"eval_fraction {data.eval_fraction} has no meaning where {eval.source} is held out already; leave it out"
-        )
-    if data.shots is not None:
-        label = "label" if settings.task == ImageClassification.name else data.label_column
-        if label is None:
-            raise EmptyDataError("shots are counted by label, and this task has none")
-        train = train.subset(few_shot(train.column(label), data.shots, seed))
-    if data.limit is not None:
-        train = train.subset(sample(len(train.rows), data.limit, seed))
-    if data.eval_limit is not None:
-        eval = eval.subset(sample(len(eval.rows), data.eval_limit, seed))
-    return train, eval
 
 
 def _check_output(settings: TrainSettings, processes: int) -> Path:
@@ -294,6 +282,8 @@ def _summary(settings: TrainSettings, prepared: Prepared, result: FitResult) -> 
         "seconds": round(result.seconds, 2),
         "train_rows": len(prepared.train),
         "eval_rows": len(prepared.eval),
+        "trained_on": prepared.trained_on,
+        "evaluated_on": prepared.evaluated_on,
         **({} if prepared.packs is None else {"packed_into": len(prepared.packs)}),
         "train_cut": count_cut(prepared.train),
         "eval_cut": count_cut(prepared.eval),

@@ -30,7 +30,8 @@ class DataSettings:
         train: a file of rows, a pattern of files or ``hub:OWNER/NAME:SPLIT``, or several of these; or a folder or zip
             of images with a folder for each class.
         eval: the same for the held-out rows. ``None``: a split that the archive names, else a share of ``train``.
-        eval_fraction: the share held out when ``eval`` is not given.
+        eval_fraction: the share held out when ``eval`` is not given, drawn by the seed of the run; 0 trains on all rows
+            and evaluates on none.
         kind: kind of the files when their names do not tell: csv, tsv, jsonl, json, txt, parquet.
         text_column: the text (classification, or a language model of plain text).
         text_pair_column: a second text (classification of pairs).
@@ -39,9 +40,9 @@ class DataSettings:
         messages_column: a conversation: a list of messages with role and content.
         label_column: the class or, for a regression, the number.
         label_kind: ``"auto" | "class" | "number"``; auto takes labels as numbers when one has a fraction.
-        limit: train on that many rows, drawn by the seed of the run.
+        limit: train on that many rows, drawn by the seed of the run, and evaluate on no more.
         shots: train on that many rows a class.
-        eval_limit: evaluate on that many rows, drawn likewise.
+        eval_limit: evaluate on that many rows, drawn likewise; ``None``: ``limit``.
     """
 
     train: Source | tuple[Source, ...]
@@ -79,7 +80,10 @@ class DataSettings:
 
         Raises:
             ColumnError: the text is the label, the prompt is the target, and the like.
+            SettingError: the share to hold out is none.
         """
+        if not 0.0 <= self.eval_fraction < 1.0:
+            raise SettingError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
         check_distinct(self._roles())
 
     def _roles(self) -> dict[str, str | None]:
@@ -307,7 +311,7 @@ def settings_from_words(words: Mapping[str, Any]) -> TrainSettings:
 
 def _one_or_more(files: Any) -> Any:
     several = cast(list[Any], files) if isinstance(files, list) else [files]
-    return several[0] if len(several) == 1 else tuple(several)
+    return tuple(several) if len(several) > 1 else several[0] if several else None
 
 
 def named_targets(text: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from accelerate.data_loader import prepare_data_loader  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -17,6 +18,7 @@ from randbasis.errors import CheckpointError, NonFiniteLossError
 from randbasis.files.saving import saving
 from randbasis.train.host_names import TRAINER_NAMES
 from randbasis.train.ranks import Ranks
+from randbasis.train.schedule import warmed_schedule
 from randbasis.train.task import Batch, Example, Task
 from randbasis.train.trained_parameters import restore_parameters, save_parameters
 from randbasis.tuner.host_names import check_names
@@ -223,6 +225,13 @@ class AdapterTrainer(Trainer):
                 fused=True,  # coefficients are many small tensors: one call updates all of them
             )
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """See :func:`randbasis.train.schedule.warmed_schedule`."""
+        if cast(Any, self.lr_scheduler) is None:
+            self.lr_scheduler = warmed_schedule(self.args, optimizer or self.create_optimizer(), num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One step; the run ends here when the loss is not finite."""
