@@ -230,7 +230,7 @@ def test_a_base_elsewhere_and_a_device_that_is_not_there(trained: dict[str, Trai
     with pytest.raises(errors.SettingError, match=r"device must be auto, cpu.*'gpu'"):
         randbasis.load(one.folder, device="gpu")
     if not torch.cuda.is_available():
-        with pytest.raises(errors.SettingError, match="'cuda:1' is not there"):
+        with pytest.raises(errors.SettingError, match="'cuda:1' is not on this machine"):
             randbasis.load(one.folder, device="cuda:1")
 
 

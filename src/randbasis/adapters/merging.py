@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,12 @@ def merge_adapter(
     output = check_output_folder(output, (model, *paths_of(adapter)), overwrite=overwrite, model=True)
     found = open_adapter(adapter).ours()
     labels = labels or found.task.get("labels")
+    if found.base_bits is not None:
+        warnings.warn(
+            f"{found.where} was trained on a base with weights of {found.base_bits} bits and is merged into those of "
+            f"{model}, which differ by the rounding; evaluate what is written",
+            stacklevel=2,
+        )
     fit = find_fit(found, read_config(model))
     base = load_base(model, fit, dtype, head_paths(fit, found.head))
     if labels and fit.head:

@@ -27,6 +27,7 @@ from randbasis.store import StoredAdapter
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.saved_files import (
+    BASE_BITS,
     CONFIG_FILE,
     HEAD_FILE,
     SAVED_PREFIX,
@@ -125,6 +126,11 @@ class SavedAdapter:
         """As the command names it; for adapters of other tools as PEFT does."""
         own = self.about.get("method") or self.options.get("method")
         return str(own or self.kind or "none")
+
+    @property
+    def base_bits(self) -> int | None:
+        """Bits of a weight of the base that it was trained on, where that was quantized when it was read."""
+        return self.task.get(BASE_BITS)
 
     @property
     def base_model(self) -> str:

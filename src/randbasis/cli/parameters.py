@@ -35,7 +35,7 @@ Split = Annotated[str | None, of_data(help="Split of an archive of images, such 
 Limit = Annotated[int | None, of_data(help="Use that many rows, drawn by seed 0.")]
 Batch = Annotated[int, Option(help="Rows at a time.")]
 Dtype = Annotated[str, Option(help="Of the base: float32, bfloat16, float16.")]
-Device = Annotated[str, Option(help="auto or cpu.")]
+Device = Annotated[str, Option(help="auto, or a device of torch: cpu, cuda:1.")]
 Threads = Annotated[int | None, Option(help="Threads of torch.")]
 TextColumn = Annotated[str | None, of_data(help="Column of the text, by name, or by index from 0 without a header.")]
 PairColumn = Annotated[str | None, of_data(help="Column of a second text.")]

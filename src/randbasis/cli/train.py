@@ -113,6 +113,13 @@ def train(
     eval_every: Annotated[int | None, of_loop(help="Steps between evaluations.")] = None,
     early_stop: Annotated[int | None, of_loop(help="Stop after that many evaluations without a better metric.")] = None,
     keep: Annotated[str, of_loop(help="Save the best or the last parameters.")] = LoopSettings.keep,
+    optimizer: Annotated[str, of_loop(help="adamw_torch_fused, adafactor, ...: transformers' names.")] = (
+        LoopSettings.optimizer
+    ),
+    gradient_checkpointing: Annotated[bool, of_loop(help="Compute activations twice; takes less memory.")] = False,
+    report_to: Annotated[str | None, of_loop(help="tensorboard,wandb,...: trackers of transformers.")] = None,
+    logging_steps: Annotated[int | None, of_loop(help="Steps between entries of the loss.")] = None,
+    save_steps: Annotated[int | None, of_loop(help="Steps between checkpoints; by default at evaluations.")] = None,
     max_length: Annotated[int | None, of_task(help="Tokens a row.")] = None,
     pooling: Annotated[
         str, of_task(help="auto or model: transformers' own class; mean, cls: randbasis alone loads it.")
@@ -138,6 +145,8 @@ def train(
     resume: Annotated[bool, Option(help="Go on from the last checkpoint in the output.")] = False,
     keep_checkpoints: Annotated[bool, Option(help="Leave the checkpoints in the output.")] = False,
     dtype: Dtype = LoopSettings.dtype,
+    load_in_4bit: Annotated[bool, Option(help="Read the base with weights of 4 bits (bitsandbytes, NF4).")] = False,
+    load_in_8bit: Annotated[bool, Option(help="Read the base with weights of 8 bits (bitsandbytes).")] = False,
     device: Device = LoopSettings.device,
     threads: Threads = None,
     quiet: Annotated[bool, Option(help="No progress.")] = False,

@@ -14,6 +14,7 @@ from randbasis.errors import ColumnError, EmptyDataError, SettingError, near
 from randbasis.train.chat import Chat, Conversation, asked, conversations
 from randbasis.train.classification import allowed_length, pad_batch, pad_id
 from randbasis.train.generation import generate_texts
+from randbasis.train.machine import Quantized
 from randbasis.train.metrics import bleu, chrf
 from randbasis.train.model_reading import read_model, read_tokenizer
 from randbasis.train.packing import collate_packs
@@ -115,10 +116,10 @@ class CausalLanguage(Task):
             "answer_length": self.answer_length,
         }
 
-    def load_model(self, name: str, *, dtype: str, seed: int) -> nn.Module:
+    def load_model(self, name: str, *, dtype: str, seed: int, quantized: Quantized | None = None) -> nn.Module:
         """See :meth:`Task.load_model`."""
         with confined_randomness(seed):
-            return read_model(AutoModelForCausalLM, name, dtype, complete=True)[0]
+            return read_model(AutoModelForCausalLM, name, dtype, complete=True, quantized=quantized)[0]
 
     def head_modules(self, model: nn.Module) -> list[str]:
         """None: a language model is adapted as it is."""

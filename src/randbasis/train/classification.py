@@ -12,6 +12,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelFor
 
 from randbasis.adapters.base_model import read_config
 from randbasis.errors import EmptyDataError, LabelError, SettingError, near
+from randbasis.train.machine import Quantized
 from randbasis.train.metrics import accuracy, matthews, pearson, spearman
 from randbasis.train.model_reading import heads_of, read_model, read_tokenizer
 from randbasis.train.pooled import PooledClassifier
@@ -110,14 +111,18 @@ class TextClassification(Task):
             "pooling": self.pooling,
         }
 
-    def load_model(self, name: str, *, dtype: str, seed: int) -> nn.Module:
+    def load_model(self, name: str, *, dtype: str, seed: int, quantized: Quantized | None = None) -> nn.Module:
         """See :meth:`Task.load_model`."""
         count = len(self.labels) if self.labels else 1
         with confined_randomness(seed):
             if self.pooling != "model":
-                model: Any = PooledClassifier.from_encoder(name, num_labels=count, pooling=self.pooling, dtype=dtype)
+                model: Any = PooledClassifier.from_encoder(
+                    name, num_labels=count, pooling=self.pooling, dtype=dtype, quantized=quantized
+                )
             else:
-                model, self.drawn = read_model(AutoModelForSequenceClassification, name, dtype, num_labels=count)
+                model, self.drawn = read_model(
+                    AutoModelForSequenceClassification, name, dtype, quantized=quantized, num_labels=count
+                )
                 model.config.problem_type = "single_label_classification" if self.labels else "regression"
                 if model.config.pad_token_id is None:
                     model.config.pad_token_id = pad_id(self.tokenizer)

@@ -18,6 +18,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError, near
 from randbasis.optional import needing
 from randbasis.train.classification import CLASS_METRICS, class_answers, class_scores, classes_of, logits_of
+from randbasis.train.machine import Quantized
 from randbasis.train.model_reading import explained, heads_of, read_model
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.settings import TrainSettings
@@ -185,7 +186,7 @@ class ImageClassification(Task):
         """See :meth:`Task.description`."""
         return {"task": self.name, "labels": list(self.labels), "image_size": self.image_size}
 
-    def load_model(self, name: str, *, dtype: str, seed: int) -> nn.Module:
+    def load_model(self, name: str, *, dtype: str, seed: int, quantized: Quantized | None = None) -> nn.Module:
         """See :meth:`Task.load_model`."""
         names = dict(enumerate(self.labels))
         with confined_randomness(seed):
@@ -193,6 +194,7 @@ class ImageClassification(Task):
                 AutoModelForImageClassification,
                 name,
                 dtype,
+                quantized=quantized,
                 id2label=names,
                 label2id={label: i for i, label in names.items()},
             )

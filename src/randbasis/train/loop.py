@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftConfig, get_peft_model
 from rich.console import Console
 from torch import nn
@@ -20,10 +19,12 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils import logging
 
 from randbasis.errors import EmptyDataError, RandbasisError, SettingError, TargetError
 from randbasis.train.loop_settings import LoopSettings
+from randbasis.train.machine import OneDevice, check_machine, runs_on_cpu, torch_device
 from randbasis.train.method_table import is_of_targets
 from randbasis.train.progress import ProgressReport
 from randbasis.train.randomness import confined_randomness
@@ -31,6 +32,9 @@ from randbasis.train.ranks import Ranks
 from randbasis.train.task import Example, Task
 from randbasis.train.threads import torch_threads
 from randbasis.train.trainer import AdapterTrainer, checkpoint_to_resume, parameter_groups
+
+TRACKED = "trackers"
+"""Folder of what trackers write, beside that of the checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ def fit(
         raise SettingError("early_stop needs rows to evaluate on, and there are none; leave it out")
     folder = Path(checkpoints)
     ranks = ranks or Ranks()
+    check_machine(loop, processes=ranks.count)
     start = ranks.agreed(lambda: checkpoint_to_resume(folder)) if resume else None
     with torch_threads(loop.threads), _quiet_logging(), confined_randomness(loop.train_seed):
         adapted = ranks.agreed(lambda: adapt(model, config, task.head_modules(model)))
@@ -126,6 +131,7 @@ def fit(
             callbacks=_callbacks(loop, report, evaluated=len(eval) > 0),
         )
         trainer.pop_callback(PrinterCallback)
+        _keep_tracked(trainer, folder.parent / TRACKED)
         before = ranks.of_first(task.score(adapted, eval, arguments.eval_batch_size)) if eval else {}
         if console and before:
             console.print("before: " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
@@ -171,11 +177,6 @@ def count_trained(model: nn.Module) -> tuple[int, int]:
     return adapter, matrices + vectors
 
 
-def runs_on_cpu(loop: LoopSettings) -> bool:
-    """Whether a run is on the CPU: because it was asked for, or because there is nothing else."""
-    return loop.device == "cpu" or not torch.accelerator.is_available()
-
-
 def training_arguments(
     loop: LoopSettings, rows: int, folder: Path, task: Task, *, processes: int = 1, evaluated: bool = True
 ) -> TrainingArguments:
@@ -188,7 +189,8 @@ def training_arguments(
     on_cpu = runs_on_cpu(loop)
     if loop.dtype == "float16" and on_cpu:
         raise SettingError("dtype float16 can only be trained with on a GPU; take bfloat16 or float32")
-    return TrainingArguments(
+    arguments = OneDevice(
+        torch_device(loop.device),
         output_dir=str(folder),
         per_device_train_batch_size=loop.batch_size,
         per_device_eval_batch_size=loop.eval_batch_size or 4 * loop.batch_size,
@@ -213,14 +215,27 @@ def training_arguments(
         metric_for_best_model=task.metric,
         greater_is_better=task.greater_is_better,
         restore_callback_states_from_checkpoint=True,
-        logging_steps=max(1, total // 100),
+        logging_steps=loop.logging_steps or max(1, total // 100),
         logging_first_step=True,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(loop.trackers) or "none",
+        run_name=folder.parent.name,
+        optim=loop.optimizer,
+        gradient_checkpointing=loop.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if loop.gradient_checkpointing else None,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+    arguments.save_steps = loop.save_steps or every  # afterwards: Trainer wants a multiple, as it would miss a best
+    return arguments
+
+
+def _keep_tracked(trainer: AdapterTrainer, folder: Path) -> None:
+    """TensorBoard's files lie beside the checkpoints, which go after the run."""
+    for callback in cast("list[Any]", trainer.callback_handler.callbacks):
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(folder / time.strftime("%Y%m%d-%H%M%S"))
 
 
 class _LastEvaluation(TrainerCallback):
@@ -231,8 +246,26 @@ class _LastEvaluation(TrainerCallback):
             control.should_evaluate = True
 
 
+class _SaveBest(TrainerCallback):
+    """A new best is saved, whether or not its step is one of ``save_steps``."""
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        value, best = (metrics or {})[f"eval_{args.metric_for_best_model}"], state.best_metric
+        if best is None or (value > best if args.greater_is_better else value < best):
+            control.should_save = True
+
+
 def _callbacks(loop: LoopSettings, report: ProgressReport | None, *, evaluated: bool) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [_LastEvaluation()] if evaluated else []
+    if loop.save_steps is not None and loop.keep == "best":
+        callbacks.append(_SaveBest())
     if loop.early_stop is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=loop.early_stop))
     return callbacks + ([report] if report else [])

@@ -6,6 +6,15 @@ from randbasis.errors import SettingError, near
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 DTYPES = ("float32", "bfloat16", "float16")
+OPTIMIZERS = (
+    *("adamw_torch_fused", "adamw_torch", "sgd", "adagrad", "rmsprop", "adafactor"),
+    *("adamw_bnb_8bit", "adamw_8bit", "ademamix", "ademamix_8bit", "lion_32bit", "lion_8bit"),
+    *("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+    *("paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit"),
+    *("adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "grokadamw", "stable_adamw"),
+)
+"""Names of transformers. Not here: those that project the gradients of whole matrices, or step inside of the backward
+pass (GaLore, APOLLO, LOMO), those that evaluate other weights than they train (schedule-free), and other machines'."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,18 @@ class LoopSettings:
         eval_every: steps between evaluations; ``None``: each epoch, or five times in ``max_steps``.
         early_stop: stop after that many evaluations without a better metric.
         keep: ``"best"`` or ``"last"``.
+        optimizer: one of :data:`OPTIMIZERS`.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        report_to: trackers of transformers, with commas between them.
+        logging_steps: steps between entries of the training loss; ``None``: a hundred entries a run.
+        save_steps: steps between checkpoints; ``None``: at each evaluation. A new best is always saved.
         group_by_length: rows of like length share a batch.
         label_smoothing: of the classes.
         threads: threads of torch; ``None`` leaves them.
         dtype: of the base model; coefficients and head stay float32.
-        device: ``"auto"`` or ``"cpu"``.
+        load_in_4bit: read the base with weights of 4 bits (NF4 of bitsandbytes).
+        load_in_8bit: the same with 8 bits.
+        device: ``"auto"`` or a device of torch: ``"cpu"``, ``"cuda:1"``.
     """
 
     batch_size: int = 16
@@ -52,11 +68,28 @@ class LoopSettings:
     eval_every: int | None = None
     early_stop: int | None = None
     keep: str = "best"
+    optimizer: str = "adamw_torch_fused"
+    gradient_checkpointing: bool = False
+    report_to: str | None = None
+    logging_steps: int | None = None
+    save_steps: int | None = None
     group_by_length: bool = True
     label_smoothing: float = 0.0
     threads: int | None = None
     dtype: str = "float32"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
     device: str = "auto"
+
+    @property
+    def bits(self) -> int | None:
+        """Of a weight of the base; ``None`` for those of ``dtype``."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in ``report_to``."""
+        return tuple(name for part in (self.report_to or "").split(",") if (name := part.strip()) not in ("", "none"))
 
     def check(self) -> None:
         """Refuse what cannot be trained with.
@@ -72,6 +105,8 @@ class LoopSettings:
             "eval_every": self.eval_every,
             "early_stop": self.early_stop,
             "threads": self.threads,
+            "logging_steps": self.logging_steps,
+            "save_steps": self.save_steps,
         }
         for name, value in at_least_one.items():
             if value is not None and value < 1:
@@ -96,9 +131,11 @@ class LoopSettings:
         choices = {
             "schedule": (self.schedule, SCHEDULES),
             "dtype": (self.dtype, DTYPES),
-            "device": (self.device, ("auto", "cpu")),
+            "optimizer": (self.optimizer, OPTIMIZERS),
             "keep": (self.keep, ("best", "last")),
         }
         for name, (value, known) in choices.items():
             if value not in known:
                 raise SettingError(f"{name} {value!r} is unknown; {near(value, known)}")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise SettingError("load_in_4bit and load_in_8bit exclude each other; give one")

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from randbasis.adapters.base_model import model_readable, quiet_transformers
 from randbasis.adapters.whole_model import load_whole
 from randbasis.errors import SettingError
+from randbasis.train.machine import Quantized
 
 
 @contextmanager
@@ -44,7 +45,9 @@ def read_tokenizer(name: str) -> Any:
         return cast(Any, AutoTokenizer).from_pretrained(name)
 
 
-def read_model(auto: Any, name: str, dtype: str, *, complete: bool = False, **options: Any) -> tuple[Any, list[str]]:
+def read_model(
+    auto: Any, name: str, dtype: str, *, complete: bool = False, quantized: Quantized | None = None, **options: Any
+) -> tuple[Any, list[str]]:
     """A model of one of transformers' auto classes, from safetensors only.
 
     Args:
@@ -53,6 +56,7 @@ def read_model(auto: Any, name: str, dtype: str, *, complete: bool = False, **op
         dtype: of its weights.
         complete: whether every weight must be in the checkpoint; else a head is drawn from torch's generator where the
             checkpoint has none, or one of another size.
+        quantized: how to read it at few bits, ``None`` for full precision.
         options: for ``from_pretrained``.
 
     Returns:
@@ -63,9 +67,13 @@ def read_model(auto: Any, name: str, dtype: str, *, complete: bool = False, **op
         PartialModelError: its checkpoint is not whole.
     """
     with quiet_loading():
+        if quantized is not None:
+            options |= quantized.options(auto, name, torch_dtype(dtype))
         model, drawn = load_whole(
             auto, name, fresh_head=not complete, dtype=torch_dtype(dtype), use_safetensors=True, **options
         )
+    if quantized is not None:
+        quantized.keep_layout(cast(nn.Module, model))
     return model, sorted({key.rpartition(".")[0] for key in drawn})
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from randbasis.train.machine import Quantized
 from randbasis.train.model_reading import read_model
 
 
@@ -37,14 +38,16 @@ class PooledClassifier(PreTrainedModel):
         nn.init.zeros_(self.classifier.bias)
 
     @classmethod
-    def from_encoder(cls, name: str, *, num_labels: int, pooling: str, dtype: str) -> "PooledClassifier":
+    def from_encoder(
+        cls, name: str, *, num_labels: int, pooling: str, dtype: str, quantized: Quantized | None = None
+    ) -> "PooledClassifier":
         """The encoder of a folder or hub name with a fresh head, drawn from torch's current generator.
 
         Raises:
             DataMissingError: the encoder cannot be read.
             PartialModelError: weights that are used are missing.
         """
-        encoder, _ = read_model(AutoModel, name, dtype)
+        encoder, _ = read_model(AutoModel, name, dtype, quantized=quantized)
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # not used here, so nothing of it should be adapted
         config = encoder.config

@@ -17,8 +17,9 @@ from randbasis.files.output_set import put_back, replaced_set, set_aside
 from randbasis.files.whole_file import write
 from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
-from randbasis.train.loop import FitResult, fit, runs_on_cpu
+from randbasis.train.loop import FitResult, fit
 from randbasis.train.loss_plot import plot_losses
+from randbasis.train.machine import Quantized, check_machine, runs_on_cpu
 from randbasis.train.method_table import peft_config
 from randbasis.train.packing import check_kept_apart, pack
 from randbasis.train.ranks import Ranks, joined
@@ -31,7 +32,7 @@ from randbasis.train.task import Example, Task, count_cut, warn_of_cut
 from randbasis.train.task_table import TASK_CLASSES
 from randbasis.train.trained_parameters import save_parameters
 from randbasis.train.trainer import checkpoint_to_resume, last_checkpoint
-from randbasis.tuner.saved_files import HEAD_FILE, TASK_FILE, WEIGHTS_FILE
+from randbasis.tuner.saved_files import BASE_BITS, HEAD_FILE, TASK_FILE, WEIGHTS_FILE
 
 CHECKPOINTS = "checkpoints"
 EARLIER = ".checkpoints-before"
@@ -41,7 +42,18 @@ HISTORY_FILE = "history.jsonl"
 PLOT_FILE = "loss.png"
 SETTINGS_FILE = "settings.json"
 #: What a resumed run may have otherwise than the run that it goes on with.
-FREE_TO_CHANGE = ("output", "overwrite", "resume", "keep_checkpoints", "threads", "device", "eval_batch_size")
+FREE_TO_CHANGE = (
+    "output",
+    "overwrite",
+    "resume",
+    "keep_checkpoints",
+    "threads",
+    "device",
+    "eval_batch_size",
+    "report_to",
+    "logging_steps",
+    "save_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,9 @@ class Prepared:
 
     def load_model(self, settings: TrainSettings) -> nn.Module:
         """The frozen base with a fresh head drawn from the seed of the run."""
-        return self.task.load_model(settings.model, dtype=settings.loop.dtype, seed=settings.loop.train_seed)
+        loop = settings.loop
+        quantized = Quantized.of(loop.bits, loop.device)
+        return self.task.load_model(settings.model, dtype=loop.dtype, seed=loop.train_seed, quantized=quantized)
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,7 @@ def train(
     """
     with joined(on_cpu=runs_on_cpu(settings.loop)) as ranks:
         ranks.agreed(settings.check)
+        ranks.agreed(lambda: check_machine(settings.loop, processes=ranks.count))
         if check is not None:
             ranks.agreed(check)
         return _train(settings, ranks, console if ranks.first else None)
@@ -254,7 +269,8 @@ def _save(settings: TrainSettings, prepared: Prepared, result: FitResult, proces
         summary = _summary(settings, prepared, result) | {"adapter_bytes": weights.stat().st_size}
         if processes > 1:
             summary["processes"] = processes
-        about = {"base_model": settings.model, "method": settings.adapter.method, "task": prepared.task.description()}
+        task = prepared.task.description() | ({BASE_BITS: settings.loop.bits} if settings.loop.bits else {})
+        about = {"base_model": settings.model, "method": settings.adapter.method, "task": task}
         (stage / TASK_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (stage / SUMMARY_FILE).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (stage / CONFIG_FILE).write_text(config_text(settings), encoding="utf-8")

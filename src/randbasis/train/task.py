@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from randbasis.errors import SettingError, near
+from randbasis.train.machine import Quantized
 from randbasis.train.tabular import Table
 
 Example = dict[str, Any]
@@ -70,8 +71,8 @@ class Task(ABC):
         return self.metric not in LOWER_IS_BETTER
 
     @abstractmethod
-    def load_model(self, name: str, *, dtype: str, seed: int) -> nn.Module:
-        """The frozen base with a fresh head drawn from ``seed``."""
+    def load_model(self, name: str, *, dtype: str, seed: int, quantized: Quantized | None = None) -> nn.Module:
+        """The frozen base, at few bits where ``quantized`` says so, with a fresh head drawn from ``seed``."""
 
     @abstractmethod
     def head_modules(self, model: nn.Module) -> list[str]:

@@ -206,23 +206,22 @@ class AdapterTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over three groups: adapter, head, and the head's biases and norms, which do not decay."""
-        if cast(Any, self.optimizer) is None:
+        """The optimizer over three groups: adapter, head, and the head's biases and norms, which do not decay."""
+        if self.optimizer is None:
             decay, groups = self.args.weight_decay, parameter_groups(cast(nn.Module, self.model))
             rates = {
                 "adapter": (self.args.learning_rate, decay),
                 "head": (self.head_learning_rate, decay),
                 "head_vectors": (self.head_learning_rate, 0.0),
             }
-            self.optimizer = torch.optim.AdamW(
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
+            self.optimizer = kind(
                 [
                     {"params": list(group.values()), "lr": rates[name][0], "weight_decay": rates[name][1]}
                     for name, group in groups.items()
                     if group
                 ],
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-                fused=True,  # coefficients are many small tensors: one call updates all of them
+                **options,
             )
         return self.optimizer
 

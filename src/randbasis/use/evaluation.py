@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from randbasis.adapters.base_model import read_config
@@ -14,6 +13,7 @@ from randbasis.train.causal_lm import CausalLanguage, end_token_id
 from randbasis.train.chat import Chat, conversation
 from randbasis.train.classification import allowed_length
 from randbasis.train.images import ImageClassification
+from randbasis.train.machine import Quantized, torch_device
 from randbasis.train.model_reading import read_tokenizer
 from randbasis.train.row_format import RowFormat
 from randbasis.train.settings import TrainSettings, check_distinct
@@ -22,6 +22,7 @@ from randbasis.train.task import Example, warn_of_cut
 from randbasis.train.task_table import TASK_CLASSES, TrainedTask
 from randbasis.train.threads import torch_threads
 from randbasis.train.trained_parameters import load_adapter
+from randbasis.tuner.saved_files import BASE_BITS
 from randbasis.use.rows import read_rows, without_answers
 from randbasis.use.settings import UseSettings
 
@@ -47,10 +48,11 @@ class Found:
             AdapterFilesError: the files of the adapter cannot be read.
             BaseMismatchError: the adapter was made for another base.
         """
-        model = self.task.load_model(self.base, dtype=settings.dtype, seed=0)
+        quantized = Quantized.of(self.adapter.base_bits if self.adapter else None, settings.device)
+        model = self.task.load_model(self.base, dtype=settings.dtype, seed=0, quantized=quantized)
         if self.adapter is not None:
             model = load_adapter(model, self.adapter)
-        return model.to(_device(settings.device)).eval()
+        return (model if quantized else model.to(torch_device(settings.device))).eval()
 
 
 def find(settings: UseSettings) -> Found:
@@ -62,6 +64,7 @@ def find(settings: UseSettings) -> Found:
         DataMissingError: the base is not there.
     """
     settings.check()
+    torch_device(settings.device)
     saved = None if settings.adapter is None else open_adapter(settings.adapter)
     base = settings.model or (saved.base_model if saved else "")
     if not base:
@@ -201,15 +204,6 @@ def to_generate(task: TrainedTask) -> CausalLanguage:
     return task
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"device {name!r} is not there ({error}); auto takes the one that is") from error
-
-
 def _described(saved: SavedAdapter, name: str) -> TrainedTask:
     description = saved.task
     kind = TASK_CLASSES.get(description.get("task", ""))
@@ -224,7 +218,7 @@ def _described(saved: SavedAdapter, name: str) -> TrainedTask:
         if error.args and error.args[0] in description:
             raise
         raise AdapterFilesError(f"the task of {saved.where} lacks {error}; was its task.json edited?") from error
-    unknown = sorted(description.keys() - task.description().keys())
+    unknown = sorted(description.keys() - {BASE_BITS, *task.description()})
     if unknown:
         raise AdapterFilesError(
             f"the task of {saved.where} says {unknown[0]!r}, which this version of randbasis does not know, so that "
