@@ -70,6 +70,26 @@ def test_a_step_on_packs_is_the_step_on_rows(pairs: TrainSettings, tmp_path: Pat
     assert one.summary["after"]["loss"] == pytest.approx(other.summary["after"]["loss"], rel=1e-4)
 
 
+def test_real_rows_on_a_real_model(data_dir: Path):
+    data = DataSettings(data_dir / "alpaca5k/alpaca_5000.json.gz", target_column="output", limit=12)
+    settings = TrainSettings(
+        "causal-lm", str(data_dir / "llama_stories260k"), data, "never-made", max_length=200, packing=True,
+        prompt_template=r"Task: {instruction}\n=>",
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="were cut"):
+        prepared = prepare(settings)
+    assert prepared.packs is not None
+    assert len(prepared.packs) < 12
+    model = prepared.load_model(settings).eval()
+    check_kept_apart(model, prepared.train)
+    batch = prepared.task.training_collate(prepared.packs)
+    labels = batch.pop("labels")[:, 1:]
+    with torch.no_grad():
+        logits = model(**batch).logits[:, :-1]
+    loss = float(cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    assert loss == pytest.approx(prepared.task.score(model, prepared.train, 4)["loss"], rel=1e-5)
+
+
 def test_a_model_that_keeps_rows_apart_is_taken():
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 33, "n_positions": 48}

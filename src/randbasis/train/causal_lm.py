@@ -223,7 +223,7 @@ class CausalLanguage(Task):
 
     def _pair(self, prompt: str, target: str) -> Example:
         start, cut = self._start(prompt)
-        answer = [*self.tokenizer(target, add_special_tokens=False)["input_ids"], self.end_id]
+        answer = [*self.tokenizer(target, add_special_tokens=False, verbose=False)["input_ids"], self.end_id]
         example = self._example(start + answer, [False] * len(start) + [True] * len(answer), cut)
         kept = max(0, self.max_length - len(start))
         return {"prompt": prompt, "target": target, ANSWER: min(len(answer), kept), **example}
@@ -260,7 +260,7 @@ class CausalLanguage(Task):
     def _blocks(self, texts: Sequence[str]) -> list[Example]:
         examples: list[Example] = []
         for text in texts:
-            ids: list[int] = self.tokenizer(text)["input_ids"]
+            ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
             ids = ids if ids and ids[-1] == self.end_id else [*ids, self.end_id]
             for start in range(0, len(ids), self.max_length):
                 block = ids[start : start + self.max_length]

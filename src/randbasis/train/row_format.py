@@ -39,8 +39,9 @@ class RowFormat:
         chat = None if settings.chat_template is None else Path(settings.chat_template)
         if chat is not None and not chat.is_file():
             raise DataMissingError(f"chat_template {str(chat)!r} is not a file; give the path of a Jinja template")
+        own = settings.prompt_template is not None or settings.data.messages_column is not None
         return cls(
-            "" if settings.prompt_template is not None else settings.separator,
+            "" if own else settings.separator,
             settings.prompt_template,
             settings.target_template,
             None if chat is None else chat.read_text(encoding="utf-8"),
