@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from randbasis.cli import app
 from randbasis.store import AdapterStore
 
-COMMANDS = ["add", "get", "list", "history", "rollback", "remove", "gc", "verify", "export", "import"]
+COMMANDS = ["add", "get", "list", "history", "rollback", "tag", "remove", "gc", "verify", "export", "import"]
 
 
 def run(*words: object) -> Result:
@@ -142,10 +142,43 @@ def test_bad_usage_exits_with_2(path: Path, words: list[object], error: str):
     assert [one["name"] for one in answer_of("list", path)["adapters"]] == ["user-0", "user-1", "user-2"]
 
 
-@pytest.mark.parametrize("command", ["get", "list", "history", "rollback", "remove", "gc", "verify", "export"])
+@pytest.mark.parametrize("command", ["get", "list", "history", "rollback", "tag", "remove", "gc", "verify", "export"])
 def test_only_add_and_import_make_a_store(command: str, tmp_path: Path):
-    words = {"gc": ["--keep", 1], "list": [], "verify": [], "export": [tmp_path / "out"]}.get(command, ["user-0"])
+    words = {
+        "gc": ["--keep", 1],
+        "tag": ["user-0", "--add", "a"],
+        "list": [],
+        "verify": [],
+        "export": [tmp_path / "out"],
+    }.get(command, ["user-0"])
     result = run(command, tmp_path / "absent.db", *words, "--json")
     assert result.exit_code == 2
     assert json.loads(result.stdout)["error"] == "StoreMissingError"
     assert not any(tmp_path.iterdir())
+
+
+def test_tag(path: Path):
+    record = answer_of("tag", path, "user-1", "--add", "c", "--add", "a", "--remove", "b")
+    assert record["tags"] == ["a", "c"]
+    before = answer_of("list", path)["adapters"][1]
+    assert before == record
+    assert [one["name"] for one in answer_of("list", path, "--tag", "c")["adapters"]] == ["user-1"]
+    assert [one["name"] for one in answer_of("list", path, "--tag", "b")["adapters"]] == ["user-0", "user-2"]
+    assert answer_of("verify", path)["sound"]
+    for words, message in (
+        ([], "needs --add or --remove"),
+        (["--remove", "b"], "'b'; it has a, c"),
+        (["--add", "d", "--remove", "d"], "'d'"),
+        (["--add", "a/../b"], "must be"),
+        (["--add", "d", "--version", "2"], "no such version"),
+    ):
+        result = run("tag", path, "user-1", *words)
+        assert (result.exit_code, message in result.stderr.replace("\n", " ")) == (2, True), result.stderr
+    assert answer_of("list", path)["adapters"][1] == record
+
+
+def test_tag_of_an_older_version(path: Path, files: list[Path]):
+    run("add", path, files[2], "--name", "user-1", "--tag", "new")
+    assert answer_of("tag", path, "user-1", "--add", "old", "--version", "1")["tags"] == ["a", "b", "old"]
+    tags = [one["tags"] for one in answer_of("history", path, "user-1")["adapters"]]
+    assert tags == [["new"], ["a", "b", "old"]]

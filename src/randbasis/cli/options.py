@@ -176,7 +176,11 @@ EVALUATE = (
 )
 """Of ``evaluate``; ``task`` is the adapter's, ``prompted`` says whether rows have prompts."""
 
-PREDICT = (*(need for need in EVALUATE if need.options != "texts"), _REPLACED)
+PREDICT = (
+    *(need for need in EVALUATE if need.options != "texts"),
+    Needs("probabilities", lambda words: words["classes"], "an adapter that answers with classes"),
+    _REPLACED,
+)
 
 GENERATE = (
     Needs(

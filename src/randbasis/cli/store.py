@@ -15,6 +15,7 @@ from randbasis.cli.console import answer, answer_table, reported
 from randbasis.cli.options import STORE_ADD, STORE_GET, check_options
 from randbasis.cli.parameters import AsJson, Overwrite
 from randbasis.defaults import PAGE, STORE_TIMEOUT
+from randbasis.errors import OptionError
 from randbasis.files.output_checks import check_output_file
 from randbasis.files.whole_file import write
 from randbasis.methods import check_method
@@ -129,6 +130,24 @@ def rollback(
     """Make an old version of an adapter the newest: a new version that is equal to it."""
     with reported(as_json), _opened(store, timeout) as opened:
         answer(opened.rollback(name, to).as_json(), as_json)
+
+
+@commands.command(epilog="Example: randbasis store tag adapters.db team/user-1 --add support --remove trial")
+def tag(
+    store: Store,
+    name: Name,
+    add: Annotated[list[str] | None, Option(help="Tag to give it; may be given several times.")] = None,
+    remove: Annotated[list[str] | None, Option(help="Tag to take from it; may be given several times.")] = None,
+    version: Annotated[int | None, Option(help="Version; by default the newest.")] = None,
+    timeout: Timeout = STORE_TIMEOUT,
+    as_json: AsJson = False,
+) -> None:
+    """Give a version of an adapter tags to find it by, or take them from it."""
+    with reported(as_json):
+        if not add and not remove:
+            raise OptionError("store tag needs --add or --remove, got neither; `store history` tells the tags")
+        with _opened(store, timeout) as opened:
+            answer(opened.tag(name, add=add or (), remove=remove or (), version=version).as_json(), as_json)
 
 
 @commands.command(epilog="Example: randbasis store remove adapters.db team/user-1 --version 2")

@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from randbasis.cli.console import answer, answer_table, reported
 from randbasis.cli.options import EXPORT, IMPORT, PUSH, check_options
-from randbasis.cli.parameters import AsJson, Base, Overwrite
+from randbasis.cli.parameters import AsJson, Base, Overwrite, Stored
 from randbasis.defaults import MERGED_DTYPE
 from randbasis.errors import ExportOptionError, ImportOptionError, near
 from randbasis.train.settings import AdapterSettings
@@ -133,7 +133,7 @@ def import_(
 @commands.command(epilog="Example: randbasis push runs/e2e me/e2e-nola --license apache-2.0 --dry-run folder")
 def push(
     context: typer.Context,
-    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
+    adapter: Stored,
     repo_id: Annotated[str, typer.Argument(help="Repository on the hub, such as me/e2e-nola.")],
     base_name: Annotated[str | None, Option(help="Hub name of the base; by default the adapter's.")] = None,
     license: Annotated[str | None, Option(help="Of the adapter, as the hub names it, such as apache-2.0.")] = None,

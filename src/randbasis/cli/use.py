@@ -36,6 +36,10 @@ from randbasis.files.output_checks import check_output_file
 from randbasis.train.settings import GenerationSettings
 from randbasis.use.settings import UseSettings, use_from_words
 
+Answers = Annotated[
+    Path | None, Option(help="File of .jsonl, .json, .csv or .tsv; by default JSON lines on the output stream.")
+]
+
 commands = typer.Typer(rich_markup_mode="markdown")
 
 
@@ -82,7 +86,10 @@ def predict(
     adapter: Adapter = None,
     data: Rows = None,
     model: Base = None,
-    output: Annotated[Path | None, Option(help="File of JSON lines; by default the output stream.")] = None,
+    output: Annotated[
+        Path | None,
+        Option(help="File to write, .jsonl, .json, .csv or .tsv; by default JSON lines on the output stream."),
+    ] = None,
     kind: Kind = None,
     split: Split = None,
     text_column: TextColumn = None,
@@ -94,6 +101,7 @@ def predict(
     length_penalty: LengthPenalty = GenerationSettings.length_penalty,
     limit: Limit = None,
     batch_size: Batch = UseSettings.batch_size,
+    probabilities: Annotated[bool, Option("--probabilities", help="Those of every class.")] = False,
     overwrite: Overwrite = False,
     dtype: Dtype = UseSettings.dtype,
     device: Device = UseSettings.device,
@@ -106,8 +114,7 @@ def predict(
         from randbasis.use.evaluation import predict as run
 
         settings = use_from_words(given)
-        if output is not None:
-            check_output_file(output, settings.sources(), overwrite=overwrite)
+        check_answers(output, settings, overwrite=overwrite)
         settings = settings.opened()
         check_options(context, PREDICT, **settings.facts())
         answer_rows(run(settings), output, as_json, overwrite=overwrite)
@@ -126,7 +133,10 @@ def generate(
     ] = None,
     data: Rows = None,
     model: Base = None,
-    output: Annotated[Path | None, Option(help="File of JSON lines; by default the output stream.")] = None,
+    output: Annotated[
+        Path | None,
+        Option(help="File to write, .jsonl, .json, .csv or .tsv; by default JSON lines on the output stream."),
+    ] = None,
     kind: Kind = None,
     prompt_column: PromptColumn = None,
     messages_column: MessagesColumn = None,
@@ -160,17 +170,25 @@ def generate(
         check_options(context, GENERATE)
         asked = [conversation(one) for one in messages or []]
         settings = use_from_words(given)
-        if output is not None:
-            check_output_file(output, settings.sources(), overwrite=overwrite)
+        check_answers(output, settings, overwrite=overwrite)
         answer_rows(run(settings, prompt or [], messages=asked), output, as_json, overwrite=overwrite)
 
 
+def check_answers(output: Path | None, settings: UseSettings, *, overwrite: bool) -> None:
+    """Refuse a file that cannot be written before anything is read."""
+    if output is not None:
+        from randbasis.use.answer_files import form_of
+
+        check_output_file(output, settings.sources(), overwrite=overwrite)
+        form_of(output)
+
+
 def answer_rows(rows: list[dict[str, Any]], output: Path | None, as_json: bool, *, overwrite: bool) -> None:
-    """Many results: into a file of JSON lines, or onto the output stream."""
-    from randbasis.use.answer_files import json_line, write_lines
+    """Many results: into a file of the form that its name says, or as JSON lines onto the output stream."""
+    from randbasis.use.answer_files import json_line, write_rows
 
     if output is not None:
-        write_lines(rows, output, overwrite=overwrite)
+        write_rows(rows, output, overwrite=overwrite)
         answer({"output": str(output), "rows": len(rows)}, as_json)
     elif as_json:
         typer.echo(json_line({"rows": rows}))

@@ -12,8 +12,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from randbasis.adapters.packed import packed_of
-from randbasis.adapters.saved import SavedAdapter, open_folder
+from randbasis.adapters.packed import packed_of, write_adapter_dir
+from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter, open_folder, paths_of
 from randbasis.errors import AdapterFilesError, HubError, HubNameError, RandbasisError
 from randbasis.files.output_checks import check_output_folder
 from randbasis.files.output_set import replaced_set
@@ -72,7 +72,7 @@ class Pushed:
 
 
 def build_hub_folder(
-    source: str | Path,
+    source: AdapterLocation,
     folder: str | Path,
     repo_id: str,
     *,
@@ -87,7 +87,8 @@ def build_hub_folder(
     PEFT's empty form.
 
     Args:
-        source: the adapter's directory.
+        source: where the adapter is: see :func:`randbasis.adapters.saved.open_adapter`. Of a packed one the folder is
+            made as ``unpack`` does.
         folder: to write; made where there is none.
         repo_id: ``"me/e2e-nola"``, for the card.
         base_name: hub name of the base model; None takes the adapter's, which must not be a folder of this machine.
@@ -102,21 +103,21 @@ def build_hub_folder(
         OutputExistsError: the folder is or lies in the source, or is not empty and ``overwrite`` is not given.
         SaveError: the folder could not be written.
     """
-    folder = check_output_folder(folder, (source,), overwrite=overwrite)
+    folder = check_output_folder(folder, paths_of(source), overwrite=overwrite)
     _check_repo(repo_id, "repo_id")
-    found = open_folder(source).ours()
-    base = base_name or _hub_base(found)
-    _check_repo(base, "base_name")
-    files = _files(found, base, repo_id, license, packed_bits)
+    with _as_folder(source) as found:
+        base = base_name or _hub_base(found)
+        _check_repo(base, "base_name")
+        files = _files(found, base, repo_id, license, packed_bits)
+        own = files[CARD_FILE] == _own_card(found.weights.parent)
     with replaced_set(folder) as stage:
         for name, content in files.items():
             (stage / name).write_bytes(content)
-    own = files[CARD_FILE] == _own_card(Path(source))
     return HubFolder(folder, {name: len(content) for name, content in files.items()}, files[CARD_FILE].decode(), own)
 
 
 def push_to_hub(
-    source: str | Path,
+    source: AdapterLocation,
     repo_id: str,
     *,
     base_name: str | None = None,
@@ -131,7 +132,8 @@ def push_to_hub(
     """Send an adapter to a hub, in a repository that is made where there is none.
 
     Args:
-        source: the adapter's directory.
+        source: where the adapter is: see :func:`randbasis.adapters.saved.open_adapter`. Of a packed one the folder is
+            made as ``unpack`` does.
         repo_id: ``"me/e2e-nola"``.
         base_name: see :func:`build_hub_folder`.
         license: see :func:`build_hub_folder`.
@@ -147,9 +149,10 @@ def push_to_hub(
         RandbasisError: as :func:`build_hub_folder`; nothing was sent.
     """
     api = HfApi(endpoint=endpoint, token=token)
+    found = open_adapter(source)
     with TemporaryDirectory() as temporary:
         built = build_hub_folder(
-            source, Path(temporary) / "folder", repo_id, base_name=base_name, license=license, packed_bits=packed_bits
+            found, Path(temporary) / "folder", repo_id, base_name=base_name, license=license, packed_bits=packed_bits
         )
         with _explained(repo_id):
             url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -157,9 +160,22 @@ def push_to_hub(
                 repo_id=repo_id,
                 folder_path=built.path,
                 revision=revision,
-                commit_message=message or f"{open_folder(source).method} adapter, by randbasis",
+                commit_message=message or f"{found.method} adapter, by randbasis",
             )
     return Pushed(str(url), commit.oid, built.files, built.own_card)
+
+
+@contextmanager
+def _as_folder(source: AdapterLocation) -> Generator[SavedAdapter]:
+    """The adapter in a folder, where it is packed in one of its own."""
+    found = open_adapter(source).ours()
+    if found.whole is None:
+        yield found
+        return
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "adapter"
+        write_adapter_dir(found.whole, folder, where=found.where)
+        yield open_folder(folder).ours()
 
 
 def has_own_card(source: str | Path) -> bool:

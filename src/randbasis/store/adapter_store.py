@@ -130,6 +130,34 @@ class AdapterStore:
             old = older[0] if to is None else tables.find(connection, name, to) or self._missing(name, to)
             return tables.repeat(connection, old, _now())
 
+    def tag(
+        self, name: str, *, add: Iterable[str] = (), remove: Iterable[str] = (), version: int | None = None
+    ) -> Record:
+        """Give a version further tags, and take some from it; its content, number and time stay.
+
+        Args:
+            name: of the adapter.
+            add: tags that it has from now on; those that it has already stay.
+            remove: tags that it loses.
+            version: of the adapter; None takes the newest.
+
+        Raises:
+            NotStoredError: there is no such adapter or version.
+            StoreNameError: a tag is not one that a store takes.
+            StoreOptionError: a tag is to go that the version has not, or that is to be added, too.
+        """
+        added, gone = check_tags(add), {*remove}
+        if version is not None:
+            check_count(version, "version")
+        with self._database.writing() as connection:
+            found = tables.find(connection, name, version) or self._missing(name, version)
+            for one in sorted(gone - {*found.tags} | gone & {*added}):
+                raise StoreOptionError(
+                    f"remove must be tags that version {found.version} of {name!r} has and add does not name, got "
+                    f"{one!r}; it has {', '.join(found.tags) or 'none'}"
+                )
+            return tables.retag(connection, found, check_tags([*({*found.tags} - gone), *added]))
+
     # --- finding ---
 
     def get(self, name: str | None = None, *, version: int | None = None, digest: str | None = None) -> StoredAdapter:

@@ -3,6 +3,7 @@
 import os
 import sqlite3
 import time
+import warnings
 from collections import deque
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -81,7 +82,7 @@ class Database:
     """The file and the connections of this process to it.
 
     A connection is used by one call at a time; there are as many as there were calls at once. Connections do not cross
-    a fork: the child opens its own.
+    a fork: the child opens its own. A file that nobody may write here is read as it stands, which is said once.
 
     Args:
         path: of the file.
@@ -107,6 +108,7 @@ class Database:
             )
         self.path = local
         self.timeout = timeout
+        self._source: str | Path = local
         self._process = os.getpid()
         self._idle: deque[sqlite3.Connection] = deque()
         self._of_parent: list[deque[sqlite3.Connection]] = []
@@ -114,8 +116,8 @@ class Database:
         self._check_place(create)
         with ExitStack() as on_failure:
             on_failure.callback(self.close)
-            with self._own_words(), self._borrowed() as connection:
-                self._check_schema(connection, create)
+            with self._own_words():
+                self._open(create)
             on_failure.pop_all()
 
     def close(self) -> None:
@@ -152,6 +154,34 @@ class Database:
                     connection.execute("ROLLBACK")
 
     # --- opening ---
+
+    def _open(self, create: bool) -> None:
+        try:
+            with self._borrowed() as connection:
+                self._check_schema(connection, create)
+        except sqlite3.OperationalError as error:
+            readable = os.access(self.path, os.R_OK) and self.path.stat().st_size
+            if _code(error) not in _NO_ACCESS or not readable:
+                raise
+            while self._idle:
+                self._idle.pop().close()
+            self._as_it_stands()
+            with self._borrowed() as connection:
+                self._check_schema(connection, False)
+
+    def _as_it_stands(self) -> None:
+        """From now on, read the file without the two beside it that a reader shares with writers.
+
+        With a log beside it that is not empty the file alone is not the newest state: then SQLite may read both, where
+        it can, but not the file without its log.
+        """
+        log = self.path.with_name(f"{self.path.name}-wal")
+        left = log.exists() and log.stat().st_size > 0
+        self._source = f"{self.path.absolute().as_uri()}?mode=ro{'' if left else '&immutable=1'}"
+        warnings.warn(
+            f"{self.path} lies where nothing can be written: it is read as it stands and must not change meanwhile",
+            stacklevel=5,
+        )
 
     def _check_place(self, create: bool) -> None:
         if self.path.is_dir():
@@ -228,7 +258,12 @@ class Database:
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
-            self.path, timeout=self.timeout, isolation_level=None, check_same_thread=False, cached_statements=64
+            self._source,
+            timeout=self.timeout,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=64,
+            uri=self._source is not self.path,
         )
         try:
             connection.execute("PRAGMA synchronous = FULL")

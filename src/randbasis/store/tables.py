@@ -177,6 +177,19 @@ def repeat(connection: sqlite3.Connection, record: Record, created: int) -> Reco
     return again
 
 
+def retag(connection: sqlite3.Connection, record: Record, tags: tuple[str, ...]) -> Record:
+    """Give a version other tags."""
+    key = (record.name, record.version)
+    old, new = {*record.tags} - {*tags}, {*tags} - {*record.tags}
+    connection.executemany(
+        "DELETE FROM tagged WHERE tag = ? AND name = ? AND version = ?", [(tag, *key) for tag in old]
+    )
+    connection.executemany("INSERT INTO tagged VALUES (?, ?, ?)", [(tag, *key) for tag in new])
+    text = json.dumps(tags, ensure_ascii=False)
+    connection.execute("UPDATE adapters SET tags = ? WHERE name = ? AND version = ?", (text, *key))
+    return replace(record, tags=tags)
+
+
 def delete(connection: sqlite3.Connection, name: str, numbers: Iterable[int]) -> Freed:
     """Take versions out, and the contents that no other version has; their numbers are never given again."""
     freed = Freed()

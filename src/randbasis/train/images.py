@@ -100,8 +100,7 @@ def read_images(path: str | Path) -> dict[str, Table]:
         )
     found: dict[str, list[dict[str, Any]]] = {}
     entries = _entries(path)
-    tops = {parts[0].lower() for parts, _ in entries}
-    split = bool(tops) and tops <= {*TRAIN_SPLITS, *EVAL_SPLITS}
+    split = _has_splits(entries)
     for parts, reference in entries:
         if len(parts) != (3 if split else 2):
             raise DataFormatError(
@@ -115,6 +114,37 @@ def read_images(path: str | Path) -> dict[str, Table]:
         name: Table(("image", "label"), rows, f"{path.name} ({name})" if split else path.name)
         for name, rows in found.items()
     }
+
+
+def read_unsorted(path: str | Path) -> Table | None:
+    """Images whose classes nobody told, as a table of the column ``image`` alone.
+
+    Args:
+        path: of one image, or of a folder or zip of images, in whatever folders.
+
+    Returns:
+        The table, rows in the order of their names; None where the images lie in folders of classes, as
+        :func:`read_images` wants them.
+
+    Raises:
+        DataMissingError: there is nothing.
+        DataFormatError: it is none of these.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix.lower() in SUFFIXES:
+        return Table(("image",), [{"image": ImageRef(path)}], path.name)
+    if not path.exists():
+        raise DataMissingError(f"data {str(path)!r} does not exist; give an image, or a folder or zip of images")
+    entries = _entries(path)
+    deep = 3 if _has_splits(entries) else 2
+    if all(len(parts) == deep for parts, _ in entries):
+        return None
+    return Table(("image",), [{"image": reference} for _, reference in entries], path.name)
+
+
+def _has_splits(entries: Sequence[tuple[tuple[str, ...], ImageRef]]) -> bool:
+    tops = {parts[0].lower() for parts, _ in entries}
+    return bool(tops) and tops <= {*TRAIN_SPLITS, *EVAL_SPLITS}
 
 
 def _entries(path: Path) -> list[tuple[tuple[str, ...], ImageRef]]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from randbasis.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from randbasis.use.answer_files import write_lines
+    from randbasis.use.answer_files import write_lines, write_rows
     from randbasis.use.evaluation import Found, evaluate, find, generate, predict
     from randbasis.use.loading import LoadedAdapter, load
     from randbasis.use.settings import UseSettings
@@ -13,7 +13,7 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "randbasis.use.answer_files": "write_lines",
+            "randbasis.use.answer_files": "write_lines write_rows",
             "randbasis.use.evaluation": "Found evaluate find generate predict",
             "randbasis.use.loading": "LoadedAdapter load",
             "randbasis.use.settings": "UseSettings",
@@ -30,4 +30,5 @@ __all__ = [
     "load",
     "predict",
     "write_lines",
+    "write_rows",
 ]

@@ -1,5 +1,6 @@
 """Using what a run left: scores, answers and texts from a saved adapter."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -138,11 +139,17 @@ def predict(settings: UseSettings) -> list[Row]:
         RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
     """
     found = find(settings)
-    table = read_rows(settings, found.task)
+    table = read_rows(settings, found.task, answered=False)
     examples = to_answer(found.task, table)
     with torch_threads(settings.threads):
         model = found.load(settings)
         answers = found.task.predict(model, examples, settings.batch_size, probabilities=settings.probabilities)
+    replaced = {*answers[0]} & {*table.columns}
+    if replaced:
+        warnings.warn(
+            f"{table.source} has the columns {', '.join(sorted(replaced))} already; the answers take their place",
+            stacklevel=2,
+        )
     return [{**row, **answer} for row, answer in zip(table.rows, answers, strict=True)]
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 from randbasis.errors import DataFormatError, EmptyDataError, SettingError, near
 from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.classification import TextClassification
-from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
+from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images, read_unsorted
 from randbasis.train.sources import read_sources
 from randbasis.train.splits import sample
 from randbasis.train.tabular import Row, Table
@@ -17,8 +17,13 @@ from randbasis.use.settings import UseSettings
 AT_HAND = "the rows given"
 
 
-def read_rows(settings: UseSettings, task: TrainedTask) -> Table:
+def read_rows(settings: UseSettings, task: TrainedTask, *, answered: bool = True) -> Table:
     """The rows that the settings name, as many as they ask for.
+
+    Args:
+        settings: which rows.
+        task: which says the columns.
+        answered: whether the rows need answers; images that have none may lie in any folder, or be one file.
 
     Raises:
         SettingError: no data were named.
@@ -26,7 +31,11 @@ def read_rows(settings: UseSettings, task: TrainedTask) -> Table:
     """
     if settings.data is None:
         raise SettingError("data is needed: a file of rows, or a folder or zip of images")
-    if isinstance(task, ImageClassification):
+    if isinstance(task, ImageClassification) and not answered and (unsorted := read_unsorted(settings.data)):
+        if settings.split is not None:
+            raise EmptyDataError(f"{settings.data} has no split {settings.split!r}, and no folders of classes")
+        table = unsorted
+    elif isinstance(task, ImageClassification):
         splits = read_images(settings.data)
         name = settings.split or next((split for split in EVAL_SPLITS if split in splits), next(iter(splits)))
         if name not in splits:
