@@ -44,6 +44,7 @@ LIBRARY: dict[str, tuple[Callable[..., Any], ...]] = {
     "store list": (AdapterStore, AdapterStore.list),
     "store history": (AdapterStore, AdapterStore.history),
     "store rollback": (AdapterStore, AdapterStore.rollback),
+    "store tag": (AdapterStore, AdapterStore.tag),
     "store remove": (AdapterStore, AdapterStore.remove),
     "store gc": (AdapterStore, AdapterStore.gc),
     "store verify": (AdapterStore,),

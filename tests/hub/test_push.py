@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,13 +15,16 @@ import torch
 from fake_hub import FakeHub, serving
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from randbasis import NolaConfig, RandbasisConfig, RandLoraConfig, VeraConfig, errors
 from randbasis.adapter_file import PackedAdapter
+from randbasis.adapters import pack_adapter
 from randbasis.cli import app
 from randbasis.hub import build_hub_folder, push_to_hub
+from randbasis.store import AdapterStore
 
 PROGRAM = Path(__file__).parent / "push_and_load.py"
 
@@ -217,3 +221,31 @@ def test_the_command_shows_what_it_would_send(adapter: Path, tmp_path: Path):
     answer = json.loads(again.stdout)
     assert answer["files"] == {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()}
     assert answer["card"].startswith("---\n")
+
+
+@pytest.mark.filterwarnings("ignore:the packed file names the base model")
+def test_a_packed_or_stored_adapter_is_sent_as_the_folder_is(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The same files at 32 bits, with the task of the packed file; the card is made."""
+    source = tmp_path / "source"
+    shutil.copytree(adapter, source)
+    task = {"task": "causal-lm", "columns": {"text": "a"}, "max_length": 8, "separator": "", "end_id": 2}
+    about = {"base_model": "x", "method": "nola", "task": task | {"answer_length": 3}}
+    (source / "task.json").write_text(json.dumps(about))
+    pack_adapter(source, tmp_path / "a.safetensors", bits=32)
+    monkeypatch.setenv("RANDBASIS_STORE", str(tmp_path / "some.db"))
+    with AdapterStore(tmp_path / "some.db") as store:
+        store.add("mine", tmp_path / "a.safetensors")
+    build_hub_folder(source, tmp_path / "folder", "me/a", base_name="acme/tiny")
+    for number, where in enumerate((str(tmp_path / "a.safetensors"), "store:mine")):
+        words = ["push", where, "me/a", "--base-name", "acme/tiny", "--dry-run", str(tmp_path / str(number)), "--json"]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        assert "randbasis.load" in json.loads(result.stdout)["card"]
+        for name in ("adapter_config.json", "task.json"):
+            there, here = (json.loads((tmp_path / one / name).read_text()) for one in (str(number), "folder"))
+            assert {**there, "inference_mode": True} == {**here, "inference_mode": True}
+        there, here = (load_file(tmp_path / one / "adapter_model.safetensors") for one in (str(number), "folder"))
+        assert there.keys() == here.keys()
+        assert all(torch.equal(there[key], here[key]) for key in there)
