@@ -114,7 +114,6 @@ def test_generate(language_model: str, tmp_path: Path):
         (["--task", "classification"], "task 'classification' is unknown"),
         (["--metric", "bleu"], "metric 'bleu' does not apply"),
         (["--data", "nowhere.csv"], "nowhere.csv"),
-        (["--resume"], "no complete checkpoint"),
     ],
     ids=" ".join,
 )

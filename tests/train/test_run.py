@@ -19,7 +19,6 @@ import randbasis.train.trainer as trainer_module
 from randbasis.errors import (
     AdapterFilesError,
     AdapterMissingError,
-    CheckpointError,
     ColumnError,
     DataMissingError,
     EmptyDataError,
@@ -292,8 +291,6 @@ def test_an_output_that_exists_needs_overwrite(sentences_run: TrainSettings):
     assert [file.name for file in output.iterdir()] == ["mine.txt"]
     train(replace(sentences_run, overwrite=True))
     assert (output / "mine.txt").read_text() == "kept"
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        train(replace(sentences_run, resume=True))
 
 
 @pytest.mark.parametrize(
@@ -303,7 +300,6 @@ def test_an_output_that_exists_needs_overwrite(sentences_run: TrainSettings):
         ({"model": "no/such/folder"}, DataMissingError, "model 'no/such/folder'"),
         ({"pooling": "max"}, SettingError, "pooling 'max'"),
         ({"max_length": 0}, SettingError, "max_length must be at least 1"),
-        ({"resume": True}, CheckpointError, "no complete checkpoint"),
         ({"resume": True, "overwrite": True}, SettingError, "exclude each other"),
         ({"data.train": "nowhere.csv"}, DataMissingError, "nowhere.csv"),
         ({"data.text_column": "text"}, ColumnError, "'text' is not in .*its columns are 'sentence', 'label'"),

@@ -39,10 +39,15 @@ def reported(as_json: bool) -> Generator[None]:
         usage = isinstance(error, RandbasisError) and isinstance(error, USAGE)
         if isinstance(error, RandbasisError) and error.told_elsewhere:
             raise typer.Exit(2 if usage else 1) from error
-        if as_json:
-            typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        complain(type(error).__name__, f"error: {error}", str(error) if as_json else None)
         raise typer.Exit(2 if usage else 1) from error
+
+
+def complain(kind: str, text: str, message: str | None) -> None:
+    """One line on the error stream and, where a document is expected, one that has the message."""
+    if message is not None:
+        typer.echo(json.dumps({"error": kind, "message": message}))
+    Console(stderr=True, soft_wrap=True).print(text, style="red", markup=False, highlight=False)
 
 
 def answer(document: dict[str, Any], as_json: bool) -> None:

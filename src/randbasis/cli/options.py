@@ -145,6 +145,8 @@ TRAIN = (
     Needs("text_column", lambda words: not _pairs(words), "no --prompt-column and --target-column beside it"),
     Needs("label_column", _task("sequence-classification"), "--task sequence-classification"),
     Needs("label_kind shots", _classes, "a task with labels"),
+    Needs("class_weights", _classes, "a task with classes"),
+    Needs("class_weights", lambda words: words["label_kind"] != "number", "classes"),
     Needs("label_smoothing", lambda words: words["label_kind"] != "number", "classes"),
     Needs("pooling", _task("sequence-classification"), "--task sequence-classification"),
     Needs("separator", _pairs, "--task causal-lm with --prompt-column and --target-column"),

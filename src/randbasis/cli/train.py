@@ -9,6 +9,7 @@ from typer import Option
 
 from randbasis.cli.config import CommandWithConfig, Config
 from randbasis.cli.console import answer, reported
+from randbasis.cli.interruption import interruptible
 from randbasis.cli.options import TRAIN, check_options
 from randbasis.cli.parameters import (
     TARGETS,
@@ -106,10 +107,15 @@ def train(
     max_grad_norm: Annotated[float, of_loop(help="Gradients are clipped to this norm.")] = LoopSettings.max_grad_norm,
     accumulate: Annotated[int, of_loop(help="Batches a step.")] = LoopSettings.accumulate,
     label_smoothing: Annotated[float, of_loop(help="Of the classes.")] = LoopSettings.label_smoothing,
+    class_weights: Annotated[
+        str | None, of_loop(help="balanced, or LABEL=NUMBER,...: how much a class counts in the loss.")
+    ] = None,
     train_seed: Annotated[
         int, of_loop(help="Of head, order, dropout, and which rows are held out or taken.")
     ] = LoopSettings.train_seed,
-    metric: Annotated[str | None, of_loop(help="accuracy, matthews, pearson, spearman, loss, bleu, ...")] = None,
+    metric: Annotated[
+        str | None, of_loop(help="accuracy, matthews, f1, f1_macro, pearson, spearman, loss, ...")
+    ] = None,
     eval_every: Annotated[int | None, of_loop(help="Steps between evaluations.")] = None,
     early_stop: Annotated[int | None, of_loop(help="Stop after that many evaluations without a better metric.")] = None,
     keep: Annotated[str, of_loop(help="Save the best or the last parameters.")] = LoopSettings.keep,
@@ -142,7 +148,7 @@ def train(
     image_size: Annotated[int | None, of_task(help="Side of the images in pixels.")] = None,
     flip: Annotated[bool, of_task(help="Mirror half of the training images.")] = False,
     overwrite: Overwrite = False,
-    resume: Annotated[bool, Option(help="Go on from the last checkpoint in the output.")] = False,
+    resume: Annotated[bool, Option(help="Go on from the last checkpoint; start where there is none.")] = False,
     keep_checkpoints: Annotated[bool, Option(help="Leave the checkpoints in the output.")] = False,
     dtype: Dtype = LoopSettings.dtype,
     load_in_4bit: Annotated[bool, Option(help="Read the base with weights of 4 bits (bitsandbytes, NF4).")] = False,
@@ -154,7 +160,7 @@ def train(
 ) -> None:
     """Fine-tune a base model on a file of rows."""
     given = dict(locals())
-    with reported(as_json):
+    with reported(as_json), interruptible(output, as_json):
         from randbasis.train.method_table import method_words
         from randbasis.train.run import train as run
         from randbasis.train.settings import settings_from_words

@@ -13,7 +13,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelFor
 from randbasis.adapters.base_model import read_config
 from randbasis.errors import EmptyDataError, LabelError, SettingError, near
 from randbasis.train.machine import Quantized
-from randbasis.train.metrics import accuracy, matthews, pearson, spearman
+from randbasis.train.metrics import accuracy, f1, f1_macro, matthews, pearson, spearman
 from randbasis.train.model_reading import heads_of, read_model, read_tokenizer
 from randbasis.train.pooled import PooledClassifier
 from randbasis.train.randomness import confined_randomness
@@ -24,7 +24,8 @@ from randbasis.train.task import CUT, Batch, Example, Task, inference
 MISSING_NAMES = ("nan", "NaN", "None", "<NA>", "NaT")
 """How Python and pandas write a value that is not there."""
 
-CLASS_METRICS = ("accuracy", "matthews", "loss")
+CLASS_METRICS = ("accuracy", "matthews", "f1_macro", "loss")
+TWO_CLASS_METRICS = ("accuracy", "matthews", "f1", "f1_macro", "loss")
 NUMBER_METRICS = ("pearson", "spearman", "loss")
 DEFAULT_MAX_LENGTH = 512
 
@@ -58,7 +59,7 @@ class TextClassification(Task):
         self.pooling = pooling
         self.auto_class = "AutoModelForSequenceClassification" if pooling == "model" else None
         self.drawn: list[str] = []
-        self.metric_names = CLASS_METRICS if labels else NUMBER_METRICS
+        self.metric_names = class_metrics(len(labels)) if labels else NUMBER_METRICS
         self.choose_metric(None)
 
     @classmethod
@@ -291,13 +292,20 @@ def logits_of(task: Task, model: nn.Module, examples: Sequence[Example], batch_s
     return torch.stack([rows[i] for i in range(len(examples))])
 
 
+def class_metrics(classes: int) -> tuple[str, ...]:
+    """The names of what :func:`class_scores` gives."""
+    return TWO_CLASS_METRICS if classes == 2 else CLASS_METRICS
+
+
 def class_scores(logits: Tensor, expected: list[int]) -> dict[str, float]:
-    """Mean cross-entropy in nats, accuracy, Matthews' coefficient."""
+    """Mean cross-entropy in nats, accuracy, Matthews' coefficient, F1 over the classes and, of two, of the second."""
     predicted = [int(value) for value in logits.argmax(-1)]
     return {
         "loss": float(cross_entropy(logits.double(), torch.tensor(expected))),
         "accuracy": accuracy(predicted, expected),
         "matthews": matthews(predicted, expected),
+        **({"f1": f1(predicted, expected)} if logits.shape[-1] == 2 else {}),
+        "f1_macro": f1_macro(predicted, expected, logits.shape[-1]),
     }
 
 

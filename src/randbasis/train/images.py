@@ -17,7 +17,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 
 from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError, near
 from randbasis.optional import needing
-from randbasis.train.classification import CLASS_METRICS, class_answers, class_scores, classes_of, logits_of
+from randbasis.train.classification import class_answers, class_metrics, class_scores, classes_of, logits_of
 from randbasis.train.machine import Quantized
 from randbasis.train.model_reading import explained, heads_of, read_model
 from randbasis.train.randomness import confined_randomness
@@ -192,7 +192,7 @@ class ImageClassification(Task):
         self.labels = labels
         self.image_size = image_size
         self.flip = flip
-        self.metric_names = CLASS_METRICS
+        self.metric_names = class_metrics(len(labels))
         self.interpolate = False
         self.drawn: list[str] = []
         self.choose_metric(None)

@@ -45,6 +45,8 @@ class LoopSettings:
         save_steps: steps between checkpoints; ``None``: at each evaluation. A new best is always saved.
         group_by_length: rows of like length share a batch.
         label_smoothing: of the classes.
+        class_weights: ``"balanced"``, or ``LABEL=NUMBER`` for each class, with commas between: how much a class counts
+            in the loss.
         threads: threads of torch; ``None`` leaves them.
         dtype: of the base model; coefficients and head stay float32.
         load_in_4bit: read the base with weights of 4 bits (NF4 of bitsandbytes).
@@ -75,6 +77,7 @@ class LoopSettings:
     save_steps: int | None = None
     group_by_length: bool = True
     label_smoothing: float = 0.0
+    class_weights: str | None = None
     threads: int | None = None
     dtype: str = "float32"
     load_in_4bit: bool = False

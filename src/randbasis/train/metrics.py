@@ -18,6 +18,17 @@ def matthews(predicted: Sequence[int], expected: Sequence[int]) -> float:
     return float(_package("sklearn.metrics").matthews_corrcoef(expected, predicted))
 
 
+def f1(predicted: Sequence[int], expected: Sequence[int]) -> float:
+    """F1 of the second of two classes; 0 where it is neither answered nor expected."""
+    return float(_package("sklearn.metrics").f1_score(expected, predicted, pos_label=1, zero_division=0.0))
+
+
+def f1_macro(predicted: Sequence[int], expected: Sequence[int], classes: int) -> float:
+    """The mean of every class's F1, which is 0 for a class that is neither answered nor expected."""
+    score = _package("sklearn.metrics").f1_score
+    return float(score(expected, predicted, labels=list(range(classes)), average="macro", zero_division=0.0))
+
+
 def pearson(predicted: Sequence[float], expected: Sequence[float]) -> float:
     """Pearson's correlation; 0 where one side is constant."""
     if len(set(predicted)) < 2 or len(set(expected)) < 2:

@@ -3,26 +3,38 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
 from torch import nn
 
-from randbasis.errors import CheckpointError, EmptyDataError, SettingError
+from randbasis.adapters.saved import open_folder
+from randbasis.errors import EmptyDataError, SettingError
 from randbasis.files.locations import local_output
 from randbasis.files.output_checks import check_output_folder
 from randbasis.files.output_set import put_back, replaced_set, set_aside
 from randbasis.files.whole_file import write
 from randbasis.train.causal_lm import CausalLanguage
+from randbasis.train.class_weights import class_weights
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
-from randbasis.train.loop import FitResult, fit
+from randbasis.train.judgement import compared_size, doubts
+from randbasis.train.loop import TRACKED, FitResult, fit
 from randbasis.train.loss_plot import plot_losses
 from randbasis.train.machine import Quantized, check_machine, runs_on_cpu
 from randbasis.train.method_table import peft_config
 from randbasis.train.packing import check_kept_apart, pack
 from randbasis.train.ranks import Ranks, joined
+from randbasis.train.resuming import (
+    CHECKPOINTS,
+    FINISHED,
+    SETTINGS_FILE,
+    SUMMARY_FILE,
+    Start,
+    find_start,
+    kept_settings,
+)
 from randbasis.train.row_choice import choose_rows
 from randbasis.train.run_config import CONFIG_FILE, config_text
 from randbasis.train.settings import TrainSettings
@@ -30,30 +42,14 @@ from randbasis.train.sources import files_of, is_on_hub, read_sources
 from randbasis.train.tabular import Table
 from randbasis.train.task import Example, Task, count_cut, warn_of_cut
 from randbasis.train.task_table import TASK_CLASSES
-from randbasis.train.trained_parameters import save_parameters
-from randbasis.train.trainer import checkpoint_to_resume, last_checkpoint
+from randbasis.train.trained_parameters import load_adapter, save_parameters
+from randbasis.train.trainer import last_checkpoint
 from randbasis.tuner.saved_files import BASE_BITS, HEAD_FILE, TASK_FILE, WEIGHTS_FILE
 
-CHECKPOINTS = "checkpoints"
 EARLIER = ".checkpoints-before"
 """Where those of a run lie that is about to be replaced."""
-SUMMARY_FILE = "summary.json"
 HISTORY_FILE = "history.jsonl"
 PLOT_FILE = "loss.png"
-SETTINGS_FILE = "settings.json"
-#: What a resumed run may have otherwise than the run that it goes on with.
-FREE_TO_CHANGE = (
-    "output",
-    "overwrite",
-    "resume",
-    "keep_checkpoints",
-    "threads",
-    "device",
-    "eval_batch_size",
-    "report_to",
-    "logging_steps",
-    "save_steps",
-)
 
 
 @dataclass(frozen=True)
@@ -131,8 +127,14 @@ def train(
 
 
 def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> TrainOutcome:
-    output = Path(ranks.by_first(lambda: str(_check_output(settings, ranks.count))))
+    output = Path(ranks.by_first(lambda: str(_check_output(settings))))
     checkpoints = output / CHECKPOINTS
+    start = Start(**ranks.by_first(lambda: asdict(find_start(settings, ranks.count)))) if settings.resume else None
+    if start is not None and console:
+        console.print(start.told, highlight=False)
+    if start is not None and start.complete is not None:
+        return ranks.agreed(lambda: _finished(settings, output, start.complete or {}, ranks))
+    resumed = start is not None and start.resumed
     prepared = ranks.agreed(lambda: prepare(settings))
     model = ranks.agreed(lambda: prepared.load_model(settings))
     config = ranks.agreed(
@@ -142,7 +144,9 @@ def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> Tr
     )
     if prepared.packs is not None:
         ranks.agreed(lambda: check_kept_apart(model, prepared.train))
-    if not settings.resume:
+    if resumed:
+        ranks.by_first(lambda: _note_settings(settings, checkpoints, ranks.count))
+    else:
         ranks.by_first(lambda: _begin(settings, checkpoints, ranks.count))
     try:
         result = fit(
@@ -153,7 +157,7 @@ def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> Tr
             eval=prepared.eval,
             loop=settings.loop,
             checkpoints=checkpoints,
-            resume=settings.resume,
+            resume=resumed,
             console=console,
             ranks=ranks,
         )
@@ -162,7 +166,11 @@ def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> Tr
             put_back(checkpoints, checkpoints.with_name(EARLIER))
         raise
     summary = ranks.by_first(lambda: _save(settings, prepared, result, ranks.count))
-    if not settings.keep_checkpoints:
+    for doubt in summary.get("doubts", ()) if console else ():
+        cast(Console, console).print(f"warning: {doubt}", style="yellow", highlight=False)
+    if settings.keep_checkpoints:
+        ranks.by_first(lambda: _note_settings(settings, checkpoints, ranks.count, finished=True))
+    else:
         ranks.by_first(lambda: shutil.rmtree(checkpoints))
     return TrainOutcome(output, result.model, prepared.task, summary, ranks.first)
 
@@ -185,6 +193,10 @@ def prepare(settings: TrainSettings) -> Prepared:
         raise EmptyDataError(f"{train_table.source} leaves nothing to train on or to evaluate on")
     warn_of_cut(task, prepared.train, f"rows of {learned.table.source}")
     warn_of_cut(task, prepared.eval, f"rows of {judged.table.source} (held out)")
+    if settings.loop.class_weights is not None:
+        labels = getattr(task, "labels", None)
+        rows = cast("list[int]", [example.get("label") for example in prepared.train])
+        task.class_weights = class_weights(settings.loop.class_weights, labels, rows)
     if settings.packing:
         prepared = replace(prepared, packs=pack(prepared.train, cast(CausalLanguage, task).max_length))
     return prepared
@@ -213,53 +225,42 @@ def _one_of_images(source: Any) -> str | Path:
     return source
 
 
-def _check_output(settings: TrainSettings, processes: int) -> Path:
+def _check_output(settings: TrainSettings) -> Path:
     """The folder to write; raises before anything is read what of it can be refused."""
     rows = [one for one in (*settings.data.train_sources, *settings.data.eval_sources) if not is_on_hub(one)]
     sources = (settings.model, *(file for one in rows for file in files_of(one)))
-    output = check_output_folder(settings.output, sources, overwrite=settings.overwrite or settings.resume)
-    if settings.resume:
-        checkpoint_to_resume(output / CHECKPOINTS)
-        _check_same(_kept_settings(settings, processes), output / CHECKPOINTS / SETTINGS_FILE)
-    return output
+    output = local_output(settings.output)
+    begun = settings.resume and output.is_dir() and _is_of_a_run(output)
+    return check_output_folder(output, sources, overwrite=settings.overwrite or begun)
+
+
+def _is_of_a_run(output: Path) -> bool:
+    """Whether a folder holds a run that ended or has a checkpoint, or one that left nothing that counts."""
+    begun = {one.name for one in output.iterdir()} <= {CHECKPOINTS, EARLIER, TRACKED}
+    return begun or (output / SUMMARY_FILE).is_file() or last_checkpoint(output / CHECKPOINTS) is not None
 
 
 def _begin(settings: TrainSettings, checkpoints: Path, processes: int) -> None:
     """Make the folder of the checkpoints, which says what it is of; those of an earlier run lie aside until its end."""
     set_aside(checkpoints, checkpoints.with_name(EARLIER))
-    write(checkpoints / SETTINGS_FILE, json.dumps(_kept_settings(settings, processes)).encode())
+    _note_settings(settings, checkpoints, processes)
 
 
-def _kept_settings(settings: TrainSettings, processes: int) -> dict[str, Any]:
-    """What a resumed run must have in common with its beginning; several processes make larger batches."""
-    return {**settings.as_json(), **({"processes": processes} if processes > 1 else {})}
+def _note_settings(settings: TrainSettings, checkpoints: Path, processes: int, *, finished: bool = False) -> None:
+    """What the checkpoints are of, beside them."""
+    noted = kept_settings(settings, processes) | ({FINISHED: True} if finished else {})
+    write(checkpoints / SETTINGS_FILE, json.dumps(noted).encode(), overwrite=True)
 
 
-def _check_same(settings: dict[str, Any], kept: Path) -> None:
-    """Raises SettingError when a run would go on with other settings than it began with."""
-    try:
-        before, now = _flat(json.loads(kept.read_text(encoding="utf-8"))), _flat(settings)
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{kept} does not tell the settings of the run ({error}); start it again") from error
-    names = now.keys() | ({"processes"} & before.keys())
-    changed = [
-        name
-        for name in sorted(names)
-        if name.split(".")[-1] not in FREE_TO_CHANGE and before.get(name) != now.get(name)
-    ]
-    if changed:
-        told = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
-        raise SettingError(
-            f"a resumed run must have the settings that it began with: {told}; start another run for those"
-        )
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        inner = cast(dict[str, Any], value) if isinstance(value, dict) else None
-        flat |= {f"{name}.{key}": item for key, item in inner.items()} if inner is not None else {name: value}
-    return flat
+def _finished(settings: TrainSettings, output: Path, summary: dict[str, Any], ranks: Ranks) -> TrainOutcome:
+    """What a run left that has come to its end; nothing is written."""
+    saved = open_folder(output)
+    task = TASK_CLASSES[settings.task].from_description(saved.task, settings.model)
+    quantized = Quantized.of(settings.loop.bits, settings.loop.device)
+    model = task.load_model(
+        settings.model, dtype=settings.loop.dtype, seed=settings.loop.train_seed, quantized=quantized
+    )
+    return TrainOutcome(output, load_adapter(model, saved), task, summary, ranks.first)
 
 
 def _save(settings: TrainSettings, prepared: Prepared, result: FitResult, processes: int) -> dict[str, Any]:
@@ -292,6 +293,7 @@ def _summary(settings: TrainSettings, prepared: Prepared, result: FitResult) -> 
         "before": result.before,
         "after": result.after,
         "coefficients": result.coefficients,
+        **({} if (lora := compared_size(result.model)) is None else {"lora_rank_1": lora}),
         "head_parameters": result.head_parameters,
         "steps": result.steps,
         "best_step": result.best_step,
@@ -303,5 +305,6 @@ def _summary(settings: TrainSettings, prepared: Prepared, result: FitResult) -> 
         **({} if prepared.packs is None else {"packed_into": len(prepared.packs)}),
         "train_cut": count_cut(prepared.train),
         "eval_cut": count_cut(prepared.eval),
+        **({"doubts": said} if (said := doubts(prepared.task.metric, result.before, result.after)) else {}),
         "settings": settings.as_json(),
     }

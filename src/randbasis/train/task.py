@@ -52,6 +52,8 @@ class Task(ABC):
     """The class of transformers that makes the model; ``None`` for one of ours, which transformers does not know."""
     metric_names: tuple[str, ...]
     metric: str
+    class_weights: Tensor | None = None
+    """Of the loss that is trained with; what is scored does not know of them."""
 
     def choose_metric(self, metric: str | None) -> None:
         """Set the metric that checkpoints are compared by; ``None`` takes the first.

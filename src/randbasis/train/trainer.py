@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from randbasis.errors import CheckpointError, NonFiniteLossError
 from randbasis.files.saving import saving
+from randbasis.train.class_weights import weighted_loss
 from randbasis.train.host_names import TRAINER_NAMES
 from randbasis.train.ranks import Ranks
 from randbasis.train.schedule import warmed_schedule
@@ -198,7 +199,12 @@ class AdapterTrainer(Trainer):
         """
         items = self._items(inputs)
         inputs.pop(NO_ROW, None)
-        mean, outputs = cast(Any, super()).compute_loss(model, inputs, return_outputs=True)
+        weights = self.task.class_weights
+        if weights is None:
+            mean, outputs = cast(Any, super()).compute_loss(model, inputs, return_outputs=True)
+        else:
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            mean = weighted_loss(outputs.logits, inputs["labels"], weights, self.args.label_smoothing_factor)
         if items == 0:  # nothing to learn here; the others wait for gradients all the same
             loss = outputs.logits.float().sum() * 0.0
         else:
@@ -268,8 +274,13 @@ class AdapterTrainer(Trainer):
                     self._stopped(f"after step {self.state.global_step} the parameter {name} is not finite")
                 )
         target = Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        with saving(target, kept="earlier checkpoints are kept", undo=lambda: self._remove(target)):
-            super()._save_checkpoint(model, trial)
+        try:
+            with saving(target, kept="earlier checkpoints are kept", undo=lambda: self._remove(target)):
+                super()._save_checkpoint(model, trial)
+        except KeyboardInterrupt:
+            if not (target / STATE_FILE).exists():
+                self._remove(target)
+            raise
 
     def _remove(self, checkpoint: Path) -> None:
         if self.ranks.first:
