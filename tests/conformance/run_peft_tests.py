@@ -8,8 +8,8 @@
 The tests come from the source distribution of the installed PEFT; no line of them is in this repository. Everything
 is kept in ``.cache/conformance``, so that only the first run needs a package registry.
 
-Exit code: 0 when every failure is one of a layer type that this package does not adapt, or of a test whose own
-training diverges (``DIVERGES``), else 1.
+Exit code: 0 when every failure is expected, else 1. Expected are layer types that this package does not adapt, adapters
+saved as a pickle, and tests whose own training diverges (``DIVERGES``). They are counted and listed as failures.
 """
 
 import argparse
@@ -57,7 +57,7 @@ PACKAGES = [
 ]
 # The test trains by plain gradient descent at one fixed rate; PEFT's RandLoRA meets the same infinities in it.
 DIVERGES = {("RandLoraConfig", "test_disable_adapters")}
-EXPECTED = ("unsupported layer type", "the test's own training diverges")
+EXPECTED = ("unsupported layer type", "refused on purpose", "the test's own training diverges")
 LAYER_TYPE = re.compile(r"\b(Embedding|Conv[123]d|MultiheadAttention|NonDynamicallyQuantizableLinear)\b")
 
 
@@ -122,6 +122,8 @@ def reason_of(test: str, entry: dict[str, Any]) -> str:
     if entry.get("diverged") and any(cls in test and f"::{name}[" in test for cls, name in DIVERGES):
         return "the test's own training diverges, as for PEFT's config of this method"
     message = entry.get("message", "").strip() or "no message"
+    if "_pickle[" in test and "a pickle, which is never read" in message:
+        return "refused on purpose: a pickle is never read"
     if entry.get("exception") == "randbasis.errors.LayerTypeError":
         layer = LAYER_TYPE.search(message)
         return f"unsupported layer type: {layer[1] if layer else message.splitlines()[0]}"

@@ -105,6 +105,12 @@ def test_report_separates_expected_failures_from_faults():
     assert faults({"nola": bad}) == ["nola: 1 unexpected failures", "nola: no test of b was converted"]
 
 
+def test_refused_pickle_is_expected_only_where_the_test_is_about_pickles():
+    refused = {"outcome": "failed", "exception": "e.E", "message": "only x.bin, a pickle, which is never read; give"}
+    assert reason_of("a.py::T::test_save_pretrained_pickle[row]", refused).startswith("refused on purpose")
+    assert reason_of("a.py::T::test_save_pretrained[row]", refused).startswith("e.E: only x.bin")
+
+
 def test_divergence_excuses_one_test_of_one_method_and_only_with_values_that_are_not_finite():
     failed = {"outcome": "failed", "exception": "builtins.AssertionError", "diverged": True}
     known = "a.py::T::test_disable_adapters[row-MLP-RandLoraConfig-k]"

@@ -1,19 +1,27 @@
-"""Runs on the processes that torchrun starts: the settings of each stand in a file, as JSON."""
+"""Runs on the processes that torchrun starts: their settings stand in a file, as JSON; ``full`` fills the disk."""
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from randbasis.errors import RandbasisError
+from randbasis.train import trainer
 from randbasis.train.run import train
 from randbasis.train.settings import settings_from_words
 
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
 torch.set_num_threads(1)
 for words in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+    writes = mock.Mock(side_effect=FULL if words.pop("full", False) else trainer.save_parameters)
     try:
-        outcome = train(settings_from_words(words))
+        with mock.patch.object(trainer, "save_parameters", writes):
+            outcome = train(settings_from_words(words))
     except RandbasisError as error:
         if not error.told_elsewhere:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}), flush=True)

@@ -125,6 +125,14 @@ def test_against_one_process_with_all_rows(name: str, runs: dict[str, Any], two_
     assert {file.name for file in (two_ranks / name).iterdir()} == {f.name for f in (tmp_path / "one").iterdir()}
 
 
+def test_a_checkpoint_that_cannot_be_written_ends_all_processes(runs: dict[str, Any], tmp_path: Path):
+    free = {**runs["classes"], "batch_size": 4, "output": str(tmp_path / "free")}
+    told, errors = on_ranks([{**free, "output": str(tmp_path / "full"), "full": True}, free], tmp_path)
+    assert [answer.get("error") for answer in told] == ["SaveError", None], "the next run of both is as ever"
+    assert "the disk is full" in told[0]["message"]
+    assert "Traceback" not in errors
+
+
 def test_ranks_stop_together_and_go_on_together(runs: dict[str, Any], tmp_path: Path):
     """A value that is not finite on one process stops both; the run goes on as two processes, not as one."""
     whole = {**runs["classes"], "batch_size": 4, "output": str(tmp_path / "run"), "keep_checkpoints": True}

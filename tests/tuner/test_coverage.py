@@ -10,6 +10,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from tuner_cases import ONE_EACH, adapted_layers, make_config, seeded, tiny_llama
 
+from randbasis import RandbasisModel
+
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -64,6 +66,13 @@ def test_usual_names_that_a_model_lacks_are_left_out_without_a_word(recwarn, tmp
     model = get_peft_model(base, make_config("nola", None))
     assert model.peft_config["default"].target_modules == {"q_proj"}
     assert not said(recwarn)
+
+
+def test_usual_names_may_be_one_expression(monkeypatch):
+    monkeypatch.setitem(RandbasisModel.target_module_mapping, "llama", r".*\.q_proj")
+    model = get_peft_model(seeded(tiny_llama), make_config("nola", None))
+    assert model.targeted_module_names
+    assert all(name.endswith(".q_proj") for name in model.targeted_module_names)
 
 
 def test_layer_numbers_beyond_the_last_are_named(recwarn):

@@ -32,6 +32,12 @@ TRAINER_NAMES = (
         ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
     ),
     HostName(_TRAINER, "Trainer.get_train_dataloader", "several processes learn other rows than one"),
+    HostName(
+        _TRAINER,
+        "Trainer.save_model",
+        "processes wait for ever for one that could not write",
+        ("output_dir", "_internal_call"),
+    ),
     HostName(_TRAINER, "Trainer.training_step", "a loss that is not finite does not end the run"),
     HostName(_CALLBACKS, "TrainerCallback.on_evaluate", "progress does not show the scores"),
     HostName(_CALLBACKS, "TrainerCallback.on_log", "progress does not show the loss"),

@@ -265,7 +265,8 @@ class AdapterTrainer(Trainer):
         return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=len(examples))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        save_parameters(cast(nn.Module, self.model), Path(output_dir or cast(str, self.args.output_dir)))
+        if self.ranks.first:  # Trainer leaves it to this method to ask
+            save_parameters(cast(nn.Module, self.model), Path(output_dir or cast(str, self.args.output_dir)))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         for name, parameter in cast(nn.Module, self.model).named_parameters():
@@ -274,13 +275,21 @@ class AdapterTrainer(Trainer):
                     self._stopped(f"after step {self.state.global_step} the parameter {name} is not finite")
                 )
         target = Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        try:
+
+        def save() -> None:
             with saving(target, kept="earlier checkpoints are kept", undo=lambda: self._remove(target)):
-                super()._save_checkpoint(model, trial)
+                super(AdapterTrainer, self)._save_checkpoint(model, trial)
+
+        try:
+            self.ranks.agreed(save)
         except KeyboardInterrupt:
             if not (target / STATE_FILE).exists():
                 self._remove(target)
             raise
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; what the first process cannot write ends all, which would wait for it after this."""
+        self.ranks.agreed(lambda: super(AdapterTrainer, self).save_model(output_dir, _internal_call))
 
     def _remove(self, checkpoint: Path) -> None:
         if self.ranks.first:

@@ -112,8 +112,9 @@ class RandbasisModel(BaseTuner):
         if config.base_weights is not None:
             own = {key: (frozen_weight(modules[key]), parts) for key, (_, parts) in self._checked.items()}
             check_weights(config.base_weights, own, config.base_model_name_or_path)
-        if self._usual_names or all_linear:  # PEFT's names and not the user's, who may have excluded some
-            config.target_modules = {name for name in config.target_modules or () if names_any(name, matched)}
+        names = config.target_modules
+        if (self._usual_names or all_linear) and not isinstance(names, str):  # PEFT's: the user may have excluded some
+            config.target_modules = {name for name in names or () if names_any(name, matched)}
         warn_of_gaps(model, config, matched, all_linear=all_linear)
 
     def _matched(self, config: RandbasisConfig, modules: Mapping[str, nn.Module]) -> list[str]:
