@@ -28,3 +28,4 @@ for words in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
     else:
         if outcome.first:
             print(json.dumps(outcome.summary), flush=True)
+    assert os.environ["RANK"] == "0" or not writes.called, "every process has written the checkpoint of the first"
