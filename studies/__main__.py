@@ -1,4 +1,7 @@
-"""Studies on real data: ``run`` makes the runs that are missing, ``report`` writes the page of results."""
+"""Studies on real data: ``run`` makes the runs that are missing, ``report`` writes the page of results.
+
+``sweep`` and ``defaults`` do the same for the learning rates that ``randbasis train`` takes where none is given.
+"""
 
 import argparse
 from pathlib import Path
@@ -6,9 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.rows import RESULTS
+from studies.defaults_page import write_page
 from studies.pool import run_study
 from studies.report import write_report
 from studies.studies import STUDIES, study_named
+from studies.sweep import DEFAULTS, SETS, grid, read_rows, run_sweep
 
 EXAMPLE = "example: python -m studies run sst2 --data DATA --workers 4 && python -m studies report"
 
@@ -27,12 +32,26 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument("--workers", type=int, default=4, help="processes of one thread each; 0 for none but this one")
     report = commands.add_parser("report", help="write the page of results from the raw rows", epilog=EXAMPLE)
     report.add_argument("--page", type=Path, default=Path("docs/results.md"), help="the page to write")
-    for command in (run, report):
+    sweep = commands.add_parser("sweep", help="make the runs that defaults are chosen from", epilog=EXAMPLE)
+    sweep.add_argument("--data", type=Path, required=True, help="folder of data sets and models")
+    sweep.add_argument("--sets", default=",".join(SETS), help="which of them")
+    sweep.add_argument("--seconds", type=float, help="begin no run after that many")
+    defaults = commands.add_parser("defaults", help="write the page of defaults from those runs", epilog=EXAMPLE)
+    defaults.add_argument("--page", type=Path, default=Path("docs/defaults.md"), help="the page to write")
+    for command in (run, report, sweep, defaults):
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of the raw rows and comments")
     given = parser.parse_args(arguments)
     console = Console(stderr=True)
     if given.command == "report":
         write_report([study_named(name) for name in STUDIES], given.results, given.page)
+        console.print(f"wrote {given.page}")
+        return
+    if given.command == "sweep":
+        cells = grid(given.sets.split(","))
+        run_sweep(cells, given.data, given.results / DEFAULTS, seconds=given.seconds, console=console)
+        return
+    if given.command == "defaults":
+        write_page(read_rows(given.results / DEFAULTS), given.page)
         console.print(f"wrote {given.page}")
         return
     study = study_named(given.study, given.data)

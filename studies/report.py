@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from benchmarks.tables import span
+from randbasis.train.default_choices import SCHEDULE
 from studies.plots import plot_study
 from studies.pool import read_records
 from studies.study import Record, Setting, Study, usable
@@ -77,7 +78,7 @@ def _about(study: Study, setting: Setting) -> str:
         f"{base.data.shots} images a class, {setting.sample_sets} draws"
         if base.data.shots
         else f"at most {base.data.limit:,} training rows",
-        f"{loop.max_steps} steps of {loop.batch_size}, {loop.schedule} schedule",
+        f"{loop.max_steps} steps of {loop.batch_size}, {loop.schedule or SCHEDULE} schedule",
         f"{base.image_size} px" if base.image_size else f"at most {base.max_length} tokens",
         _sweep_words(study, setting),
         f"tested on {base.data.eval_limit or 'all'} {_unit(setting)}",

@@ -238,7 +238,9 @@ def test_a_quantized_base_is_trained_on_and_read_again(
     import bitsandbytes
 
     run = wide_run
-    outcome = train(with_loop(run, **{f"load_in_{bits}bit": True}, max_steps=20, eval_every=10))
+    loop = {f"load_in_{bits}bit": True, "head_learning_rate": 1e-2}
+    run = replace(run, adapter=replace(run.adapter, alpha=8.0))
+    outcome = train(with_loop(run, **loop, max_steps=20, eval_every=10))
     kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
     kinds = {name: type(module) for name, module in outcome.model.named_modules()}
     assert any(one is kind for one in kinds.values())

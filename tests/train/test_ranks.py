@@ -20,7 +20,17 @@ from randbasis.train.run import train
 from randbasis.train.settings import settings_from_words
 from randbasis.train.trainer import EpochOrder, RankOrder
 
-COMMON = {"method": "nola", "rank": 2, "basis": 8, "epochs": 2, "eval_every": 3, "threads": 1, "device": "cpu"}
+COMMON = {
+    "method": "nola",
+    "rank": 2,
+    "basis": 8,
+    "epochs": 2,
+    "eval_every": 3,
+    "threads": 1,
+    "device": "cpu",
+    "learning_rate": 1e-2,
+    "head_learning_rate": 1e-2,
+}
 #: What stands in one batch of one process stands in two of half its size.
 TASKS: dict[str, dict[str, Any]] = {
     "classes": {"task": "sequence-classification", "text_column": "sentence", "label_column": "label"},

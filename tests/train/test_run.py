@@ -378,8 +378,8 @@ def test_a_regression(sentences_run: TrainSettings, tmp_path: Path):
     path = tmp_path / "scores.tsv"
     path.write_text("".join(f"x\t{score}\t{text}\n" for text, score in rows))
     data = DataSettings(path, eval=path, text_column="2", label_column="1")
-    loop = replace(SHORT, max_steps=60, eval_every=10, head_learning_rate=3e-2)
-    outcome = train(replace(sentences_run, data=data, adapter=NOLA, loop=loop))
+    loop = replace(SHORT, max_steps=60, eval_every=10, head_learning_rate=1e-1, keep="last")
+    outcome = train(replace(sentences_run, data=data, adapter=replace(NOLA, alpha=8.0), loop=loop))
     assert outcome.summary["metric"] == "pearson"
     assert outcome.summary["after"]["pearson"] > 0.9
     answers = predict(UseSettings(adapter=outcome.output, data=path))

@@ -11,6 +11,7 @@ from typer import Option
 from typer.core import TyperCommand
 
 from randbasis.cli.console import reported
+from randbasis.cli.parameters import AUTO
 from randbasis.errors import SettingError, near
 
 JOINED = ("targets",)
@@ -83,6 +84,8 @@ def _checked(name: str, value: Any, hint: Any, path: Path) -> Any:
 
 
 def _one(name: str, value: Any, kinds: set[Any], path: Path) -> Any:
+    if value == AUTO and float in kinds:
+        return value
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if bool in kinds:
         wanted, right = "true or false", isinstance(value, bool)

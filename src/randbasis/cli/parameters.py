@@ -3,9 +3,21 @@
 from functools import partial
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
 from randbasis.train.settings import AdapterSettings
+
+AUTO = "auto"
+"""Of a number that is chosen where none is given."""
+
+
+def number_or_auto(word: str | float) -> float | None:
+    """A number of the command line, ``None`` for ``auto``."""
+    try:
+        return None if word == AUTO else float(word)
+    except ValueError:
+        raise BadParameter(f"{word!r} must be a number, or {AUTO}") from None
+
 
 of_data = partial(Option, rich_help_panel="Data")
 of_adapter = partial(Option, rich_help_panel="Adapter")

@@ -30,6 +30,7 @@ from randbasis.cli.parameters import (
     TextColumn,
     Threads,
     UniqueBasis,
+    number_or_auto,
     of_adapter,
     of_data,
     of_loop,
@@ -97,12 +98,13 @@ def train(
     eval_batch_size: Annotated[int | None, of_loop(help="Rows at a time when evaluating.")] = None,
     epochs: Annotated[float, of_loop(help="Passes over the rows.")] = LoopSettings.epochs,
     max_steps: Annotated[int | None, of_loop(help="Steps, instead of epochs.")] = None,
-    learning_rate: Annotated[float, of_loop(help="Of the adapter.")] = LoopSettings.learning_rate,
-    head_learning_rate: Annotated[float | None, of_loop(help="Of the head; by default as the adapter.")] = None,
-    warmup: Annotated[
-        float, of_loop(help="Share of the steps in which the learning rate rises.")
-    ] = LoopSettings.warmup,
-    schedule: Annotated[str, of_loop(help="linear, cosine, constant, ...: how it falls.")] = LoopSettings.schedule,
+    learning_rate: Annotated[
+        float | None,
+        of_loop(parser=number_or_auto, help="Of the adapter; auto: by method, task and width."),
+    ] = None,
+    head_learning_rate: Annotated[float | None, of_loop(parser=number_or_auto, help="Of the head; or auto.")] = None,
+    warmup: Annotated[float | None, of_loop(help="Share of the steps in which the learning rate rises.")] = None,
+    schedule: Annotated[str | None, of_loop(help="linear, cosine, constant, ...: how it falls.")] = None,
     weight_decay: Annotated[float, of_loop(help="Of the adapter and the head's matrices.")] = LoopSettings.weight_decay,
     max_grad_norm: Annotated[float, of_loop(help="Gradients are clipped to this norm.")] = LoopSettings.max_grad_norm,
     accumulate: Annotated[int, of_loop(help="Batches a step.")] = LoopSettings.accumulate,

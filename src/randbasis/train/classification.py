@@ -59,6 +59,7 @@ class TextClassification(Task):
         self.pooling = pooling
         self.auto_class = "AutoModelForSequenceClassification" if pooling == "model" else None
         self.drawn: list[str] = []
+        self.mean: float | None = None
         self.metric_names = class_metrics(len(labels)) if labels else NUMBER_METRICS
         self.choose_metric(None)
 
@@ -87,6 +88,9 @@ class TextClassification(Task):
         longest = min(allowed_length(tokenizer, config), settings.max_length or DEFAULT_MAX_LENGTH)
         pooling = settings.pooling if settings.pooling != "auto" else _own_pooling(config)
         task = cls(tokenizer, labels, columns, longest, pooling)
+        if labels is None:
+            numbers = [as_number(value, table.source) for value in table.column(data.label_column)]
+            task.mean = sum(numbers) / len(numbers)
         task.choose_metric(settings.loop.metric)
         return task
 
@@ -127,6 +131,8 @@ class TextClassification(Task):
                 model.config.problem_type = "single_label_classification" if self.labels else "regression"
                 if model.config.pad_token_id is None:
                     model.config.pad_token_id = pad_id(self.tokenizer)
+        if self.mean is not None:
+            start_at(model, self.head_modules(model), self.mean)
         if self.labels:
             model.config.id2label = dict(enumerate(self.labels))
             model.config.label2id = {label: i for i, label in enumerate(self.labels)}
@@ -319,6 +325,14 @@ def class_answers(logits: Tensor, labels: Sequence[str], *, every: bool = False)
     for answer, row in zip(answers, chances if every else [], strict=every):
         answer["probabilities"] = {label: float(p) for label, p in zip(labels, row, strict=True)}
     return answers
+
+
+def start_at(model: nn.Module, heads: Sequence[str], mean: float) -> None:
+    """Let a head of one number predict the mean of the labels, or most of its training goes into finding that."""
+    layers = [layer for name in heads for layer in model.get_submodule(name).modules()]
+    for layer in layers:
+        if isinstance(layer, nn.Linear) and layer.out_features == 1 and "bias" in dict(layer.named_parameters()):
+            nn.init.constant_(layer.bias, mean)
 
 
 def pad_batch(examples: Sequence[Example], keys: Sequence[str], padding: int, *, left: bool = False) -> Batch:

@@ -23,9 +23,11 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils import logging
 
 from randbasis.errors import EmptyDataError, RandbasisError, SettingError, TargetError
+from randbasis.train.default_choices import choose, filled_loop
 from randbasis.train.loop_settings import LoopSettings
 from randbasis.train.machine import OneDevice, check_machine, runs_on_cpu, torch_device
-from randbasis.train.method_table import is_of_targets
+from randbasis.train.method_table import METHOD_NAMES, is_of_targets, method_of
+from randbasis.train.model_reading import width_of
 from randbasis.train.progress import ProgressReport
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.ranks import Ranks
@@ -86,7 +88,7 @@ def fit(
         task: makes batches and scores.
         train: examples to learn from.
         eval: examples to choose the best checkpoint by; without any, the last parameters are kept.
-        loop: how to optimise.
+        loop: how to optimise; what it leaves open is chosen, as ``train`` does.
         checkpoints: folder for the checkpoints (adapter, head and optimiser only).
         resume: go on from the last checkpoint there; the run ends as it would have without the interruption.
         console: where to show progress, ``None`` for nowhere.
@@ -112,6 +114,7 @@ def fit(
     folder = Path(checkpoints)
     ranks = ranks or Ranks()
     check_machine(loop, processes=ranks.count)
+    loop = _filled(loop, method_of(config), task.name, model)
     start = ranks.agreed(lambda: checkpoint_to_resume(folder)) if resume else None
     with torch_threads(loop.threads), _quiet_logging(), confined_randomness(loop.train_seed):
         adapted = ranks.agreed(lambda: adapt(model, config, task.head_modules(model)))
@@ -126,7 +129,9 @@ def fit(
             train=train,
             eval=eval,
             lengths=task.lengths(train) if loop.group_by_length else None,
-            head_learning_rate=loop.learning_rate if loop.head_learning_rate is None else loop.head_learning_rate,
+            head_learning_rate=cast(
+                float, loop.learning_rate if loop.head_learning_rate is None else loop.head_learning_rate
+            ),
             ranks=ranks,
             callbacks=_callbacks(loop, report, evaluated=len(eval) > 0),
         )
@@ -142,6 +147,13 @@ def fit(
             if report:
                 report.stop()
         return _result(trainer, task, before, time.perf_counter() - began)
+
+
+def _filled(loop: LoopSettings, method: str, task: str, model: nn.Module) -> LoopSettings:
+    """The settings with what they leave open; of a method of PEFT's that was not swept the rate must be given."""
+    if method not in METHOD_NAMES and loop.learning_rate is not None:
+        method = "none"
+    return filled_loop(loop, choose(method, task, width_of(getattr(model, "config", None))))[0]
 
 
 def adapt(model: nn.Module, config: PeftConfig | None, head: Sequence[str]) -> nn.Module:
@@ -180,8 +192,8 @@ def count_trained(model: nn.Module) -> tuple[int, int]:
 def training_arguments(
     loop: LoopSettings, rows: int, folder: Path, task: Task, *, processes: int = 1, evaluated: bool = True
 ) -> TrainingArguments:
-    """The arguments of transformers' Trainer; ``batch_size`` is that of one process, ``evaluated`` whether there are
-    rows to evaluate on.
+    """The arguments of transformers' Trainer, of settings with every value; ``batch_size`` is that of one process,
+    ``evaluated`` whether there are rows to evaluate on.
     """
     steps_an_epoch = math.ceil(math.ceil(rows / (loop.batch_size * processes)) / loop.accumulate)
     every = loop.eval_every or (math.ceil(loop.max_steps / 5) if loop.max_steps else steps_an_epoch)
@@ -195,9 +207,9 @@ def training_arguments(
         per_device_train_batch_size=loop.batch_size,
         per_device_eval_batch_size=loop.eval_batch_size or 4 * loop.batch_size,
         max_steps=total,
-        learning_rate=loop.learning_rate,
-        lr_scheduler_type=loop.schedule,
-        warmup_steps=loop.warmup,
+        learning_rate=cast(float, loop.head_learning_rate if loop.learning_rate is None else loop.learning_rate),
+        lr_scheduler_type=cast(str, loop.schedule),
+        warmup_steps=loop.warmup or 0.0,
         weight_decay=loop.weight_decay,
         max_grad_norm=loop.max_grad_norm,
         gradient_accumulation_steps=loop.accumulate,

@@ -26,8 +26,9 @@ class LoopSettings:
         eval_batch_size: rows a batch of evaluation; ``None``: four times ``batch_size``.
         epochs: passes over the rows, when ``max_steps`` is not given.
         max_steps: steps.
-        learning_rate: of the adapter.
-        head_learning_rate: of the head; ``None``: as the adapter.
+        learning_rate: of the adapter; ``None``, here and below: by method, task and width of the base, see
+            :mod:`randbasis.train.default_choices`.
+        head_learning_rate: of the head.
         warmup: share of the steps in which the learning rate rises.
         schedule: how it falls, a name of transformers.
         weight_decay: of the adapter and of the head's matrices.
@@ -58,10 +59,10 @@ class LoopSettings:
     eval_batch_size: int | None = None
     epochs: float = 3.0
     max_steps: int | None = None
-    learning_rate: float = 1e-2
+    learning_rate: float | None = None
     head_learning_rate: float | None = None
-    warmup: float = 0.06
-    schedule: str = "linear"
+    warmup: float | None = None
+    schedule: str | None = None
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     accumulate: int = 1
@@ -127,7 +128,7 @@ class LoopSettings:
             raise SettingError(f"epochs must be a finite number above 0, got {self.epochs}")
         if self.train_seed >= 2**32:
             raise SettingError(f"train_seed must be below 2**32 (numpy's limit), got {self.train_seed}")
-        if not 0.0 <= self.warmup < 1.0:
+        if self.warmup is not None and not 0.0 <= self.warmup < 1.0:
             raise SettingError(f"warmup is a share of the steps in [0, 1), got {self.warmup}")
         if not 0.0 <= self.label_smoothing < 1.0:
             raise SettingError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
@@ -138,7 +139,7 @@ class LoopSettings:
             "keep": (self.keep, ("best", "last")),
         }
         for name, (value, known) in choices.items():
-            if value not in known:
+            if value is not None and value not in known:
                 raise SettingError(f"{name} {value!r} is unknown; {near(value, known)}")
         if self.load_in_4bit and self.load_in_8bit:
             raise SettingError("load_in_4bit and load_in_8bit exclude each other; give one")

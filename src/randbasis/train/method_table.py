@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftConfig
 from randbasis.errors import HyperparameterError, UnknownMethodError, near
 from randbasis.train.settings import AdapterSettings
 from randbasis.tuner import config_class
+from randbasis.tuner.config import RandbasisConfig
 
 _COMMON = {word: word for word in ("dropout", "quantize_coefficients")}
 _OF_A_SEED = {"seed": "seed", "law": "law", **_COMMON}
@@ -35,6 +36,15 @@ METHOD_NAMES = (*_METHODS, "none")
 def method_words() -> dict[str, set[str]]:
     """Method → the words of the command that mean something to it."""
     return {name: {*names, "targets"} for name, names in _METHODS.items()} | {"none": set()}
+
+
+def method_of(config: PeftConfig | None) -> str:
+    """The method of a configuration, of ours or PEFT's LoRA; ``none`` for a head alone, else PEFT's name of it."""
+    if config is None:
+        return "none"
+    if isinstance(config, RandbasisConfig):
+        return config.method
+    return "lora" if isinstance(config, LoraConfig) else str(config.peft_type)
 
 
 def is_of_targets(error: ValueError) -> bool:

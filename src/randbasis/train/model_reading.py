@@ -77,6 +77,13 @@ def read_model(
     return model, sorted({key.rpartition(".")[0] for key in drawn})
 
 
+def width_of(config: object) -> int | None:
+    """The width of the hidden states, as a configuration of transformers tells it; of text, where there are several."""
+    text = getattr(config, "get_text_config", lambda: config)()
+    width = getattr(text, "hidden_size", None)
+    return width if isinstance(width, int) else None
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """``"float32" | "bfloat16" | "float16"`` as torch's."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

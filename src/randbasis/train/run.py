@@ -4,12 +4,14 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
 from torch import nn
 
+from randbasis.adapters.base_model import read_config
 from randbasis.adapters.saved import open_folder
 from randbasis.errors import EmptyDataError, SettingError
 from randbasis.files.locations import local_output
@@ -18,12 +20,14 @@ from randbasis.files.output_set import put_back, replaced_set, set_aside
 from randbasis.files.whole_file import write
 from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.class_weights import class_weights
+from randbasis.train.default_choices import filled
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
 from randbasis.train.judgement import compared_size, doubts
 from randbasis.train.loop import TRACKED, FitResult, fit
 from randbasis.train.loss_plot import plot_losses
 from randbasis.train.machine import Quantized, check_machine, runs_on_cpu
 from randbasis.train.method_table import peft_config
+from randbasis.train.model_reading import width_of
 from randbasis.train.packing import check_kept_apart, pack
 from randbasis.train.ranks import Ranks, joined
 from randbasis.train.resuming import (
@@ -127,6 +131,7 @@ def train(
 
 
 def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> TrainOutcome:
+    settings, chosen = ranks.agreed(partial(_filled, settings))
     output = Path(ranks.by_first(lambda: str(_check_output(settings))))
     checkpoints = output / CHECKPOINTS
     start = Start(**ranks.by_first(lambda: asdict(find_start(settings, ranks.count)))) if settings.resume else None
@@ -165,7 +170,7 @@ def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> Tr
         if ranks.first and last_checkpoint(checkpoints) is None:
             put_back(checkpoints, checkpoints.with_name(EARLIER))
         raise
-    summary = ranks.by_first(lambda: _save(settings, prepared, result, ranks.count))
+    summary = ranks.by_first(lambda: _save(settings, prepared, result, ranks.count, chosen))
     for doubt in summary.get("doubts", ()) if console else ():
         cast(Console, console).print(f"warning: {doubt}", style="yellow", highlight=False)
     if settings.keep_checkpoints:
@@ -173,6 +178,11 @@ def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> Tr
     else:
         ranks.by_first(lambda: shutil.rmtree(checkpoints))
     return TrainOutcome(output, result.model, prepared.task, summary, ranks.first)
+
+
+def _filled(settings: TrainSettings) -> tuple[TrainSettings, dict[str, str]]:
+    """The settings with what was left open chosen for this base, of which the configuration alone is read."""
+    return filled(settings, width_of(read_config(settings.model)))
 
 
 def prepare(settings: TrainSettings) -> Prepared:
@@ -263,11 +273,13 @@ def _finished(settings: TrainSettings, output: Path, summary: dict[str, Any], ra
     return TrainOutcome(output, load_adapter(model, saved), task, summary, ranks.first)
 
 
-def _save(settings: TrainSettings, prepared: Prepared, result: FitResult, processes: int) -> dict[str, Any]:
+def _save(
+    settings: TrainSettings, prepared: Prepared, result: FitResult, processes: int, chosen: dict[str, str]
+) -> dict[str, Any]:
     with replaced_set(local_output(settings.output), kept=(CHECKPOINTS,)) as stage:
         save_parameters(result.model, stage)
         weights = next(stage / name for name in (WEIGHTS_FILE, HEAD_FILE) if (stage / name).exists())
-        summary = _summary(settings, prepared, result) | {"adapter_bytes": weights.stat().st_size}
+        summary = _summary(settings, prepared, result) | {"adapter_bytes": weights.stat().st_size, "chosen": chosen}
         if processes > 1:
             summary["processes"] = processes
         task = prepared.task.description() | ({BASE_BITS: settings.loop.bits} if settings.loop.bits else {})

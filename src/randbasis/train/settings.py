@@ -92,7 +92,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Which adapter, in the words of the command; ``None`` leaves the method's own default.
+    """Which adapter, in the words of the command; of ``None`` a run takes :mod:`randbasis.train.default_choices`.
 
     Args:
         method: nola, vera, randlora, pranc, loraxs; ``lora`` for comparison; ``none`` for a frozen base with a trained
