@@ -59,7 +59,7 @@ def test_a_quantized_folder_knows_its_task(words: list, tmp_path: Path):
     output, held = tmp_path / "run", words[words.index("--eval-data") + 1]
     code, summary = run(*words, "--method", "nola", "--rank", 2, "--basis", 8, "--output", output)
     assert code == 0
-    assert run("quantize", output, tmp_path / "eight", "--bits", 8, "--base-name", "tiny")[0] == 0
+    assert run("quantize", output, tmp_path / "eight", "--bits", 8)[0] == 0
     metrics = run("evaluate", "--adapter", tmp_path / "eight", "--data", held)[1]["metrics"]
     assert metrics["loss"] == pytest.approx(summary["after"]["loss"], rel=1e-2)
     assert metrics["loss"] != summary["after"]["loss"]

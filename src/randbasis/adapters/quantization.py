@@ -115,22 +115,24 @@ def quantize_adapter(
     """
     if bits not in PRECISIONS:
         raise PrecisionError(f"bits must be one of {list(PRECISIONS)}, got {bits!r}; 4 is the usual choice")
-    if output is not None and str(output).endswith(PACKED_SUFFIX):
+    to_file = str(output).endswith(PACKED_SUFFIX)
+    if output is not None and to_file:
         check_output_file(output, paths_of(source), overwrite=overwrite)
     elif output is not None:
         check_output_folder(output, paths_of(source), overwrite=overwrite)
     found = open_adapter(source).ours()
-    stored = exact(found, model=model, base_name=base_name)
+    whole_name = base_name or found.base_model or None  # with the folders above it, which a packed file does not name
+    name = base_name if to_file or not whole_name else Path(whole_name).name
+    stored = exact(found, model=model, base_name=name)
     chosen = stored.at(bits, group)
     at_each = [chosen if one == bits else stored.at(one, group if one in CODED else 0) for one in PRECISIONS]
     needs_base = stored.spec.method.needs_base
     deltas = [None] * len(at_each) if needs_base else delta_errors(stored, at_each, track=track)
     precisions = [_precision(stored, one, error) for one, error in zip(at_each, deltas, strict=True)]
-    if output is not None and str(output).endswith(PACKED_SUFFIX):
+    if output is not None and to_file:
         chosen.write(output, overwrite=overwrite)
     elif output is not None:
-        name = base_name or found.base_model or None  # with the folders above it, which a packed file does not name
-        write_adapter_dir(chosen, output, where=found.where, base_name=name, overwrite=overwrite)
+        write_adapter_dir(chosen, output, where=found.where, base_name=whole_name, overwrite=overwrite)
     return Quantization(
         found.where,
         None if output is None else str(output),
