@@ -46,6 +46,11 @@ def given_options(context: typer.Context) -> dict[str, Any]:
     }
 
 
+def spelled_options(context: typer.Context) -> dict[str, str]:
+    """Parameter name → how its option is written."""
+    return {str(parameter.name): parameter.opts[0] for parameter in context.command.params}
+
+
 def check_options(context: typer.Context, needs: Sequence[Needs], **facts: Any) -> None:
     """Refuse options that were given and would be ignored.
 
@@ -58,7 +63,7 @@ def check_options(context: typer.Context, needs: Sequence[Needs], **facts: Any) 
         OptionError: an option has no meaning beside the others.
     """
     given, words = given_options(context), {**context.params, **facts}
-    spelled = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    spelled = spelled_options(context)
     for need in needs:
         for name in need.options.split():
             if name in given and not need.condition(words):

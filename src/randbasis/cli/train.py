@@ -10,7 +10,7 @@ from typer import Option
 from randbasis.cli.config import CommandWithConfig, Config
 from randbasis.cli.console import answer, reported
 from randbasis.cli.interruption import interruptible
-from randbasis.cli.options import TRAIN, check_options
+from randbasis.cli.options import TRAIN, check_options, given_options, spelled_options
 from randbasis.cli.parameters import (
     TARGETS,
     AsJson,
@@ -60,6 +60,13 @@ def train(
     ],
     output: Annotated[Path, Option(help="Folder for adapter, task, summary and plot.")],
     config: Config = None,
+    from_adapter: Annotated[
+        str | None,
+        Option(
+            "--from",
+            help="Adapter to start from: folder, packed file, URL, store:NAME@VERSION; method and options are its own.",
+        ),
+    ] = None,
     eval_data: Annotated[
         list[str] | None, of_data(help="Held-out rows, likewise; by default a share of the data.")
     ] = None,
@@ -164,13 +171,16 @@ def train(
     given = dict(locals())
     with reported(as_json), interruptible(output, as_json):
         from randbasis.train.method_table import method_words
+        from randbasis.train.origin import check_given
         from randbasis.train.run import train as run
         from randbasis.train.settings import settings_from_words
 
-        outcome = run(
-            settings_from_words(given),
-            console=None if quiet else Console(stderr=True),
-            check=lambda: check_options(context, TRAIN, methods=method_words()),
-        )
+        settings = settings_from_words(given)
+
+        def check() -> None:
+            check_options(context, TRAIN, methods=method_words())
+            check_given(settings, given_options(context), spelled_options(context))
+
+        outcome = run(settings, console=None if quiet else Console(stderr=True), check=check)
         if outcome.first:
             answer({"output": str(output), **outcome.summary}, as_json)

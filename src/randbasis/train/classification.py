@@ -78,11 +78,7 @@ class TextClassification(Task):
             )
         columns = {"text": data.text_column, "text_pair": data.text_pair_column, "label": data.label_column}
         labels = classes_of(table.column(data.label_column), data, table.source, settings.loop.metric)
-        if labels is None and settings.loop.label_smoothing:
-            raise SettingError(
-                f"label_smoothing {settings.loop.label_smoothing} has no meaning here: the labels of {table.source} "
-                "are numbers to be predicted, and it needs classes; leave it out, or say label_kind class"
-            )
+        check_smoothing(labels, settings.loop.label_smoothing, table.source)
         config = read_config(settings.model)
         tokenizer = read_tokenizer(settings.model)
         longest = min(allowed_length(tokenizer, config), settings.max_length or DEFAULT_MAX_LENGTH)
@@ -235,6 +231,15 @@ def classes_of(
     if all(name.isdecimal() for name in names):
         names.sort(key=int)
     return tuple(names)
+
+
+def check_smoothing(labels: tuple[str, ...] | None, smoothing: float, source: str) -> None:
+    """Raises SettingError where numbers were to be smoothed."""
+    if labels is None and smoothing:
+        raise SettingError(
+            f"label_smoothing {smoothing} has no meaning here: the labels of {source} are numbers to be predicted, and "
+            "it needs classes; leave it out, or say label_kind class"
+        )
 
 
 def check_label_names(names: Sequence[str], source: str, *, said: bool) -> None:

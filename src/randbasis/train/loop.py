@@ -22,12 +22,14 @@ from transformers import (
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils import logging
 
+from randbasis.adapters.saved import SavedAdapter
 from randbasis.errors import EmptyDataError, RandbasisError, SettingError, TargetError
 from randbasis.train.default_choices import choose, filled_loop
 from randbasis.train.loop_settings import LoopSettings
 from randbasis.train.machine import OneDevice, check_machine, runs_on_cpu, torch_device
 from randbasis.train.method_table import METHOD_NAMES, is_of_targets, method_of
 from randbasis.train.model_reading import width_of
+from randbasis.train.origin import put_on
 from randbasis.train.progress import ProgressReport
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.ranks import Ranks
@@ -79,6 +81,7 @@ def fit(
     console: Console | None = None,
     prepare: Callable[[nn.Module], object] | None = None,
     ranks: Ranks | None = None,
+    origin: SavedAdapter | None = None,
 ) -> FitResult:
     """Train an adapter and a head.
 
@@ -94,6 +97,7 @@ def fit(
         console: where to show progress, ``None`` for nowhere.
         prepare: called with the adapted model before an optimizer is made for it.
         ranks: the processes of the run; ``None`` for this one alone.
+        origin: an adapter to start from, which takes the place of ``config``.
 
     Returns:
         The trained model and its metrics before and after.
@@ -114,10 +118,10 @@ def fit(
     folder = Path(checkpoints)
     ranks = ranks or Ranks()
     check_machine(loop, processes=ranks.count)
-    loop = _filled(loop, method_of(config), task.name, model)
+    loop = _filled(loop, origin.method if origin else method_of(config), task.name, model)
     start = ranks.agreed(lambda: checkpoint_to_resume(folder)) if resume else None
     with torch_threads(loop.threads), _quiet_logging(), confined_randomness(loop.train_seed):
-        adapted = ranks.agreed(lambda: adapt(model, config, task.head_modules(model)))
+        adapted = ranks.agreed(lambda: adapt(model, config, task.head_modules(model), origin))
         if prepare is not None:
             prepare(adapted)
         arguments = training_arguments(loop, len(train), folder, task, processes=ranks.count, evaluated=len(eval) > 0)
@@ -156,8 +160,10 @@ def _filled(loop: LoopSettings, method: str, task: str, model: nn.Module) -> Loo
     return filled_loop(loop, choose(method, task, width_of(getattr(model, "config", None))))[0]
 
 
-def adapt(model: nn.Module, config: PeftConfig | None, head: Sequence[str]) -> nn.Module:
-    """Put the adapter in; without one, freeze all but the head.
+def adapt(
+    model: nn.Module, config: PeftConfig | None, head: Sequence[str], origin: SavedAdapter | None = None
+) -> nn.Module:
+    """Put the adapter in, a new one or that of ``origin``; without one, freeze all but the head.
 
     Raises:
         SettingError: no adapter and no head, so nothing to train.
@@ -165,13 +171,15 @@ def adapt(model: nn.Module, config: PeftConfig | None, head: Sequence[str]) -> n
     """
     for name in head:
         model.get_submodule(name).float()
+    if origin is not None and not origin.is_head:
+        return put_on(model, origin, head)
     if config is None:
         if not head:
             raise SettingError("method 'none' trains only a head, and this task has none; choose an adapter")
         model.requires_grad_(False)
         for name in head:
             model.get_submodule(name).requires_grad_(True)
-        return model
+        return model if origin is None else put_on(model, origin, head)
     try:
         return cast(nn.Module, get_peft_model(cast(Any, model), config))
     except RandbasisError:

@@ -5,6 +5,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
+from randbasis.adapters.saved import SavedAdapter
 from randbasis.errors import HyperparameterError, UnknownMethodError, near
 from randbasis.train.settings import AdapterSettings
 from randbasis.tuner import config_class
@@ -81,6 +82,34 @@ def peft_config(settings: AdapterSettings, *, task_type: str | None, head: list[
         arguments["target_modules"] = _targets(settings.targets)
     arguments |= {"modules_to_save": head or None, "exclude_modules": head or None, "task_type": task_type}
     return LoraConfig(**arguments) if settings.method == "lora" else config_class(settings.method)(**arguments)
+
+
+def words_of(adapter: SavedAdapter) -> AdapterSettings:
+    """The words that an adapter was made by: :func:`peft_config` backwards.
+
+    Raises:
+        UnknownMethodError: its method is one of PEFT's that the command has no word for.
+        RandbasisError: its configuration is not what it has to be.
+    """
+    method = adapter.method.lower()
+    if method not in METHOD_NAMES:
+        raise UnknownMethodError(
+            f"{adapter.where} has the method {method!r}, which cannot be trained here; there are: "
+            f"{', '.join(METHOD_NAMES)}"
+        )
+    if adapter.is_head:
+        return AdapterSettings(method="none")
+    options = adapter.options if method == "lora" else vars(adapter.ours().config)
+    words = {word: options[name] for word, name in _METHODS[method].items()}
+    if "unique_basis" in words:
+        words["unique_basis"] = not words["unique_basis"]
+    names: str | list[str] | None = options["target_modules"]
+    if isinstance(names, str):
+        targets = (names if names == "all-linear" else f"re:{names}",)
+    else:
+        slices: dict[str, list[str]] = options.get("target_slices") or {}
+        targets = tuple(f"{one}[{','.join(slices[one])}]" if one in slices else one for one in sorted(names or ()))
+    return AdapterSettings(method=method, targets=targets, **words)
 
 
 def _given(settings: AdapterSettings, names: dict[str, str]) -> dict[str, Any]:

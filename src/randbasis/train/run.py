@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from peft import PeftConfig
 from rich.console import Console
 from torch import nn
 
 from randbasis.adapters.base_model import read_config
-from randbasis.adapters.saved import open_folder
+from randbasis.adapters.saved import SavedAdapter, open_folder, paths_of
 from randbasis.errors import EmptyDataError, SettingError
 from randbasis.files.locations import local_output
 from randbasis.files.output_checks import check_output_folder
@@ -28,6 +29,7 @@ from randbasis.train.loss_plot import plot_losses
 from randbasis.train.machine import Quantized, check_machine, runs_on_cpu
 from randbasis.train.method_table import peft_config
 from randbasis.train.model_reading import width_of
+from randbasis.train.origin import decided, open_origin, task_of
 from randbasis.train.packing import check_kept_apart, pack
 from randbasis.train.ranks import Ranks, joined
 from randbasis.train.resuming import (
@@ -127,10 +129,13 @@ def train(
         ranks.agreed(lambda: check_machine(settings.loop, processes=ranks.count))
         if check is not None:
             ranks.agreed(check)
-        return _train(settings, ranks, console if ranks.first else None)
+        origin = ranks.agreed(lambda: open_origin(settings))
+        if origin is not None:
+            settings = ranks.agreed(lambda: decided(settings, origin))
+        return _train(settings, origin, ranks, console if ranks.first else None)
 
 
-def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> TrainOutcome:
+def _train(settings: TrainSettings, origin: SavedAdapter | None, ranks: Ranks, console: Console | None) -> TrainOutcome:
     settings, chosen = ranks.agreed(partial(_filled, settings))
     output = Path(ranks.by_first(lambda: str(_check_output(settings))))
     checkpoints = output / CHECKPOINTS
@@ -140,13 +145,9 @@ def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> Tr
     if start is not None and start.complete is not None:
         return ranks.agreed(lambda: _finished(settings, output, start.complete or {}, ranks))
     resumed = start is not None and start.resumed
-    prepared = ranks.agreed(lambda: prepare(settings))
+    prepared = ranks.agreed(lambda: prepare(settings, origin))
     model = ranks.agreed(lambda: prepared.load_model(settings))
-    config = ranks.agreed(
-        lambda: peft_config(
-            settings.adapter, task_type=prepared.task.peft_task_type, head=prepared.task.head_modules(model)
-        )
-    )
+    config = ranks.agreed(lambda: None if origin is not None else _config(settings, prepared.task, model))
     if prepared.packs is not None:
         ranks.agreed(lambda: check_kept_apart(model, prepared.train))
     if resumed:
@@ -165,12 +166,14 @@ def _train(settings: TrainSettings, ranks: Ranks, console: Console | None) -> Tr
             resume=resumed,
             console=console,
             ranks=ranks,
+            origin=origin,
         )
     except BaseException:
         if ranks.first and last_checkpoint(checkpoints) is None:
             put_back(checkpoints, checkpoints.with_name(EARLIER))
         raise
-    summary = ranks.by_first(lambda: _save(settings, prepared, result, ranks.count, chosen))
+    told: dict[str, Any] = {"chosen": chosen} | ({} if origin is None else {"from": origin.where})
+    summary = ranks.by_first(lambda: _save(settings, prepared, result, ranks.count, told))
     for doubt in summary.get("doubts", ()) if console else ():
         cast(Console, console).print(f"warning: {doubt}", style="yellow", highlight=False)
     if settings.keep_checkpoints:
@@ -185,12 +188,24 @@ def _filled(settings: TrainSettings) -> tuple[TrainSettings, dict[str, str]]:
     return filled(settings, width_of(read_config(settings.model)))
 
 
-def prepare(settings: TrainSettings) -> Prepared:
-    """Read the rows, split them and make examples of them; the model's weights are not read."""
+def _config(settings: TrainSettings, task: Task, model: nn.Module) -> PeftConfig | None:
+    return peft_config(settings.adapter, task_type=task.peft_task_type, head=task.head_modules(model))
+
+
+def prepare(settings: TrainSettings, origin: SavedAdapter | None = None) -> Prepared:
+    """Read the rows, split them and make examples of them; the model's weights are not read.
+
+    Args:
+        settings: the run; where it starts from an adapter, as :func:`randbasis.train.origin.decided` gives them.
+        origin: that adapter.
+    """
     if settings.packing and settings.task != CausalLanguage.name:
         raise SettingError(f"packing is for {CausalLanguage.name}, got task {settings.task!r}; leave it out")
     train_table, eval_table = _tables(settings)
-    task = TASK_CLASSES[settings.task].prepare(settings, train_table)
+    if origin is not None and origin.task:
+        task = task_of(origin, settings)
+    else:
+        task = TASK_CLASSES[settings.task].prepare(settings, train_table)
     learned, judged = choose_rows(settings, task, train_table, eval_table)
     prepared = Prepared(
         task,
@@ -239,6 +254,8 @@ def _check_output(settings: TrainSettings) -> Path:
     """The folder to write; raises before anything is read what of it can be refused."""
     rows = [one for one in (*settings.data.train_sources, *settings.data.eval_sources) if not is_on_hub(one)]
     sources = (settings.model, *(file for one in rows for file in files_of(one)))
+    if settings.from_adapter is not None:
+        sources += (*paths_of(settings.from_adapter),)
     output = local_output(settings.output)
     begun = settings.resume and output.is_dir() and _is_of_a_run(output)
     return check_output_folder(output, sources, overwrite=settings.overwrite or begun)
@@ -274,12 +291,12 @@ def _finished(settings: TrainSettings, output: Path, summary: dict[str, Any], ra
 
 
 def _save(
-    settings: TrainSettings, prepared: Prepared, result: FitResult, processes: int, chosen: dict[str, str]
+    settings: TrainSettings, prepared: Prepared, result: FitResult, processes: int, told: dict[str, Any]
 ) -> dict[str, Any]:
     with replaced_set(local_output(settings.output), kept=(CHECKPOINTS,)) as stage:
         save_parameters(result.model, stage)
         weights = next(stage / name for name in (WEIGHTS_FILE, HEAD_FILE) if (stage / name).exists())
-        summary = _summary(settings, prepared, result) | {"adapter_bytes": weights.stat().st_size, "chosen": chosen}
+        summary = _summary(settings, prepared, result) | {"adapter_bytes": weights.stat().st_size, **told}
         if processes > 1:
             summary["processes"] = processes
         task = prepared.task.description() | ({BASE_BITS: settings.loop.bits} if settings.loop.bits else {})

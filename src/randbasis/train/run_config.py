@@ -16,7 +16,7 @@ CONFIG_FILE = "run.yaml"
 """Written beside an adapter; :data:`randbasis.files.our_files.ADAPTER_SET` has it."""
 OF_THIS_CALL = ("output", "overwrite", "resume")
 """What says where and how a run is started, and not which it is."""
-OPTION_NAMES = {"train": "data", "eval": "eval_data", "kind": "format"}
+OPTION_NAMES = {"train": "data", "eval": "eval_data", "kind": "format", "from_adapter": "from"}
 """What the command calls a setting otherwise."""
 FOR_PYTHON = ("group_by_length",)
 """What the command has no option for; written where it is not the default, so that the command says what it lacks."""

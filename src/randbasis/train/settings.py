@@ -151,6 +151,8 @@ class TrainSettings:
         adapter: the adapter.
         loop: the optimisation.
         output: folder for the adapter, its head, the summary and the plot.
+        from_adapter: an adapter to start from: a folder, a packed file, its URL, ``store:NAME@VERSION``. Method,
+            options and the meaning of rows are the adapter's; a setting that says otherwise is refused.
         overwrite: replace an adapter that is already in ``output``.
         resume: go on from the last checkpoint in ``output``.
         keep_checkpoints: leave the checkpoints in ``output`` after the run.
@@ -175,6 +177,7 @@ class TrainSettings:
     output: str | Path
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     loop: LoopSettings = field(default_factory=LoopSettings)
+    from_adapter: str | Path | None = None
     overwrite: bool = False
     resume: bool = False
     keep_checkpoints: bool = False

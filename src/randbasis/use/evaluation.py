@@ -20,10 +20,9 @@ from randbasis.train.row_format import RowFormat
 from randbasis.train.settings import TrainSettings, check_distinct
 from randbasis.train.tabular import Row, Table
 from randbasis.train.task import Example, warn_of_cut
-from randbasis.train.task_table import TASK_CLASSES, TrainedTask
+from randbasis.train.task_table import TrainedTask, described_task
 from randbasis.train.threads import torch_threads
 from randbasis.train.trained_parameters import load_adapter
-from randbasis.tuner.saved_files import BASE_BITS
 from randbasis.use.rows import read_rows, without_answers
 from randbasis.use.settings import UseSettings
 
@@ -71,7 +70,7 @@ def find(settings: UseSettings) -> Found:
     if not base:
         raise SettingError(f"the adapter {saved.where if saved else None!r} does not name its base; give model")
     try:
-        task = _described(saved, base) if saved and saved.task else _language_task(saved, base, settings)
+        task = described_task(saved, base) if saved and saved.task else _language_task(saved, base, settings)
     except DataMissingError as error:
         if saved is None or settings.model is not None:
             raise
@@ -208,29 +207,6 @@ def to_generate(task: TrainedTask) -> CausalLanguage:
     """
     if not isinstance(task, CausalLanguage):
         raise SettingError(f"the adapter was trained for {task.name}; only causal-lm generates texts, use predict")
-    return task
-
-
-def _described(saved: SavedAdapter, name: str) -> TrainedTask:
-    description = saved.task
-    kind = TASK_CLASSES.get(description.get("task", ""))
-    if kind is None:
-        raise AdapterFilesError(
-            f"{saved.where} was trained for the task {description.get('task')!r}, which is unknown here; "
-            f"{near('', TASK_CLASSES)}"
-        )
-    try:
-        task = kind.from_description(description, name)
-    except KeyError as error:
-        if error.args and error.args[0] in description:
-            raise
-        raise AdapterFilesError(f"the task of {saved.where} lacks {error}; was its task.json edited?") from error
-    unknown = sorted(description.keys() - {BASE_BITS, *task.description()})
-    if unknown:
-        raise AdapterFilesError(
-            f"the task of {saved.where} says {unknown[0]!r}, which this version of randbasis does not know, so that "
-            "its answers could be others; upgrade it"
-        )
     return task
 
 
