@@ -11,22 +11,51 @@ method; ``out`` and ``in`` are those of ``ΔW`` in ``h = W0 x + ΔW x``.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from randbasis.basis import Basis, parse_law
 from randbasis.errors import BaseWeightError
-from randbasis.ops import Derived, Slab, Stored, choose_storage, hold
-
-if TYPE_CHECKING:
-    from randbasis.methods.method import Method
+from randbasis.ops import BasisStorage, Derived, Slab, Stored, choose_storage, hold
 
 Coefficients = Mapping[str, Tensor]
 """Coefficient name → tensor, in the method's order."""
 
-M = TypeVar("M", bound="Method")
+
+class Hyperparameters(Protocol):
+    """What is asked here of a :class:`~randbasis.methods.Method`, and means what it does there."""
+
+    name: ClassVar[str]
+    trained_factors: ClassVar[int]
+
+    @property
+    def seed(self) -> int:
+        """Of the frozen matrices."""
+        ...
+
+    @property
+    def law(self) -> str:
+        """Of their entries."""
+        ...
+
+    @property
+    def basis_storage(self) -> BasisStorage:
+        """How they are kept."""
+        ...
+
+    @property
+    def shares_basis(self) -> bool:
+        """Whether all layers have the same."""
+        ...
+
+    def rank(self, out_features: int, in_features: int) -> int:
+        """The inner dimension of the factors."""
+        ...
+
+
+M = TypeVar("M", bound=Hyperparameters)
 
 
 @dataclass(frozen=True, slots=True)
