@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import TrainingArguments
 
 import randbasis
 from randbasis.errors import BaseMismatchError
@@ -59,14 +60,15 @@ def test_another_shape_is_a_wrong_base(method: str, tmp_path: Path):
         trained_parameters.load_adapter(wider, tmp_path)
 
 
-def test_the_biases_of_a_head_do_not_decay():
+def test_the_biases_of_a_head_do_not_decay(tmp_path: Path):
     """What the optimizer is given: decay for adapter and matrices, none for vectors."""
     model = nn.Module()
     model.linear, model.norm = nn.Linear(3, 2), nn.LayerNorm(2)
     trainer: Any = object.__new__(AdapterTrainer)
     trainer.optimizer, trainer.model, trainer.head_learning_rate = None, model, 0.1
-    trainer.args = type("Arguments", (), {"weight_decay": 0.5, "learning_rate": 0.01, "adam_beta1": 0.9,
-                                          "adam_beta2": 0.99, "adam_epsilon": 1e-8})()  # fmt: skip
+    trainer.args = TrainingArguments(
+        output_dir=str(tmp_path), weight_decay=0.5, learning_rate=0.01, use_cpu=True, report_to="none"
+    )
     decay = {
         id(parameter): group["weight_decay"]
         for group in AdapterTrainer.create_optimizer(trainer).param_groups
