@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from randbasis.cli import app
 from randbasis.errors import UnknownMethodError
 from randbasis.train import METHOD_NAMES, AdapterSettings, DataSettings, LoopSettings, TrainSettings, peft_config, train
-from randbasis.train.default_choices import METHODS, SWEPT, choose, filled
+from randbasis.train.default_choices import LIKE, METHODS, SWEPT, choose, filled
 from randbasis.train.settings import TASKS
 
 METHODS_OF_PEFT = [name for name in METHOD_NAMES if name != "none"]
@@ -41,10 +41,13 @@ def same(one: Path, other: Path) -> bool:
 
 def test_every_method_has_defaults_for_every_task():
     assert set(METHODS) == set(METHODS_OF_PEFT)
-    assert set(SWEPT) == set(TASKS)
+    assert set(SWEPT) | set(LIKE) == set(TASKS)
     for method in (*METHODS, "none"):
         for task in TASKS:
             assert float(choose(method, task, None)["learning_rate"].value) > 0
+    like = choose("nola", "embedding", 384)
+    assert like["learning_rate"].value == pytest.approx(0.03 * METHODS["nola"].rates["sequence-classification"])
+    assert "head_learning_rate" not in like
     with pytest.raises(UnknownMethodError, match=r"'nolla' is unknown; did you mean nola"):
         choose("nolla", "causal-lm", None)
 

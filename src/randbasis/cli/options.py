@@ -140,15 +140,15 @@ _REPLACED = Needs("overwrite", lambda words: words["output"] is not None, "--out
 
 TRAIN = (
     *_ADAPTER,
-    Needs("kind", _task("causal-lm", "sequence-classification"), "a task with a file of rows"),
-    Needs("text_pair_column", _task("sequence-classification"), "--task sequence-classification"),
+    Needs("kind", _task("causal-lm", "sequence-classification", "embedding"), "a task with a file of rows"),
+    Needs("text_pair_column", _task("sequence-classification", "embedding"), "a task with pairs of texts"),
     Needs("prompt_column target_column messages_column end_token", _task("causal-lm"), "--task causal-lm"),
     Needs("prompt_template target_template packing", _task("causal-lm"), "--task causal-lm"),
     Needs("chat_template", _chat, "--task causal-lm with --messages-column"),
     Needs("loss_on", lambda words: _chat(words) or _pairs(words), "--messages-column, or prompts and targets"),
-    Needs("text_column max_length", _task("causal-lm", "sequence-classification"), "a task with texts"),
+    Needs("text_column max_length", _task("causal-lm", "sequence-classification", "embedding"), "a task with texts"),
     Needs("text_column", lambda words: not _pairs(words), "no --prompt-column and --target-column beside it"),
-    Needs("label_column", _task("sequence-classification"), "--task sequence-classification"),
+    Needs("label_column", _task("sequence-classification", "embedding"), "a task with labels or scores of texts"),
     Needs("label_kind shots", _classes, "a task with labels"),
     Needs("class_weights", _classes, "a task with classes"),
     Needs("class_weights", lambda words: words["label_kind"] != "number", "classes"),
@@ -174,7 +174,7 @@ TRAIN = (
 PLAN = _ADAPTER
 
 EVALUATE = (
-    Needs("kind", _task("causal-lm", "sequence-classification"), "an adapter for a file of rows"),
+    Needs("kind", _task("causal-lm", "sequence-classification", "embedding"), "an adapter for a file of rows"),
     Needs("split", _task("image-classification"), "an adapter for images"),
     Needs("texts", _task("causal-lm"), "an adapter of a language model"),
     Needs("text_column", lambda words: words["task"] != "causal-lm" or not words["prompted"], "no prompts beside it"),

@@ -49,7 +49,7 @@ commands = typer.Typer(rich_markup_mode="markdown")
 )
 def train(
     context: typer.Context,
-    task: Annotated[str, Option(help="causal-lm, sequence-classification or image-classification.")],
+    task: Annotated[str, Option(help="causal-lm, sequence-classification, image-classification or embedding.")],
     model: Annotated[str, Option(help="Folder or hub name of the base.")],
     data: Annotated[
         list[str],

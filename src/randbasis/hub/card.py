@@ -27,6 +27,8 @@ _PIPELINES = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+    "embedding": "sentence-similarity",
     "causal-lm": "text-generation",
     "sequence-classification": "text-classification",
     "image-classification": "image-classification",

@@ -21,6 +21,11 @@ SWEPT: Mapping[str, tuple[str, int]] = {
     "causal-lm": ("E2E", 64),
 }
 """Task → the data that its rates were swept on, and the width of the model that was used."""
+LIKE: Mapping[str, tuple[str, float]] = {"embedding": ("sequence-classification", 0.03)}
+"""Task without a sweep of its own and without a head → the task whose rates it takes, and the share of them: cosines
+that are good already are soon lost. On STS-B, NOLA falls from Spearman .867 to .854 in 150 steps at 3e-3, and gets .868
+after 100 at 3e-4 (all-MiniLM-L6).
+"""
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,12 @@ def choose(method: str, task: str, width: int | None) -> Choices:
     known = (*METHODS, "none")
     if method not in known:
         raise UnknownMethodError(f"method {method!r} is unknown; {near(method, known)}")
-    of = task if task in SWEPT else next(iter(SWEPT))
+    of, share = LIKE.get(task, (task if task in SWEPT else next(iter(SWEPT)), 1.0))
     data, swept_at = SWEPT[of]
     found = {"schedule": Choice(SCHEDULE, "as in the sweep"), "warmup": Choice(WARMUP, "as in the sweep")}
     if method == "none":
         return found | {"learning_rate": Choice(HEAD_ALONE, f"a head alone, {of}, swept on {data}")}
-    if of in HEAD_RATES:
+    if of in HEAD_RATES and task not in LIKE:
         found["head_learning_rate"] = Choice(HEAD_RATES[of], f"a head beside an adapter, {of}, swept on {data}")
     own = METHODS[method]
     for name, value in (("rank", own.rank), ("basis", own.basis)):
@@ -112,6 +117,8 @@ def choose(method: str, task: str, width: int | None) -> Choices:
     if width is not None and width != swept_at:
         rate *= (swept_at / width) ** own.falls
         why += f", for width {width}"
+    if task in LIKE:
+        rate, why = rate * share, f"{share:g} of the rate of {why}"
     return found | {"learning_rate": Choice(float(f"{rate:.1g}"), why)}
 
 

@@ -1,5 +1,6 @@
 """From the words of the command to a PEFT configuration, by one table."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -53,13 +54,16 @@ def is_of_targets(error: ValueError) -> bool:
     return str(error).startswith(("Target module", "No modules were targeted"))
 
 
-def peft_config(settings: AdapterSettings, *, task_type: str | None, head: list[str]) -> PeftConfig | None:
+def peft_config(
+    settings: AdapterSettings, *, task_type: str | None, head: list[str], unused: Sequence[str] = ()
+) -> PeftConfig | None:
     """The configuration of the adapter.
 
     Args:
         settings: the words of the command.
         task_type: PEFT's name of the task.
         head: modules that are trained and saved whole.
+        unused: modules that are left alone.
 
     Returns:
         A configuration of ours or PEFT's LoRA; ``None`` for the method ``none``.
@@ -80,7 +84,8 @@ def peft_config(settings: AdapterSettings, *, task_type: str | None, head: list[
         arguments["share_basis"] = not arguments["share_basis"]
     if settings.targets:
         arguments["target_modules"] = _targets(settings.targets)
-    arguments |= {"modules_to_save": head or None, "exclude_modules": head or None, "task_type": task_type}
+    arguments |= {"modules_to_save": head or None, "exclude_modules": [*head, *unused] or None}
+    arguments["task_type"] = task_type
     return LoraConfig(**arguments) if settings.method == "lora" else config_class(settings.method)(**arguments)
 
 

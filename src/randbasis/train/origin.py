@@ -10,7 +10,7 @@ from torch import nn
 from randbasis.adapters.saved import SavedAdapter, open_adapter
 from randbasis.errors import AdapterFilesError, SettingError
 from randbasis.train.causal_lm import CausalLanguage, end_token_id
-from randbasis.train.classification import check_smoothing
+from randbasis.train.classification import TextClassification, check_smoothing
 from randbasis.train.images import ImageClassification
 from randbasis.train.method_table import words_of
 from randbasis.train.row_format import RowFormat
@@ -94,7 +94,7 @@ def task_of(origin: SavedAdapter, settings: TrainSettings) -> TrainedTask:
         if settings.end_token is not None and end_token_id(task.tokenizer, settings.end_token) != task.end_id:
             own = task.tokenizer.convert_ids_to_tokens(task.end_id)
             raise _Rule(origin).conflict("end_token", settings.end_token, own)
-    else:
+    elif isinstance(task, TextClassification):
         check_smoothing(task.labels, settings.loop.label_smoothing, origin.where)
     return task
 

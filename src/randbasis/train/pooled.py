@@ -78,7 +78,12 @@ class PooledClassifier(PreTrainedModel):
         """``[batch, length, hidden]`` to ``[batch, hidden]``; padding does not count."""
         if self.pooling == "cls":
             return states[:, 0]
-        if attention_mask is None:
-            return states.mean(1)
-        mask = attention_mask.unsqueeze(-1).to(states.dtype)
-        return (states * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return mean_over(states, attention_mask)
+
+
+def mean_over(states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The mean of the attended hidden states, ``[batch, length, hidden]`` to ``[batch, hidden]``."""
+    if attention_mask is None:
+        return states.mean(1)
+    mask = attention_mask.unsqueeze(-1).to(states.dtype)
+    return (states * mask).sum(1) / mask.sum(1).clamp(min=1)

@@ -145,6 +145,8 @@ def _train(settings: TrainSettings, origin: SavedAdapter | None, ranks: Ranks, c
     if start is not None and start.complete is not None:
         return ranks.agreed(lambda: _finished(settings, output, start.complete or {}, ranks))
     resumed = start is not None and start.resumed
+    if ranks.count > 1 and TASK_CLASSES[settings.task].of_whole_batches:
+        raise SettingError(f"{settings.task} compares the rows of a batch, which processes cannot share; start one")
     prepared = ranks.agreed(lambda: prepare(settings, origin))
     model = ranks.agreed(lambda: prepared.load_model(settings))
     config = ranks.agreed(lambda: None if origin is not None else _config(settings, prepared.task, model))
@@ -189,7 +191,8 @@ def _filled(settings: TrainSettings) -> tuple[TrainSettings, dict[str, str]]:
 
 
 def _config(settings: TrainSettings, task: Task, model: nn.Module) -> PeftConfig | None:
-    return peft_config(settings.adapter, task_type=task.peft_task_type, head=task.head_modules(model))
+    head, unused = task.head_modules(model), task.unused_modules(model)
+    return peft_config(settings.adapter, task_type=task.peft_task_type, head=head, unused=unused)
 
 
 def prepare(settings: TrainSettings, origin: SavedAdapter | None = None) -> Prepared:

@@ -12,7 +12,7 @@ from randbasis.errors import ColumnError, HyperparameterError, RankError, Settin
 from randbasis.precision import check_training_precision
 from randbasis.train.loop_settings import LoopSettings
 
-TASKS = ("causal-lm", "sequence-classification", "image-classification")
+TASKS = ("causal-lm", "sequence-classification", "image-classification", "embedding")
 COLUMN_ROLES = (
     *("text_column", "text_pair_column", "prompt_column", "target_column"),
     *("messages_column", "label_column"),
@@ -34,11 +34,11 @@ class DataSettings:
             and evaluates on none.
         kind: kind of the files when their names do not tell: csv, tsv, jsonl, json, txt, parquet.
         text_column: the text (classification, or a language model of plain text).
-        text_pair_column: a second text (classification of pairs).
+        text_pair_column: a second text (classification of pairs, embedding).
         prompt_column: what the language model is given.
         target_column: what it has to write; a list of texts counts as several references.
         messages_column: a conversation: a list of messages with role and content.
-        label_column: the class or, for a regression, the number.
+        label_column: the class or, for a regression, the number; of an embedding, how alike two texts are.
         label_kind: ``"auto" | "class" | "number"``; auto takes labels as numbers when one has a fraction.
         limit: train on that many rows, drawn by the seed of the run, and evaluate on no more.
         shots: train on that many rows a class.

@@ -52,6 +52,10 @@ class Task(ABC):
     """The class of transformers that makes the model; ``None`` for one of ours, which transformers does not know."""
     metric_names: tuple[str, ...]
     metric: str
+    needs_answers: ClassVar[bool] = True
+    """Whether rows can be scored only against answers."""
+    of_whole_batches: ClassVar[bool] = False
+    """Whether the loss of a row depends on its neighbours in a batch, so that processes cannot share one."""
     class_weights: Tensor | None = None
     """Of the loss that is trained with; what is scored does not know of them."""
 
@@ -79,6 +83,14 @@ class Task(ABC):
     @abstractmethod
     def head_modules(self, model: nn.Module) -> list[str]:
         """Names of the modules that are trained whole, none for a language model."""
+
+    def unused_modules(self, model: nn.Module) -> list[str]:
+        """Names of the modules whose result is not used, so that nothing of them should be adapted."""
+        return []
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        """The mean loss over the items of a batch; ``None``: the model's own."""
+        return None
 
     @abstractmethod
     def encode(self, table: Table, *, training: bool) -> list[Example]:

@@ -4,14 +4,15 @@ from randbasis.adapters.saved import SavedAdapter
 from randbasis.errors import AdapterFilesError, near
 from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.classification import TextClassification
+from randbasis.train.embedding import Embedding
 from randbasis.train.images import ImageClassification
 from randbasis.tuner.saved_files import BASE_BITS
 
-TrainedTask = CausalLanguage | TextClassification | ImageClassification
+TrainedTask = CausalLanguage | TextClassification | ImageClassification | Embedding
 
-TASK_CLASSES: dict[str, type[CausalLanguage] | type[TextClassification] | type[ImageClassification]] = {
-    task.name: task for task in (CausalLanguage, TextClassification, ImageClassification)
-}
+TASK_CLASSES: dict[
+    str, type[CausalLanguage] | type[TextClassification] | type[ImageClassification] | type[Embedding]
+] = {task.name: task for task in (CausalLanguage, TextClassification, ImageClassification, Embedding)}
 
 
 def described_task(saved: SavedAdapter, name: str) -> TrainedTask:

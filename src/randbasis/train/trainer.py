@@ -200,7 +200,11 @@ class AdapterTrainer(Trainer):
         items = self._items(inputs)
         inputs.pop(NO_ROW, None)
         weights = self.task.class_weights
-        if weights is None:
+        own = self.task.loss(model, inputs)
+        outputs: Any = None
+        if own is not None:
+            mean = own
+        elif weights is None:
             mean, outputs = cast(Any, super()).compute_loss(model, inputs, return_outputs=True)
         else:
             outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})

@@ -122,7 +122,7 @@ def to_score(task: TrainedTask, table: Table, texts: bool | None) -> tuple[Seque
         task.with_generation = task.prompted if texts is None else texts
     examples = task.encode(table, training=False)
     cut = warn_of_cut(task, examples, f"rows of {table.source}")
-    if not {"label", "labels"} & set(examples[0]):
+    if task.needs_answers and not {"label", "labels"} & set(examples[0]):
         raise EmptyDataError(f"{table.source} has no column of answers; its columns are {', '.join(table.columns)}")
     return examples, {"task": task.name, "rows": len(table.rows), "cut": cut}
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 from randbasis.errors import DataFormatError, EmptyDataError, SettingError, near
 from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.classification import TextClassification
+from randbasis.train.embedding import Embedding
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images, read_unsorted
 from randbasis.train.sources import read_sources
 from randbasis.train.splits import sample
@@ -81,6 +82,8 @@ def _row(value: object, number: int, task: TrainedTask) -> Row:
         return {chat: [{"role": "user", "content": value}] if isinstance(value, str) else value}
     names = _read_columns(task)
     parts = cast("list[object]", [*value] if isinstance(value, list | tuple) else [value])
+    if isinstance(task, Embedding) and len(parts) == 1:
+        names = names[:1]  # one text has an embedding, two have a cosine
     if len(parts) != len(names) or not all(isinstance(part, str) for part in parts):
         wanted = {1: "a text", 2: "a pair of texts"}.get(len(names), f"{len(names)} texts")
         raise DataFormatError(
@@ -90,7 +93,7 @@ def _row(value: object, number: int, task: TrainedTask) -> Row:
     return dict(zip(names, parts, strict=True))
 
 
-def _read_columns(task: CausalLanguage | TextClassification) -> list[str]:
+def _read_columns(task: CausalLanguage | TextClassification | Embedding) -> list[str]:
     """The columns that are read for an answer."""
     if isinstance(task, CausalLanguage) and task.format.prompt is not None:
         return list(task.format.prompt.fields)
