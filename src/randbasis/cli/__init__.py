@@ -1,6 +1,6 @@
 """The command: one file a group of subcommands, each a few lines over the library.
 
-Exit codes: :mod:`randbasis.cli.console`.
+Exit codes and streams: :mod:`randbasis.cli.console`; messages: :mod:`randbasis.cli.noise`.
 """
 
 from typing import Annotated
@@ -9,17 +9,22 @@ import typer
 
 from randbasis import __version__
 from randbasis.cli import adapter, compare, store, train, transfer, use
+from randbasis.cli.command import Command
+from randbasis.cli.console import EXIT_CODES
+from randbasis.cli.noise import no_bars_in_a_pipe
 
 app = typer.Typer(
     name="randbasis",
     help="Fine-tunes in kilobytes: an adapter is a seed and a few thousand coefficients.",
     no_args_is_help=True,
     rich_markup_mode="markdown",  # rich markup would drop the brackets of c_attn[q,v]
-    add_completion=False,
+    epilog=EXIT_CODES,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},  # those of the subcommands, too
 )
 for group in (train, use, adapter, transfer, compare, store):
+    for command in group.commands.registered_commands:
+        command.cls = Command
     app.add_typer(group.commands)
 
 
@@ -41,4 +46,5 @@ def randbasis(
 
 def main() -> None:
     """Entry point of the command."""
+    no_bars_in_a_pipe()
     app()

@@ -1,7 +1,7 @@
 """What every command has in common: one document on the output stream, messages on the other, exit codes.
 
-Exit codes: 0, 1 when the work failed, 2 when what was asked for cannot be done. With ``--json`` the output stream
-carries one JSON document and nothing else; progress and messages go to the error stream.
+With ``--json`` the output stream carries one JSON document and nothing else; progress and messages go to the error
+stream. :data:`EXIT_CODES` says how a command ends.
 """
 
 import json
@@ -18,10 +18,16 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from randbasis.cli.command import BROKEN_PIPE, in_command_words
+from randbasis.cli.noise import readable_messages
 from randbasis.errors import RandbasisError
 
 TRACEBACK_VARIABLE = "RANDBASIS_TRACEBACK"
 USAGE = (ValueError, TypeError, FileNotFoundError, FileExistsError)
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 the work failed, or `store verify` found damage; 2 what was asked for cannot be done, and "
+    f"nothing was; 130 stopped by Ctrl-C, 143 by SIGTERM; {BROKEN_PIPE} whoever read the output stream went away, as behind `| head`."
+)
 
 
 @contextmanager
@@ -32,14 +38,18 @@ def reported(as_json: bool) -> Generator[None]:
     ``RANDBASIS_TRACEBACK=1`` in the environment shows where an error came from.
     """
     try:
-        yield
+        with readable_messages(in_command_words):
+            yield
+    except BrokenPipeError:
+        raise
     except (RandbasisError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             traceback.print_exc()
         usage = isinstance(error, RandbasisError) and isinstance(error, USAGE)
         if isinstance(error, RandbasisError) and error.told_elsewhere:
             raise typer.Exit(2 if usage else 1) from error
-        complain(type(error).__name__, f"error: {error}", str(error) if as_json else None)
+        message = in_command_words(str(error))
+        complain(type(error).__name__, f"error: {message}", message if as_json else None)
         raise typer.Exit(2 if usage else 1) from error
 
 
@@ -73,9 +83,17 @@ def answer_table(document: dict[str, Any], table: Table, as_json: bool) -> None:
         _print(table)
 
 
+class _Output(Console):
+    """Rich would end the program with 1 where the reader went away; the command class knows what to do."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave the error as it is."""
+        raise BrokenPipeError
+
+
 def _print(table: Table) -> None:
     """Nothing is lost: what does not fit a window is folded, and in a pipe or a file lines are as long as they are."""
-    console = Console(markup=False)  # which would take the brackets of c_attn[q] for a style
+    console = _Output(markup=False)  # which would take the brackets of c_attn[q] for a style
     for column in table.columns:
         column.overflow = "fold"
     if not console.is_terminal:
