@@ -28,6 +28,7 @@ ROWS: dict[str, set[str]] = {
     "contraction": {"torch"},
     "low_rank": {"torch"},
     "optional": set(),
+    "progress": {"rich"},
     "files": {"fsspec", "safetensors"},
     "adapter_file": {"torch", "numpy"},
     "store": set(),

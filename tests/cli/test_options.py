@@ -106,9 +106,12 @@ def test_an_option_that_would_be_ignored_is_refused(
     [
         ([*TEXTS, "--targets", ""], "targets must name at least one module"),
         (["plan", "nowhere", "--targets", " , "], "targets must name at least one module"),
-        ([*TEXTS, "--text-column", "a", "--label-column", "a"], "label_column and text_column are both 'a'"),
-        ([*TEXTS, "--text-column", "a", "--text-pair-column", "a"], "text_pair_column and text_column are both 'a'"),
-        ([*WRITER, "--prompt-column", "a", "--target-column", "a"], "target_column and prompt_column are both 'a'"),
+        ([*TEXTS, "--text-column", "a", "--label-column", "a"], "--label-column and --text-column are both 'a'"),
+        (
+            [*TEXTS, "--text-column", "a", "--text-pair-column", "a"],
+            "--text-pair-column and --text-column are both 'a'",
+        ),
+        ([*WRITER, "--prompt-column", "a", "--target-column", "a"], "--target-column and --prompt-column are both 'a'"),
     ],
 )
 def test_words_that_contradict_themselves(
@@ -123,7 +126,7 @@ def test_words_that_contradict_themselves(
 def test_a_language_model_without_columns_is_told_which_it_needs(language_model: str, tmp_path: Path):
     rows = tmp_path / "rows.csv"
     rows.write_text("mr,ref\na,b\n")
-    for command, message in (("evaluate", "name prompt_column"), ("predict", "predict needs the column")):
+    for command, message in (("evaluate", "name --prompt-column"), ("predict", "predict needs the column")):
         words = [command, "--model", language_model, "--data", str(rows)]
         result = CliRunner().invoke(app, words, catch_exceptions=False)
         assert result.exit_code == 2

@@ -57,7 +57,7 @@ def test_train_answers_with_one_document(encoder: str, sentences_csv: str, held_
     again = run(*words, "--json")
     assert again.exit_code == 2
     assert json.loads(again.stdout)["error"] == "OutputExistsError"
-    assert "give overwrite" in again.stderr
+    assert "give --overwrite" in again.stderr
 
 
 def test_evaluate(trained: Path, held_csv: str):
@@ -167,6 +167,6 @@ def test_as_a_module_in_a_fresh_process(trained: Path, held_csv: str, console_en
                          env=console_environment, check=False)  # fmt: skip
     assert bad.returncode == 2
     assert (
-        "error: adapter must be a folder, a packed file, its URL, or store:NAME, there is nothing at 'nowhere'"
+        "error: --adapter must be a folder, a packed file, its URL, or store:NAME, there is nothing at 'nowhere'"
         in bad.stderr
     )

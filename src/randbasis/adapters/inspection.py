@@ -1,7 +1,7 @@
 """What a saved adapter holds: counts, and norm and spectrum of each ΔW, without the base model's weights."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from randbasis.adapters.packed import layer_shapes
 from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter
 from randbasis.errors import AdapterFilesError
 from randbasis.methods import Factors, no_weights
+from randbasis.progress import Track
 from randbasis.tuner.adapted_part import AdaptedPart
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.layer import RandbasisLinear
@@ -22,9 +23,6 @@ from randbasis.tuner.registration import PREFIX
 
 FULL_SPECTRUM_SIDE = 4096
 """Smaller side up to which the spectrum of a ΔW that is not of low rank is computed, by default."""
-
-Track = Callable[[Sequence[Any]], Iterable[Any]]
-"""Wraps a sequence to show how far the work has come."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """QUANTIZED COEFFICIENTS of a trained adapter (PTQ), math (11), without data; what each precision costs and loses."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,12 @@ from randbasis.errors import PrecisionError
 from randbasis.files.output_checks import check_output_file, check_output_folder
 from randbasis.low_rank import distance, norm
 from randbasis.precision import CODED
+from randbasis.progress import Track
 
 PRECISIONS = (16, *CODED)
 """Bits that an adapter can be quantized to."""
 PACKED_SUFFIX = ".safetensors"
 """How the name of an output ends that is to be a packed file."""
-
-Track = Callable[[Sequence[Any]], Iterable[Any]]
-"""Wraps a sequence to show how far the work has come."""
 
 
 @dataclass(frozen=True)

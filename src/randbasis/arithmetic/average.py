@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from randbasis.adapter_file import PackedAdapter
-from randbasis.adapters.inspection import Track
 from randbasis.adapters.packed import write_adapter_dir
 from randbasis.adapters.saved import AdapterLocation, common_task, open_adapter, paths_of
 from randbasis.arithmetic.changes import OurChanges, read_packed
@@ -26,6 +25,7 @@ from randbasis.errors import HeadMismatchError, WeightsError, not_one_of
 from randbasis.files.locations import local_output
 from randbasis.files.output_checks import check_output_file, check_output_folder
 from randbasis.low_rank import distance, norm, weighted_sum
+from randbasis.progress import Track
 
 HEADS = ("average", "first")
 SUFFIX = ".safetensors"

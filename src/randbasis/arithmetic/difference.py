@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randbasis.adapters.inspection import Track
 from randbasis.adapters.saved import AdapterLocation, open_adapter
 from randbasis.arithmetic.changes import Changes, OurChanges, read_changes
 from randbasis.arithmetic.same_basis import check_same_basis
 from randbasis.errors import BaseMismatchError, BasisMismatchError, MatrixMismatchError
 from randbasis.low_rank import cores, norm
+from randbasis.progress import Track
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,9 @@
 """One adapter at rest: ``randbasis plan``, ``inspect``, ``pack``, ``unpack``, ``verify`` and ``quantize``."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from typer import Argument, Option
 
@@ -28,6 +25,7 @@ from randbasis.cli.parameters import (
 )
 from randbasis.defaults import ONE_SCALE, PACKED_BITS, QUANTIZED_BITS
 from randbasis.files.output_checks import check_output_file
+from randbasis.progress import tracking
 from randbasis.train.settings import AdapterSettings, named_targets
 
 if TYPE_CHECKING:
@@ -82,7 +80,7 @@ def inspect(
         check_options(context, INSPECT)
         if plot is not None:
             check_output_file(plot, (*paths_of(adapter), model), overwrite=overwrite)
-        progress = partial(track, description="matrices", console=Console(stderr=True), transient=True)
+        progress = tracking("matrices")
         found = inspect_adapter(adapter, model, track=progress)
         if plot is not None:
             plot_inspection(found, plot, overwrite=overwrite)
@@ -161,7 +159,7 @@ def quantize(
         from randbasis.adapters.quantization import quantize_adapter
 
         check_options(context, QUANTIZE)
-        progress = partial(track, description="matrices", console=Console(stderr=True), transient=True)
+        progress = tracking("matrices")
         done = quantize_adapter(
             adapter,
             output,

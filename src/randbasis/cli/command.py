@@ -28,12 +28,8 @@ class Command(TyperCommand):
             missing = self._missing(ctx, given) if type(error).__name__ == "MissingParameter" else {}
             if sum(map(len, missing.values())) < 2:
                 raise
-            ctx.fail(
-                "; ".join(
-                    f"missing {kind}{'s' * (len(names) > 1)} {', '.join(names)}" for kind, names in missing.items()
-                ).capitalize()
-                + "."
-            )
+            told = (f"missing {kind}{'s' * (len(names) > 1)} {', '.join(names)}" for kind, names in missing.items())
+            return ctx.fail("; ".join(told).capitalize() + ".")
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; a reader that went away (``| head``) ends it without a word."""

@@ -1,12 +1,9 @@
 """``randbasis diff`` and ``randbasis average``: how far apart adapters are, and weighted sums of them."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from typer import Argument, Option
 
@@ -15,6 +12,7 @@ from randbasis.cli.options import AVERAGE, DIFF, check_options
 from randbasis.cli.parameters import AsJson, Overwrite
 from randbasis.defaults import AVERAGED_HEADS
 from randbasis.errors import WeightsError
+from randbasis.progress import tracking
 
 if TYPE_CHECKING:
     from randbasis.arithmetic import Difference
@@ -43,7 +41,7 @@ def diff(
         from randbasis.arithmetic import difference
 
         check_options(context, DIFF)
-        found = difference(first, second, model=base, track=_progress())
+        found = difference(first, second, model=base, track=tracking("layers"))
         answer_table(found.as_json(), _difference_table(found), as_json)
 
 
@@ -71,12 +69,8 @@ def average(
         check_options(context, AVERAGE)
         shares = None if weights is None else _numbers(weights)
         options: dict[str, Any] = {"weights": shares, "heads": heads, "base_name": base_name, "model": base}
-        done = average_adapters(adapters, output, **options, overwrite=overwrite, track=_progress())
+        done = average_adapters(adapters, output, **options, overwrite=overwrite, track=tracking("layers"))
         answer(done.as_json(), as_json)
-
-
-def _progress() -> Any:
-    return partial(track, description="layers", console=Console(stderr=True), transient=True)
 
 
 def _numbers(text: str) -> list[float]:

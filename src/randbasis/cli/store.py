@@ -6,8 +6,6 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from typer import Argument, Option
 
@@ -19,6 +17,7 @@ from randbasis.errors import OptionError
 from randbasis.files.output_checks import check_output_file
 from randbasis.files.whole_file import write
 from randbasis.methods import check_method
+from randbasis.progress import passing_bar
 
 if TYPE_CHECKING:
     from randbasis.store import AdapterStore, Record
@@ -235,7 +234,7 @@ def _opened(path: str, timeout: float, *, create: bool = False) -> "Generator[Ad
 @contextmanager
 def _shown(what: str) -> Generator[Callable[[int, int], None]]:
     """A bar on the error stream, where that is a terminal."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with passing_bar() as bar:
         task = bar.add_task(what, total=None)
 
         def update(done: int, total: int) -> None:

@@ -1,12 +1,9 @@
 """Adapters that leave and come: ``randbasis export``, ``merge``, ``import`` and ``push``."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from typer import Argument, Option
 
@@ -15,6 +12,7 @@ from randbasis.cli.options import EXPORT, IMPORT, PUSH, check_options
 from randbasis.cli.parameters import AsJson, Base, Overwrite, Stored
 from randbasis.defaults import MERGED_DTYPE
 from randbasis.errors import ExportOptionError, ImportOptionError, near
+from randbasis.progress import tracking
 from randbasis.train.settings import AdapterSettings
 
 if TYPE_CHECKING:
@@ -57,7 +55,7 @@ def export(
         from randbasis.export import export_gguf_lora, export_peft_lora
 
         run = export_peft_lora if to == "peft-lora" else export_gguf_lora
-        progress: Any = partial(track, description="layers", console=Console(stderr=True), transient=True)
+        progress = tracking("layers")
         chosen = "float32" if dtype == "auto" else dtype
         done = run(source, output, base=base, rank=rank, dtype=chosen, overwrite=overwrite, track=progress)
         answer(done.as_json() if as_json else _summary(done), as_json)
@@ -109,7 +107,7 @@ def import_(
         if to not in IMPORTS:
             raise ImportOptionError(f"to must be one of {', '.join(IMPORTS)}, got {to!r}; {near(to, IMPORTS)}")
         check_options(context, IMPORT, kinds=IMPORTS)
-        progress: Any = partial(track, description="layers", console=Console(stderr=True), transient=True)
+        progress = tracking("layers")
         common: dict[str, Any] = {"model": base, "overwrite": overwrite, "track": progress}
         if to == "merged":
             from randbasis.importing import import_as_merged

@@ -33,6 +33,7 @@ from randbasis.cli.parameters import (
     of_texts,
 )
 from randbasis.files.output_checks import check_output_file
+from randbasis.progress import tracking
 from randbasis.train.settings import GenerationSettings
 from randbasis.use.settings import UseSettings, use_from_words
 
@@ -77,7 +78,7 @@ def evaluate(
 
         settings = use_from_words(given).opened()
         check_options(context, EVALUATE, **settings.facts())
-        answer(run(settings, texts=texts), as_json)
+        answer(run(settings, texts=texts, track=tracking("batches")), as_json)
 
 
 @commands.command(epilog="Example: randbasis predict --adapter runs/sst2 --data reviews.csv --output answers.jsonl")
@@ -117,7 +118,7 @@ def predict(
         check_answers(output, settings, overwrite=overwrite)
         settings = settings.opened()
         check_options(context, PREDICT, **settings.facts())
-        answer_rows(run(settings), output, as_json, overwrite=overwrite)
+        answer_rows(run(settings, track=tracking("batches")), output, as_json, overwrite=overwrite)
 
 
 @commands.command(epilog="Example: randbasis generate --adapter runs/e2e --prompt 'name[Alimentum], area[city centre]'")
@@ -171,7 +172,8 @@ def generate(
         asked = [conversation(one) for one in messages or []]
         settings = use_from_words(given)
         check_answers(output, settings, overwrite=overwrite)
-        answer_rows(run(settings, prompt or [], messages=asked), output, as_json, overwrite=overwrite)
+        rows = run(settings, prompt or [], messages=asked, track=tracking("batches"))
+        answer_rows(rows, output, as_json, overwrite=overwrite)
 
 
 def check_answers(output: Path | None, settings: UseSettings, *, overwrite: bool) -> None:

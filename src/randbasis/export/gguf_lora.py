@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from randbasis.adapters.inspection import Track
 from randbasis.adapters.saved import AdapterLocation, paths_of
 from randbasis.errors import (
     ExportArchitectureError,
@@ -28,6 +27,7 @@ from randbasis.files.locations import local_output
 from randbasis.files.output_checks import check_output_file
 from randbasis.files.whole_file import whole_file
 from randbasis.optional import needing
+from randbasis.progress import Track
 
 
 @dataclass(frozen=True, slots=True)

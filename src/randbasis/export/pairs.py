@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from randbasis.adapter_file import PackedAdapter, SpecMatrix
-from randbasis.adapters.inspection import Track
 from randbasis.errors import ExportRankError, PrecisionError
 from randbasis.low_rank import distance, is_low_rank, norm, triangular
 from randbasis.methods import Delta, Factors, Method
 from randbasis.methods.method import RANK_LIMIT, check_positive
+from randbasis.progress import Track
 
 _SIDE = 2 * RANK_LIMIT
 _Part = tuple[SpecMatrix, Delta]

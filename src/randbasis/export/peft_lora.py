@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from randbasis.adapters.base_fit import BaseFit
 from randbasis.adapters.base_model import meta_model
-from randbasis.adapters.inspection import Track
 from randbasis.adapters.merging import DTYPES, save_head
 from randbasis.adapters.saved import AdapterLocation, paths_of
 from randbasis.errors import HyperparameterError, not_one_of
@@ -22,6 +21,7 @@ from randbasis.export.pairs import LoraPair, lora_pairs, total_error
 from randbasis.export.source import Source, open_source
 from randbasis.files.output_checks import check_output_folder
 from randbasis.files.output_set import replaced_set
+from randbasis.progress import Track
 from randbasis.tuner.saved_files import SAVED_PREFIX, WEIGHTS_FILE, anchored
 
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})

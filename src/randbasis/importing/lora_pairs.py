@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
-from randbasis.adapters.inspection import Track
 from randbasis.errors import ExportRankError
 from randbasis.export.pairs import LoraPair, total_error, truncated
 from randbasis.export.peft_lora import LoraExport, lora_tensors, rank_pattern
@@ -19,6 +18,7 @@ from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
 from randbasis.low_rank import distance, norm
 from randbasis.methods import Factors
 from randbasis.methods.method import check_positive
+from randbasis.progress import Track
 from randbasis.tuner.saved_files import WEIGHTS_FILE
 
 

@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from randbasis.adapters.base_fit import BaseFit, choose, placements, under_prefix
 from randbasis.adapters.base_model import linear_shapes, read_config
-from randbasis.adapters.inspection import Track
 from randbasis.adapters.merging import DTYPES, Merged, load_base, write_model
 from randbasis.defaults import MERGED_DTYPE
 from randbasis.errors import BaseMismatchError, DataMissingError, HyperparameterError, MergeError, not_one_of
@@ -19,6 +18,7 @@ from randbasis.files.output_checks import check_output_folder
 from randbasis.importing.nearest_adapter import finite_factors
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
 from randbasis.low_rank import sides
+from randbasis.progress import Track
 from randbasis.tuner.saved_files import SAVED_PREFIX
 
 _T = TypeVar("_T")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from randbasis.adapter_file import SpecMatrix
 from randbasis.adapters.base_model import linear_shapes, meta_model, read_config, shape_of
-from randbasis.adapters.inspection import Track
 from randbasis.adapters.saved import write_task
 from randbasis.errors import BaseMismatchError, CoefficientValueError, ResidualError, UnknownMethodError
 from randbasis.files.output_checks import check_output_folder
@@ -22,6 +21,7 @@ from randbasis.files.output_set import replaced_set
 from randbasis.importing.least_squares import Bases, Fit, Stop, nearest, relative
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
 from randbasis.methods import Factors, Method, Nola, Site, Vera
+from randbasis.progress import Track
 from randbasis.tuner.base_shapes import compress_shapes
 from randbasis.tuner.config import NolaConfig, RandbasisConfig
 from randbasis.tuner.meaning import meaning_tensor

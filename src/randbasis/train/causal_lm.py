@@ -329,6 +329,7 @@ class CausalLanguage(Task):
             end_id=self.end_id,
             batch_size=batch_size,
             longest=self.max_length,
+            track=self.track,
         )
 
     def predict(

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from randbasis.progress import Track
 from randbasis.train.classification import pad_batch, pad_id
 from randbasis.train.randomness import confined_randomness
 from randbasis.train.settings import GenerationSettings
@@ -20,6 +21,7 @@ def generate_texts(
     end_id: int,
     batch_size: int,
     longest: int,
+    track: Track = iter,
 ) -> list[str]:
     """Continue each prompt until ``end_id``.
 
@@ -33,6 +35,7 @@ def generate_texts(
         end_id: the token that ends a text.
         batch_size: prompts at a time; those of like length go together, padded on the left.
         longest: tokens of prompt and answer together, the model's limit.
+        track: shows the progress over the batches.
 
     Returns:
         The continuations without special tokens, in the order of the prompts.
@@ -42,7 +45,7 @@ def generate_texts(
     padding, device = pad_id(tokenizer), next(model.parameters()).device
     texts = [""] * len(prompts)
     with inference(model), confined_randomness(settings.seed):
-        for start in range(0, len(order), batch_size):
+        for start in track(range(0, len(order), batch_size)):
             places = order[start : start + batch_size]
             batch = pad_batch(
                 [{"input_ids": prompts[i], "attention_mask": [1] * len(prompts[i])} for i in places],

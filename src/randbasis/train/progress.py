@@ -3,17 +3,10 @@
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskID
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from randbasis.progress import progress_bar
 from randbasis.train.task import Task
 
 
@@ -28,14 +21,7 @@ class ProgressReport(TrainerCallback):
     def __init__(self, task: Task, console: Console):
         self.task = task
         self.console = console
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        self.bar = progress_bar(console)
         self.steps: TaskID | None = None
 
     def on_train_begin(

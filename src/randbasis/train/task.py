@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from randbasis.errors import SettingError, near
 from randbasis.train.machine import Quantized
+from randbasis.progress import Track
 from randbasis.train.tabular import Table
 
 Example = dict[str, Any]
@@ -58,6 +59,8 @@ class Task(ABC):
     """Whether the loss of a row depends on its neighbours in a batch, so that processes cannot share one."""
     class_weights: Tensor | None = None
     """Of the loss that is trained with; what is scored does not know of them."""
+    track: Track = staticmethod(iter)
+    """Shows how far scores and answers have come."""
 
     def choose_metric(self, metric: str | None) -> None:
         """Set the metric that checkpoints are compared by; ``None`` takes the first.
@@ -155,7 +158,7 @@ class Task(ABC):
         device = next(model.parameters()).device
         lengths = self.lengths(examples)
         order = sorted(range(len(examples)), key=lambda i: -lengths[i]) if lengths else list(range(len(examples)))
-        for start in range(0, len(order), batch_size):
+        for start in self.track(range(0, len(order), batch_size)):
             places = order[start : start + batch_size]
             batch = self.collate([examples[i] for i in places])
             yield (

@@ -10,6 +10,7 @@ from torch import nn
 from randbasis.adapters.base_model import read_config
 from randbasis.adapters.saved import SavedAdapter, open_adapter
 from randbasis.errors import AdapterFilesError, DataMissingError, EmptyDataError, SettingError, near
+from randbasis.progress import Track
 from randbasis.train.causal_lm import CausalLanguage, end_token_id
 from randbasis.train.chat import Chat, conversation
 from randbasis.train.classification import allowed_length
@@ -83,12 +84,13 @@ def find(settings: UseSettings) -> Found:
     return Found(task, base, saved)
 
 
-def evaluate(settings: UseSettings, *, texts: bool | None = None) -> dict[str, Any]:
+def evaluate(settings: UseSettings, *, texts: bool | None = None, track: Track = iter) -> dict[str, Any]:
     """Score an adapter on a file of rows.
 
     Args:
         settings: which adapter and rows.
         texts: as for :func:`to_score`.
+        track: shows the progress over the batches.
 
     Returns:
         ``{"task", "rows", "cut", "metrics"}``; ``cut`` counts the rows, and the whole targets, above the length.
@@ -97,6 +99,7 @@ def evaluate(settings: UseSettings, *, texts: bool | None = None) -> dict[str, A
         RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
     """
     found = find(settings)
+    found.task.track = track
     table = read_rows(settings, found.task)
     examples, told = to_score(found.task, table, texts)
     with torch_threads(settings.threads):
@@ -127,8 +130,12 @@ def to_score(task: TrainedTask, table: Table, texts: bool | None) -> tuple[Seque
     return examples, {"task": task.name, "rows": len(table.rows), "cut": cut}
 
 
-def predict(settings: UseSettings) -> list[Row]:
+def predict(settings: UseSettings, *, track: Track = iter) -> list[Row]:
     """Answer a file of rows.
+
+    Args:
+        settings: which adapter and rows.
+        track: shows the progress over the batches.
 
     Returns:
         The rows with ``prediction`` added, for classes ``probability``, and with ``settings.probabilities`` those of
@@ -138,6 +145,7 @@ def predict(settings: UseSettings) -> list[Row]:
         RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
     """
     found = find(settings)
+    found.task.track = track
     table = read_rows(settings, found.task, answered=False)
     examples = to_answer(found.task, table)
     with torch_threads(settings.threads):
@@ -167,7 +175,11 @@ def to_answer(task: TrainedTask, table: Table) -> Sequence[Example]:
 
 
 def generate(
-    settings: UseSettings, prompts: Sequence[str] = (), *, messages: Sequence[Sequence[dict[str, Any]]] = ()
+    settings: UseSettings,
+    prompts: Sequence[str] = (),
+    *,
+    messages: Sequence[Sequence[dict[str, Any]]] = (),
+    track: Track = iter,
 ) -> list[Row]:
     """Texts from prompts, given or in the rows.
 
@@ -176,6 +188,7 @@ def generate(
         prompts: what to ask, as a person writes it: what the adapter was trained with around it is added, such as a
             chat template with the prompt as the first message.
         messages: conversations to go on with, for an adapter that was trained on some.
+        track: shows the progress over the batches.
 
     Returns:
         ``{"prompt", "text"}`` for each, or ``{"messages", "text"}``.
@@ -184,6 +197,7 @@ def generate(
         RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
     """
     found = find(settings)
+    found.task.track = track
     task = to_generate(found.task)
     talks = [conversation([*one]) for one in messages]
     wanted = [*map(task.prompt_of, prompts), *map(task.prompt_of_messages, talks)]
