@@ -26,7 +26,7 @@ TRACEBACK_VARIABLE = "RANDBASIS_TRACEBACK"
 USAGE = (ValueError, TypeError, FileNotFoundError, FileExistsError)
 EXIT_CODES = (
     "Exit codes: 0 done; 1 the work failed, or `store verify` found damage; 2 what was asked for cannot be done; "
-    f"130 stopped by Ctrl-C, 143 by SIGTERM; {BROKEN_PIPE} whoever read the output stream went away, as behind `| head`."
+    f"130 stopped by Ctrl-C, 143 by SIGTERM; {BROKEN_PIPE} whoever read the output left, as behind `| head`."
 )
 
 

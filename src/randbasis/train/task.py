@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from randbasis.errors import SettingError, near
-from randbasis.train.machine import Quantized
 from randbasis.progress import Track
+from randbasis.train.machine import Quantized
 from randbasis.train.tabular import Table
 
 Example = dict[str, Any]
