@@ -29,6 +29,8 @@ KNOWN = (
     r"\$ .*",
     "code (None|0)",
     r"(before|step \d+): \w+ [-\d.]+(, \w+ [-\d.]+)*",
+    r"warning: \w+ after training \([-\d.]+\) is no better than before \([-\d.]+\); try another .*",
+    r"warning: Matthews' coefficient is 0: .*",
     r"(loss [\d.]+ ━+ 4/4 [\d:]+ [\d:]+)?",
     r"warning: the packed file names the base model 'encoder\d+' and not '[^']+', a path of this machine; give "
     "--base-name to name it otherwise",

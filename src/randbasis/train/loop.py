@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -143,7 +143,9 @@ def fit(
         _keep_tracked(trainer, folder.parent / TRACKED)
         before = ranks.of_first(task.score(adapted, eval, arguments.eval_batch_size)) if eval else {}
         if console and before:
-            console.print("before: " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
+            console.print(
+                "before: " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()), soft_wrap=True
+            )
         began = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -242,13 +244,21 @@ def training_arguments(
         report_to=list(loop.trackers) or "none",
         run_name=folder.parent.name,
         optim=loop.optimizer,
-        gradient_checkpointing=loop.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if loop.gradient_checkpointing else None,
+        **_checkpointing(loop),
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
     arguments.save_steps = loop.save_steps or every  # afterwards: Trainer wants a multiple, as it would miss a best
     return arguments
+
+
+def _checkpointing(loop: LoopSettings) -> dict[str, Any]:
+    """By the name that this release of transformers has for it; the older one is to go, and warns."""
+    if not loop.gradient_checkpointing:
+        return {}
+    named = {one.name for one in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in named else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _keep_tracked(trainer: AdapterTrainer, folder: Path) -> None:

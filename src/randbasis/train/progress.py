@@ -59,7 +59,7 @@ class ProgressReport(TrainerCallback):
         """A line of metrics."""
         known = {name: (metrics or {}).get(f"eval_{name}") for name in self.task.metric_names}
         shown = ", ".join(f"{name} {value:.4f}" for name, value in known.items() if value is not None)
-        self.console.print(f"step {state.global_step}: {shown}")
+        self.console.print(f"step {state.global_step}: {shown}", soft_wrap=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

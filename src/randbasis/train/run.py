@@ -141,7 +141,7 @@ def _train(settings: TrainSettings, origin: SavedAdapter | None, ranks: Ranks, c
     checkpoints = output / CHECKPOINTS
     start = Start(**ranks.by_first(lambda: asdict(find_start(settings, ranks.count)))) if settings.resume else None
     if start is not None and console:
-        console.print(start.told, highlight=False)
+        console.print(start.told, highlight=False, soft_wrap=True)
     if start is not None and start.complete is not None:
         return ranks.agreed(lambda: _finished(settings, output, start.complete or {}, ranks))
     resumed = start is not None and start.resumed
@@ -177,7 +177,7 @@ def _train(settings: TrainSettings, origin: SavedAdapter | None, ranks: Ranks, c
     told: dict[str, Any] = {"chosen": chosen} | ({} if origin is None else {"from": origin.where})
     summary = ranks.by_first(lambda: _save(settings, prepared, result, ranks.count, told))
     for doubt in summary.get("doubts", ()) if console else ():
-        cast(Console, console).print(f"warning: {doubt}", style="yellow", highlight=False)
+        cast(Console, console).print(f"warning: {doubt}", style="yellow", highlight=False, soft_wrap=True)
     if settings.keep_checkpoints:
         ranks.by_first(lambda: _note_settings(settings, checkpoints, ranks.count, finished=True))
     else:
