@@ -9,14 +9,20 @@ import torch
 from typer.testing import CliRunner
 
 from randbasis.cli import app
+from randbasis.train import train
+from randbasis.train.settings import settings_from_words
 
 FENCES = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def test_snippets_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_snippets_run(root: Path, encoder: str, sentences_csv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("gguf", reason="gguf is not installed: the page exports to GGUF too")
     fences = FENCES.findall((root / "docs" / "export.md").read_text(encoding="utf-8"))
     monkeypatch.chdir(tmp_path)
+    run = {"task": "sequence-classification", "model": encoder, "data": sentences_csv, "text_column": "sentence",
+           "label_column": "label", "method": "nola", "rank": 2, "basis": 8, "max_steps": 1, "threads": 1,
+           "output": "runs/reviews"}  # fmt: skip
+    train(settings_from_words(run))
     with torch.random.fork_rng(devices=()):
         exec("".join(body for kind, body in fences if kind == "python"), {})
     console = "".join(body for kind, body in fences if kind == "console")

@@ -132,7 +132,7 @@ def test_classes_have_their_names(tmp_path: Path):
     ]
 
 
-def test_no_network_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_no_network_is_one_line_at_once(language_model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     asked: list[str] = []
 
     def unreachable(self: HfApi, name: str, *, timeout: float) -> None:
@@ -146,7 +146,8 @@ def test_no_network_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ):
         read_sources(["hub:owner/name/plain:train"])
     assert asked == ["owner/name"]
-    words = ["train", "--task", "causal-lm", "--model", "m", "--text-column", "a", "--output", str(tmp_path / "run")]
+    words = ["train", "--task", "causal-lm", "--model", language_model, "--text-column", "a"]
+    words += ["--output", str(tmp_path / "run")]
     result = CliRunner().invoke(app, [*words, "--data", "hub:owner/name"], catch_exceptions=False)
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
