@@ -119,7 +119,7 @@ def test_exit_codes_and_messages(made: Path):
         ((made / "nola", made / "x", "--to", "merged", "--base", made / "gpt2"), 2, "made for another base model"),
         ((made / "nola", made / "base", "--to", "peft-lora"), 2, "overwrite"),
         ((made / "randlora", made / "x", "--to", "peft-lora"), 2, "rank must be given for randlora"),
-        ((made / "randlora", made / "x", "--to", "gguf-lora"), 2, "rank=16, which loses nothing"),
+        ((made / "randlora", made / "x", "--to", "gguf-lora"), 2, "--rank 16, which loses nothing"),
         ((made / "nowhere", made / "x", "--to", "merged"), 2, "nothing at"),
         ((made / "nola", made / "x"), 2, "--to"),
     ):

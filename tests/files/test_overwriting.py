@@ -101,7 +101,7 @@ def test_a_run_that_fails_leaves_what_somebody_put_there_meanwhile(run: TrainSet
     assert contents(Path(run.output)) == {"notes.txt": b"mine"}
 
 
-EXISTS = "exists; give overwrite to replace it, or another name"
+EXISTS = "exists; give --overwrite to replace it, or another name"
 WRITERS: dict[str, Callable[[Path, Path], list[object]]] = {
     "export": lambda a, out: ["export", a, out, "--to", "peft-lora"],
     "export merged": lambda a, out: ["export", a, out, "--to", "merged"],
