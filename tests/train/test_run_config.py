@@ -82,7 +82,7 @@ def test_a_file_of_options_is_the_run_and_what_it_leaves_is_the_same_run(
         ("- rank", "holds a list; options and their values are needed"),
         ("", "holds nothing"),
         ("rank: [", "is not YAML"),
-        ("learning_rate: -1", "learning_rate must be a finite number not below 0"),
+        ("learning_rate: -1", "--learning-rate must be a finite number not below 0"),
         ("image_size: 32", "--image-size has no meaning here"),
     ],
 )

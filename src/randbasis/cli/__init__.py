@@ -24,7 +24,8 @@ app = typer.Typer(
 )
 for group in (train, use, adapter, transfer, compare, store):
     for command in group.commands.registered_commands:
-        command.cls = Command
+        if not issubclass(command.cls or object, Command):
+            command.cls = Command
     app.add_typer(group.commands)
 
 

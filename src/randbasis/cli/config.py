@@ -8,8 +8,8 @@ from typing import Annotated, Any, cast, get_args, get_type_hints
 
 import typer
 from typer import Option
-from typer.core import TyperCommand
 
+from randbasis.cli.command import Command
 from randbasis.cli.console import reported
 from randbasis.cli.parameters import AUTO
 from randbasis.errors import SettingError, near
@@ -18,7 +18,7 @@ JOINED = ("targets",)
 """Options whose names are one text with commas, which in a file may be a list."""
 
 
-class CommandWithConfig(TyperCommand):
+class CommandWithConfig(Command):
     """A command that tells of a bad file as it tells of a bad option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
