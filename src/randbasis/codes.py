@@ -112,8 +112,13 @@ def rounded(values: Tensor, lengths: Sequence[int], bits: int, group: int = 0) -
     return values if bits == 32 or values.dtype in (torch.float16, torch.bfloat16) else narrowed(values, torch.float16)
 
 
-def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values in a dtype of fewer bits.
+def narrowed(
+    values: Tensor,
+    dtype: torch.dtype,
+    what: str = "coefficients",
+    way_out: str = "use 32 bits, or 8 bits with scales",
+) -> Tensor:
+    """Values in a dtype of fewer bits; ``what`` they are and the ``way_out`` are for the message.
 
     Raises:
         PrecisionError: a value is beyond its range.
@@ -121,7 +126,7 @@ def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
     narrow = values.to(dtype)
     if not bool(torch.isfinite(narrow).all()):
         raise PrecisionError(
-            f"coefficients up to {float(values.abs().max()):.4g} do not fit {dtype}, which ends at "
-            f"{torch.finfo(dtype).max:.4g}; use 32 bits, or 8 bits with scales"
+            f"{what} up to {float(values.abs().max()):.4g} do not fit {dtype}, which ends at "
+            f"{torch.finfo(dtype).max:.4g}; {way_out}"
         )
     return narrow

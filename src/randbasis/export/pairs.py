@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from randbasis.adapter_file import PackedAdapter, SpecMatrix
-from randbasis.errors import ExportRankError, PrecisionError
+from randbasis.codes import narrowed
+from randbasis.errors import ExportRankError
 from randbasis.low_rank import distance, is_low_rank, norm, triangular
 from randbasis.methods import Delta, Factors, Method
 from randbasis.methods.method import RANK_LIMIT, check_positive
@@ -161,13 +162,7 @@ def _layer_change(parts: Sequence[_Part]) -> Factors:
 
 
 def _narrowed(name: str, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = factor.to(dtype)
-    if not bool(torch.isfinite(stored).all()):
-        raise PrecisionError(
-            f"{name}: factors up to {float(factor.abs().max()):.4g} do not fit {dtype}, which ends at "
-            f"{torch.finfo(dtype).max:.4g}; use float32 or bfloat16"
-        )
-    return stored
+    return narrowed(factor, dtype, f"{name}: factors", "use float32 or bfloat16")
 
 
 def _widened(stored: Factors) -> Factors:

@@ -3,7 +3,6 @@
 All of it is looked for before any work is done, so that nothing is missed an hour later.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,14 +20,13 @@ from transformers.training_args import OptimizerNames
 from randbasis.adapters.base_model import meta_model, read_config
 from randbasis.errors import MissingPackageError, SettingError
 from randbasis.train.loop_settings import LoopSettings
+from randbasis.train.ranks import accelerate_device
 
 POOLER = "pooler"
 _TRACKERS = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "clearml": "clearml", "flyte": "flytekit"}
 """What a tracker is installed as, where that is another name."""
 _PACKS = "support_avx512bf16_for_cpu"
 """Attribute of a layer of bitsandbytes: whether it may."""
-_DEVICE = "ACCELERATE_TORCH_DEVICE"
-"""Where accelerate looks for its device."""
 
 
 def torch_device(name: str) -> torch.device:
@@ -204,15 +202,9 @@ class OneDevice(TrainingArguments):
 
     @cached_property
     def _setup_devices(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
-        own = os.environ.get(_DEVICE)
         numbered = cast("int | None", self._chosen.index) is not None
-        if numbered:
-            os.environ[_DEVICE] = str(self._chosen)
-        try:
+        with accelerate_device(str(self._chosen) if numbered else None):
             device = cast(torch.device, cast(Any, super())._setup_devices)
-        finally:
-            os.environ.pop(_DEVICE, None)
-            os.environ.update({} if own is None else {_DEVICE: own})
         if cast(Any, self.distributed_state).use_distributed or device.type == "cpu":
             return device
         self._n_gpu = 1

@@ -23,7 +23,7 @@ from randbasis.errors import RandbasisError
 
 T = TypeVar("T")
 _DEVICE = "ACCELERATE_TORCH_DEVICE"
-"""Where accelerate looks for its device. Its own choice is cpu:0, which torch.load cannot map a checkpoint to."""
+"""Where accelerate looks for its device."""
 
 
 @dataclass(frozen=True)
@@ -144,26 +144,34 @@ def joined(*, on_cpu: bool) -> Generator[Ranks]:
     if not started and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
-    device = os.environ.get(_DEVICE)
-    if on_cpu:
-        os.environ[_DEVICE] = "cpu"
-    state = cast("Any", PartialState(cpu=on_cpu))
-    if not started:  # the processes part when the program ends: torchrun's meeting point serves one meeting
-        atexit.register(dist.destroy_process_group)
-    ranks = Ranks(state.process_index, state.num_processes, state.device)
-    verbosity = logging.get_verbosity()
+    # Its own choice is cpu:0, which torch.load cannot map a checkpoint to.
+    with accelerate_device("cpu" if on_cpu else None):
+        state = cast("Any", PartialState(cpu=on_cpu))
+        if not started:  # the processes part when the program ends: torchrun's meeting point serves one meeting
+            atexit.register(dist.destroy_process_group)
+        ranks = Ranks(state.process_index, state.num_processes, state.device)
+        verbosity = logging.get_verbosity()
+        try:
+            with warnings.catch_warnings():
+                if not ranks.first:
+                    warnings.simplefilter("ignore")
+                    logging.set_verbosity_error()
+                yield ranks
+        finally:
+            logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def accelerate_device(name: str | None) -> Generator[None]:
+    """Let accelerate take a device meanwhile; ``None`` leaves it the choice that it has."""
+    before = os.environ.get(_DEVICE)
+    if name is not None:
+        os.environ[_DEVICE] = name
     try:
-        with warnings.catch_warnings():
-            if not ranks.first:
-                warnings.simplefilter("ignore")
-                logging.set_verbosity_error()
-            yield ranks
+        yield
     finally:
-        logging.set_verbosity(verbosity)
-        if device is None:
-            os.environ.pop(_DEVICE, None)
-        else:
-            os.environ[_DEVICE] = device
+        os.environ.pop(_DEVICE, None)
+        os.environ.update({} if before is None else {_DEVICE: before})
 
 
 def _error_text(error: RandbasisError | OSError) -> str:

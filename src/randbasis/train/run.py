@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from randbasis.adapters.base_model import read_config
-from randbasis.adapters.saved import SavedAdapter, open_folder, paths_of
+from randbasis.adapters.saved import SavedAdapter, open_folder, paths_of, write_task
 from randbasis.errors import EmptyDataError, SettingError
 from randbasis.files.locations import local_output
 from randbasis.files.output_checks import check_output_folder
@@ -50,7 +50,7 @@ from randbasis.train.task import Example, Task, count_cut, warn_of_cut
 from randbasis.train.task_table import TASK_CLASSES
 from randbasis.train.trained_parameters import load_adapter, save_parameters
 from randbasis.train.trainer import last_checkpoint
-from randbasis.tuner.saved_files import BASE_BITS, HEAD_FILE, TASK_FILE, WEIGHTS_FILE
+from randbasis.tuner.saved_files import BASE_BITS, HEAD_FILE, WEIGHTS_FILE
 
 EARLIER = ".checkpoints-before"
 """Where those of a run lie that is about to be replaced."""
@@ -80,9 +80,7 @@ class Prepared:
 
     def load_model(self, settings: TrainSettings) -> nn.Module:
         """The frozen base with a fresh head drawn from the seed of the run."""
-        loop = settings.loop
-        quantized = Quantized.of(loop.bits, loop.device)
-        return self.task.load_model(settings.model, dtype=loop.dtype, seed=loop.train_seed, quantized=quantized)
+        return _base_of(settings, self.task)
 
 
 @dataclass(frozen=True)
@@ -183,6 +181,12 @@ def _train(settings: TrainSettings, origin: SavedAdapter | None, ranks: Ranks, c
     else:
         ranks.by_first(lambda: shutil.rmtree(checkpoints))
     return TrainOutcome(output, result.model, prepared.task, summary, ranks.first)
+
+
+def _base_of(settings: TrainSettings, task: Task) -> nn.Module:
+    loop = settings.loop
+    quantized = Quantized.of(loop.bits, loop.device)
+    return task.load_model(settings.model, dtype=loop.dtype, seed=loop.train_seed, quantized=quantized)
 
 
 def _filled(settings: TrainSettings) -> tuple[TrainSettings, dict[str, str]]:
@@ -286,11 +290,7 @@ def _finished(settings: TrainSettings, output: Path, summary: dict[str, Any], ra
     """What a run left that has come to its end; nothing is written."""
     saved = open_folder(output)
     task = TASK_CLASSES[settings.task].from_description(saved.task, settings.model)
-    quantized = Quantized.of(settings.loop.bits, settings.loop.device)
-    model = task.load_model(
-        settings.model, dtype=settings.loop.dtype, seed=settings.loop.train_seed, quantized=quantized
-    )
-    return TrainOutcome(output, load_adapter(model, saved), task, summary, ranks.first)
+    return TrainOutcome(output, load_adapter(_base_of(settings, task), saved), task, summary, ranks.first)
 
 
 def _save(
@@ -303,8 +303,7 @@ def _save(
         if processes > 1:
             summary["processes"] = processes
         task = prepared.task.description() | ({BASE_BITS: settings.loop.bits} if settings.loop.bits else {})
-        about = {"base_model": settings.model, "method": settings.adapter.method, "task": task}
-        (stage / TASK_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_task(stage, settings.model, settings.adapter.method, task)
         (stage / SUMMARY_FILE).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (stage / CONFIG_FILE).write_text(config_text(settings), encoding="utf-8")
         lines = [json.dumps(entry) for entry in result.history]

@@ -56,8 +56,12 @@ class Found:
         return (model if quantized else model.to(torch_device(settings.device))).eval()
 
 
-def find(settings: UseSettings) -> Found:
+def find(settings: UseSettings, track: Track = iter) -> Found:
     """Look at the adapter and the base's tokenizer.
+
+    Args:
+        settings: which adapter.
+        track: shows how far the answers of the task have come.
 
     Raises:
         AdapterFilesError: the adapter lacks what is needed, or its task is not described.
@@ -78,6 +82,7 @@ def find(settings: UseSettings) -> Found:
         raise DataMissingError(
             f"{saved.where} names {base!r} as its base; where it lies elsewhere, give model: {error}"
         ) from error
+    task.track = track
     _rename_columns(task, settings.columns)
     if isinstance(task, CausalLanguage):
         task.generation = settings.generation
@@ -98,8 +103,7 @@ def evaluate(settings: UseSettings, *, texts: bool | None = None, track: Track =
     Raises:
         RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
     """
-    found = find(settings)
-    found.task.track = track
+    found = find(settings, track)
     table = read_rows(settings, found.task)
     examples, told = to_score(found.task, table, texts)
     with torch_threads(settings.threads):
@@ -144,8 +148,7 @@ def predict(settings: UseSettings, *, track: Track = iter) -> list[Row]:
     Raises:
         RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
     """
-    found = find(settings)
-    found.task.track = track
+    found = find(settings, track)
     table = read_rows(settings, found.task, answered=False)
     examples = to_answer(found.task, table)
     with torch_threads(settings.threads):
@@ -196,8 +199,7 @@ def generate(
     Raises:
         RandbasisError: one class per broken rule; see :mod:`randbasis.errors`.
     """
-    found = find(settings)
-    found.task.track = track
+    found = find(settings, track)
     task = to_generate(found.task)
     talks = [conversation([*one]) for one in messages]
     wanted = [*map(task.prompt_of, prompts), *map(task.prompt_of_messages, talks)]
