@@ -29,5 +29,5 @@ def test_snippets_run(root: Path, encoder: str, sentences_csv: str, tmp_path: Pa
     for command in re.findall(r"^\$ randbasis (.*)$", console, re.MULTILINE):
         done = CliRunner().invoke(app, shlex.split(command, comments=True))
         assert done.exit_code == 0, (command, done.stderr)
-    made = {"base", "runs", "lora", "lora.gguf", "merged", "lora16", "nearest"}
+    made = {"base", "runs", "lora", "lora.gguf", "merged", "lora16", "nearest", "reviews-lora"}
     assert {path.name for path in tmp_path.iterdir()} == made

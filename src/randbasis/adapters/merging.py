@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict  # pyright: ignore[reportUnknownVariableType]
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file  # pyright: ignore[reportUnknownVariableType]
 
 from randbasis.adapters.base_fit import BaseFit, find_fit, under_prefix
@@ -110,7 +111,6 @@ def merge_adapter(
         raise HyperparameterError(not_one_of("dtype", dtype, DTYPES))
     output = check_output_folder(output, (model, *paths_of(adapter)), overwrite=overwrite, model=True)
     found = open_adapter(adapter).ours()
-    labels = labels or found.task.get("labels")
     if found.base_bits is not None:
         warnings.warn(
             f"{found.where} was trained on a base with weights of {found.base_bits} bits and is merged into those of "
@@ -119,9 +119,8 @@ def merge_adapter(
         )
     fit = find_fit(found, read_config(model))
     base = load_base(model, fit, dtype, head_paths(fit, found.head))
-    if labels and fit.head:
-        base.config.id2label = dict(enumerate(labels))
-        base.config.label2id = {label: index for index, label in enumerate(labels)}
+    if fit.head:
+        base.config = with_answers(base.config, found.task, labels)
     matrices = _merge(base, found, fit)
     apart = _head_of(found) if found.head and not fit.head else {}
     files, size = write_model(base, output, model, apart, tokenizer=found.folder)
@@ -129,6 +128,26 @@ def merge_adapter(
     parameters = sum(parameter.numel() for parameter in base.parameters())
     stored = str(base.dtype).removeprefix("torch.")
     return Merged(output, type(base).__name__, matrices, parameters, stored, head, files, size)
+
+
+def with_answers(
+    config: PreTrainedConfig, task: Mapping[str, Any], labels: Sequence[str] | None = None
+) -> PreTrainedConfig:
+    """A configuration that names the classes of a head, or says that it gives a number, which a pipeline would squash.
+
+    Args:
+        config: of a model with as many classes as the head has.
+        task: description of the adapter's task; empty where nobody wrote one.
+        labels: names of the classes; None takes those of the task.
+    """
+    own = deepcopy(config)
+    labels = labels or task.get("labels")
+    if labels:
+        own.id2label = dict(enumerate(labels))
+        own.label2id = {label: index for index, label in enumerate(labels)}
+    elif task.get("task") == "sequence-classification":
+        own.problem_type = "regression"
+    return own
 
 
 def write_model(

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from randbasis.adapters.base_fit import BaseFit
 from randbasis.adapters.base_model import meta_model
-from randbasis.adapters.merging import DTYPES, save_head
-from randbasis.adapters.saved import AdapterLocation, paths_of
+from randbasis.adapters.merging import DTYPES, save_head, with_answers
+from randbasis.adapters.saved import AdapterLocation, paths_of, write_task
 from randbasis.errors import HyperparameterError, not_one_of
 from randbasis.export.pairs import LoraPair, lora_pairs, total_error
 from randbasis.export.source import Source, open_source
 from randbasis.files.output_checks import check_output_folder
 from randbasis.files.output_set import replaced_set
 from randbasis.progress import Track
-from randbasis.tuner.saved_files import SAVED_PREFIX, WEIGHTS_FILE, anchored
+from randbasis.tuner.saved_files import BASE_CONFIG, SAVED_PREFIX, WEIGHTS_FILE, anchored
 
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 """``model_type`` of the bases whose linear layers are ``Conv1D``, with a weight of ``[in, out]``."""
@@ -97,7 +97,7 @@ def export_peft_lora(
 
     Exact for NOLA and VeRA up to the rounding to ``dtype``; RandLoRA and PRANC need a ``rank``, and the relative error
     of ΔW is told. Alpha is the rank: the method's scale is in the factors. What was trained whole beside the adapter
-    comes along.
+    comes along, and so does its task, which the commands of this package read.
 
     Args:
         source: where the adapter is: see :func:`randbasis.adapters.saved.open_adapter`.
@@ -131,7 +131,11 @@ def export_peft_lora(
         config.save_pretrained(str(stage))
         if adapter.head_apart:
             save_head(adapter.found, stage)
-        size = sum(file.stat().st_size for file in stage.iterdir())
+        write_task(stage, adapter.base, "lora", adapter.found.task)
+        if extra and adapter.fit is not None and adapter.fit.auto.__name__.endswith("Classification"):
+            # Not beside the adapter: there, transformers would take it for the configuration of a whole model.
+            with_answers(adapter.fit.config, adapter.found.task).save_pretrained(stage / BASE_CONFIG)
+        size = sum(file.stat().st_size for file in stage.rglob("*") if file.is_file())
     head = "apart" if adapter.head_apart else "saved" if extra else "none"
     return LoraExport(output, adapter.found.config.method, adapter.base, tuple(pairs), dtype, head, size)
 

@@ -8,7 +8,7 @@ ADAPTER_SET = frozenset(
     {
         *("adapter_config.json", "adapter_model.safetensors", "head.safetensors", "packed.safetensors"),
         *("task.json", "summary.json", "history.jsonl", "loss.png", "run.yaml"),
-        *("checkpoints", ".checkpoints-before"),
+        *("checkpoints", ".checkpoints-before", "base-config"),
     }
 )
 """Names of what this package writes of an adapter; a model card, whose name anybody uses, is told by its content."""

@@ -29,7 +29,7 @@ def load_adapter(model: nn.Module, adapter: AdapterLocation, *, trainable: bool 
         trainable: whether its parameters are to be trained further.
 
     Returns:
-        A ``PeftModel``, or ``model`` itself where there is only a head.
+        A ``PeftModel``; or ``model`` itself, where there is only a head, or one apart from the adapter.
 
     Raises:
         AdapterFilesError: files are missing, unreadable, or of an adapter type that is not installed.
@@ -42,24 +42,34 @@ def load_adapter(model: nn.Module, adapter: AdapterLocation, *, trainable: bool 
         return model
     if found.whole is not None:
         return put(model, found.whole, is_trainable=trainable, where=found.where)
+    if isinstance(model, PooledClassifier) and (found.weights.parent / HEAD_FILE).is_file():
+        # An export: the LoRA of the bare encoder, and the head, which plain PEFT has no class for, apart.
+        _set_parameters(model, _read_weights(found.weights.parent / HEAD_FILE), found.where)
+        model.encoder = cast(Any, _with_peft(model.encoder, found.where, trainable=trainable))
+        return model
+    return _with_peft(model, found.where, trainable=trainable)
+
+
+def _with_peft(model: nn.Module, where: str, *, trainable: bool) -> nn.Module:
+    """An adapter in a folder on a model, as PEFT puts it there."""
     try:
-        config = cast(PeftConfig, PeftConfig.from_pretrained(found.where))
+        config = cast(PeftConfig, PeftConfig.from_pretrained(where))
     except RandbasisError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFilesError(
-            f"{found.where}: {CONFIG_FILE} is not an adapter configuration that is known here: "
+            f"{where}: {CONFIG_FILE} is not an adapter configuration that is known here: "
             f"{type(error).__name__}: {error}"
         ) from error
     try:
         with confined_randomness(0):  # PEFT's own methods draw a start before they read the file
-            return PeftModel.from_pretrained(cast(Any, model), found.where, config=config, is_trainable=trainable)
+            return PeftModel.from_pretrained(cast(Any, model), where, config=config, is_trainable=trainable)
     except RandbasisError:
         raise
     except (RuntimeError, ValueError) as error:
         if not _is_misfit(error):
             raise
-        raise BaseMismatchError(f"the adapter in {found.where} does not fit {type(model).__name__}: {error}") from error
+        raise BaseMismatchError(f"the adapter in {where} does not fit {type(model).__name__}: {error}") from error
 
 
 def _is_misfit(error: Exception) -> bool:
