@@ -16,7 +16,7 @@ from benchmarks.case import Built, Case, CheckFailed, Side
 from benchmarks.published_nola import draw
 from benchmarks.reference_run import OUTPUT, plain_torch
 from randbasis.methods import Nola, Site
-from randbasis.methods.nola import BoundNola
+from randbasis.methods.bound_nola import BoundNola
 
 RANK = 16
 PUBLISHED = "published NOLA"

@@ -19,7 +19,7 @@ from benchmarks.expansion import RANK, SHAPES, Shape
 from benchmarks.gpu import device, wall_seconds
 from benchmarks.reference_run import OUTPUT, plain_torch
 from randbasis.methods import Nola, Site
-from randbasis.methods.nola import BoundNola
+from randbasis.methods.bound_nola import BoundNola
 from randbasis.ops import Stored, combine_each
 
 REDRAWN, GRAPH = "all layers, basis redrawn", "all layers, basis redrawn, in a CUDA graph"

@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks.case import Built, Case, CheckFailed, Side
 from benchmarks.gpu import device, device_seconds
 from randbasis.basis import Basis
-from randbasis.ops import BasisStorage, Slab, entries, hold, project
+from randbasis.basis_storage import BasisStorage
+from randbasis.ops import Slab, entries, hold, project
 from randbasis.ops.backends import PROJECT_ENVIRONMENT
 
 STORED = "stored bfloat16"

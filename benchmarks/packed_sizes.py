@@ -128,8 +128,8 @@ def _weighed(size: Size) -> dict[str, int]:
         weighed = {DIRECTORY: (directory / "adapter_model.safetensors").stat().st_size}
         for name, bits in PACKED.items():
             packed = pack_adapter(directory, directory.with_suffix(f".{bits}"), bits=bits)
-            if packed.adapter.spec.count != size.coefficients:
-                raise CheckFailed(f"{size.name} has {packed.adapter.spec.count} coefficients, not {size.coefficients}")
+            if packed.contents.spec.count != size.coefficients:
+                raise CheckFailed(f"{size.name} has {packed.contents.spec.count} coefficients, not {size.coefficients}")
             weighed[name] = packed.bytes
     return weighed
 

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from randbasis.basis import Basis, Law, basis_entries, block_words, check_seed, decode, parse_law, philox, stream_of
+from randbasis.basis import Basis, basis_entries, block_words, decode, philox
 from randbasis.errors import BasisShapeError, LawError, SeedError
+from randbasis.laws import Law, check_seed, parse_law, stream_of
 
 LAWS = ("sign", "uniform", "normal", "sparse(3)", "sparse(6)", "sparse(200)")
 SEED = 0x0123456789ABCDEF

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from randbasis.basis import basis_entries, parse_law
+from randbasis.basis import basis_entries
+from randbasis.laws import parse_law
 
 LAWS = ("sign", "uniform", "normal", "sparse(6)", "sparse(100)")
 

@@ -21,6 +21,8 @@ ROWS: dict[str, set[str]] = {
     "lazy": set(),
     "defaults": set(),
     "precision": set(),
+    "laws": set(),
+    "basis_storage": set(),
     "basis": {"torch"},
     "ops": {"torch", "numpy", "numba"},
     "codes": {"torch"},
@@ -169,7 +171,7 @@ def test_no_import_cycle():
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_method_files_do_not_import_each_other():
+def test_methods_do_not_import_each_other():
     contract = {"randbasis.methods.method", "randbasis.methods.bound"}
     wrong = [
         f"{i.importer}:{i.line} imports {i.imported}"
@@ -177,6 +179,7 @@ def test_method_files_do_not_import_each_other():
         if row_of(i.importer) == row_of(i.imported) == "methods"
         and i.importer not in {*contract, "randbasis.methods", "randbasis.methods.table"}
         and i.imported not in contract
+        and i.importer != i.imported.replace(".methods.", ".methods.bound_")
     ]
     assert not wrong
 

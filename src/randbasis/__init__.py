@@ -23,7 +23,8 @@ from randbasis.peft_import import register_with_peft
 
 if TYPE_CHECKING:
     from randbasis.adapters import load_packed, open_adapter, put
-    from randbasis.basis import Basis, Law, basis_entries, parse_law, stream_of
+    from randbasis.basis import Basis, basis_entries
+    from randbasis.laws import Law, parse_law, stream_of
     from randbasis.methods import METHODS, LoraXs, Method, Nola, Pranc, RandLora, Vera
     from randbasis.tuner import (
         LoraXsConfig,
@@ -41,7 +42,8 @@ else:
         __name__,
         {
             "randbasis.adapters": "load_packed open_adapter put",
-            "randbasis.basis": "Basis Law basis_entries parse_law stream_of",
+            "randbasis.basis": "Basis basis_entries",
+            "randbasis.laws": "Law parse_law stream_of",
             "randbasis.methods": "METHODS LoraXs Method Nola Pranc RandLora Vera",
             "randbasis.tuner.config": "LoraXsConfig NolaConfig PrancConfig RandLoraConfig RandbasisConfig VeraConfig",
             "randbasis.tuner.layer": "RandbasisLinear",

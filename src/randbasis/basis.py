@@ -6,138 +6,19 @@ plain torch integer arithmetic in int64 that never overflows: the specification 
 :mod:`randbasis.ops` must equal it bit for bit.
 """
 
-import hashlib
-import math
-import operator
-import re
 from dataclasses import dataclass
 from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-from randbasis.errors import BasisShapeError, LawError, SeedError
-
-BLOCK_BITS = 128
-"""Bits that one evaluation of the generator gives."""
+from randbasis.errors import BasisShapeError
+from randbasis.laws import Law, check_seed, parse_law, stream_of
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
-
-
-@dataclass(frozen=True, slots=True)
-class Law:
-    """How the random bits of an entry become an integer; see the table of laws in math.md.
-
-    Attributes:
-        name: canonical name, ``"sign"``, ``"uniform"``, ``"normal"`` or ``"sparse(s)"``.
-        bits: bits that one entry takes from a block of 128.
-        variance: exact variance of the integer entry.
-        threshold: ``t`` of the sparse law, 0 for the others.
-    """
-
-    name: str
-    bits: int
-    variance: float
-    threshold: int = 0
-
-    @property
-    def entries_per_block(self) -> int:
-        """``E`` of math (2): entries in one block of 128 bits."""
-        return BLOCK_BITS // self.bits
-
-    @property
-    def unit_scale(self) -> float:
-        """The real factor of math (5) that gives the basis unit variance."""
-        return 1.0 / math.sqrt(self.variance)
-
-    @property
-    def power(self) -> float:
-        """The greatest power of two that is not above :attr:`unit_scale`: what entries are multiplied by, math (5).
-
-        An entry times a power of two is exact in every floating dtype, and a sum of such entries is as large as one
-        of unit variance, within a factor of two: so it is stored in float16 where the result itself can be.
-        """
-        return 2.0 ** math.floor(math.log2(self.unit_scale))
-
-    @property
-    def kind(self) -> str:
-        """The name without its parameter: ``"sign"``, ``"uniform"``, ``"normal"`` or ``"sparse"``."""
-        return self.name.partition("(")[0]
-
-
-_DENSE_LAWS = {
-    "sign": Law("sign", bits=1, variance=1.0),
-    "uniform": Law("uniform", bits=8, variance=21845.0),
-    "normal": Law("normal", bits=16, variance=4.0),
-}
-_SPARSE = re.compile(r"sparse\(\s*([0-9.]+(?:e[0-9]+)?)\s*\)")
-
-
-def parse_law(name: str | Law) -> Law:
-    """The law of that name.
-
-    Args:
-        name: ``"sign"``, ``"uniform"``, ``"normal"`` or ``"sparse(s)"`` with ``2 <= s <= 65536``: an entry is ``+1``
-            and ``-1`` with probability ``1/s`` each, else 0.
-
-    Raises:
-        LawError: the name is none of these, or ``s`` is out of range.
-    """
-    if isinstance(name, Law):
-        return name
-    if name in _DENSE_LAWS:
-        return _DENSE_LAWS[name]
-    match = _SPARSE.fullmatch(name)
-    try:
-        sparsity = float(match.group(1)) if match else math.nan
-    except ValueError:
-        sparsity = math.nan
-    if not 2.0 <= sparsity <= 65536.0:
-        raise LawError(
-            f"law must be 'sign', 'uniform', 'normal' or 'sparse(s)' with 2 <= s <= 65536, got {name!r}; "
-            "use for example law='sign' or law='sparse(6)'"
-        )
-    threshold = round(65536 / sparsity)
-    # All digits: ops get a law by its name, and a rounded s may have another threshold.
-    return Law(
-        f"sparse({repr(sparsity).removesuffix('.0')})", bits=16, variance=2 * threshold / 65536, threshold=threshold
-    )
-
-
-def check_seed(seed: SupportsIndex) -> int:
-    """The seed as a Python integer.
-
-    Raises:
-        SeedError: it is not an integer, is negative, or needs more than 64 bits.
-    """
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise SeedError(f"seed must be an integer from 0 to 2**64 - 1, got {seed!r}; pass for example seed=0")
-    value = operator.index(seed)
-    if not 0 <= value < 2**64:
-        raise SeedError(f"seed must be from 0 to 2**64 - 1, got {value}; take it modulo 2**64")
-    return value
-
-
-def stream_of(name: str | int) -> int:
-    """The 32-bit stream of a name, math (4); an integer is a stream already.
-
-    Args:
-        name: ``"<method>/<role>"`` for a basis shared by all layers, ``"<method>/<role>/<module path>"`` for the
-            basis of one matrix, or the stream itself.
-
-    Raises:
-        BasisShapeError: neither a name nor an integer of 32 unsigned bits.
-    """
-    if isinstance(name, str):
-        return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:4], "little")
-    if isinstance(name, bool) or not hasattr(name, "__index__") or not 0 <= name < 2**32:
-        raise BasisShapeError(
-            f"a stream must be an integer from 0 to 2**32 - 1, got {name!r}; use stream_of('method/role')"
-        )
-    return operator.index(name)
 
 
 @dataclass(frozen=True, slots=True)

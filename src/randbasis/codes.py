@@ -11,30 +11,19 @@ import torch
 from torch import Tensor
 
 from randbasis.errors import CoefficientValueError, PrecisionError
-from randbasis.precision import CODED, check_precision, largest_code
+from randbasis.precision import CODED, check_precision, largest_code, run_lengths
 
 _KEPT = ~((1 << 36) - 1)
 """Mask over a float64 that leaves 17 significant bits."""
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
-def run_lengths(lengths: Sequence[int], group: int) -> Tensor:
-    """Coefficients under each scale, in the order of the scales.
-
-    Args:
-        lengths: entries of each vector, that is of each coefficient tensor of each matrix.
-        group: coefficients that share a scale; 0 for one scale a vector.
-    """
-    runs = [min(group, length - done) for length in lengths for done in range(0, length, group)] if group else lengths
-    return torch.tensor(runs, dtype=torch.int64)
-
-
-def quantize(values: Tensor, runs: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, runs: Sequence[int], bits: int) -> tuple[Tensor, Tensor]:
     """Codes and scales of coefficients, math (11).
 
     Args:
         values: ``[n]``, floating.
-        runs: from :func:`run_lengths`, adding up to n.
+        runs: from :func:`~randbasis.precision.run_lengths`, adding up to n.
         bits: one of :data:`~randbasis.precision.CODED`.
 
     Returns:
@@ -47,8 +36,9 @@ def quantize(values: Tensor, runs: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     exact = values.detach().double()
     if not bool(torch.isfinite(exact).all()):
         raise CoefficientValueError("coefficients must be finite to be quantized; use an earlier checkpoint")
-    runs = runs.to(exact.device)
-    of = torch.repeat_interleave(torch.arange(len(runs), device=exact.device), runs)
+    of = torch.repeat_interleave(
+        torch.arange(len(runs), device=exact.device), torch.tensor(runs, dtype=torch.int64, device=exact.device)
+    )
     largest = torch.zeros(len(runs), dtype=torch.float64, device=exact.device)
     scales = scale_of(largest.scatter_reduce(0, of, exact.abs(), "amax"), bits)
     return nearest_codes(exact, scales[of]).to(torch.int8), scales.to(torch.float32)
@@ -78,15 +68,16 @@ def nearest_codes(values: Tensor, scales: Tensor) -> Tensor:
     return torch.where(scales > 0, (values / torch.where(scales > 0, scales, 1.0)).round(), 0.0)
 
 
-def dequantize(codes: Tensor, scales: Tensor, runs: Tensor) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, runs: Sequence[int]) -> Tensor:
     """``scale · code`` in float32.
 
     Args:
         codes: ``[n]`` int8.
         scales: ``[runs]`` float32.
-        runs: from :func:`run_lengths`.
+        runs: from :func:`~randbasis.precision.run_lengths`.
     """
-    return codes.to(torch.float32) * torch.repeat_interleave(scales, runs.to(scales.device))
+    repeats = torch.tensor(runs, dtype=torch.int64, device=scales.device)
+    return codes.to(torch.float32) * torch.repeat_interleave(scales, repeats)
 
 
 def rounded(values: Tensor, lengths: Sequence[int], bits: int, group: int = 0) -> Tensor:

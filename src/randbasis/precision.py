@@ -1,5 +1,7 @@
 """How many bits a coefficient may have, and how many scales there are then; no tensor is needed to say so."""
 
+from collections.abc import Sequence
+
 from randbasis.errors import PrecisionError
 
 BITS = (32, 16, 8, 4, 3, 2)
@@ -48,3 +50,15 @@ def check_training_precision(bits: int | None) -> None:
 def run_count(length: int, group: int) -> int:
     """Scales of one vector."""
     return -(-length // group) if group else 1
+
+
+def run_lengths(lengths: Sequence[int], group: int) -> list[int]:
+    """Coefficients under each scale, in the order of the scales.
+
+    Args:
+        lengths: entries of each vector, that is of each coefficient tensor of each matrix.
+        group: coefficients that share a scale; 0 for one scale a vector.
+    """
+    if not group:
+        return list(lengths)
+    return [min(group, length - done) for length in lengths for done in range(0, length, group)]

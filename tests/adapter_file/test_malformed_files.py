@@ -96,4 +96,4 @@ def test_verify_tells_a_file_that_is_not_canonical(tmp_path: Path):
     assert verify(tmp_path / "good").canonical
     other = verify(tmp_path / "other")
     assert not other.canonical
-    assert other.adapter.to_bytes() == GOOD == CASES["nola"].to_bytes()
+    assert other.contents.to_bytes() == GOOD == CASES["nola"].to_bytes()

@@ -27,7 +27,7 @@ from tuner_cases import (
 
 from benchmarks.packed_sizes import SIZES, Size
 from randbasis import NolaConfig
-from randbasis.adapter_file import read
+from randbasis.adapter_file import PackedAdapter, read
 from randbasis.adapters.packed import pack_adapter, unpack_adapter
 from randbasis.adapters.putting import load_packed
 from randbasis.errors import (
@@ -81,7 +81,7 @@ def test_a_packed_file_loads_into_a_model(case, tmp_path):
     found = pack_adapter(tmp_path / "source", tmp_path / "file", bits=32)
     again = load_packed(case.base(), tmp_path / "file").eval()
     assert torch.equal(outputs(again, case.batch()), outputs(model, case.batch()))
-    planned = {one.name: one.method for one in found.adapter.spec.matrices}
+    planned = {one.name: one.method for one in found.contents.spec.matrices}
     assert all(again.peft_config["default"].method_for(name) == method for name, method in planned.items())
 
 
@@ -91,7 +91,7 @@ def test_a_matrix_of_the_file_is_what_its_layer_computes_with(method, tmp_path):
     case = Case("qkv_proj", method)
     model = case.adapted()
     model.save_pretrained(tmp_path / "source")
-    adapter = pack_adapter(tmp_path / "source", tmp_path / "file", bits=32).adapter
+    adapter = PackedAdapter.from_contents(pack_adapter(tmp_path / "source", tmp_path / "file", bits=32).contents)
     for one, delta in adapter.matrices():
         layer = model.base_model.model.get_submodule(one.name)
         wanted = layer.get_delta_weight("default")[one.start : one.start + one.rows]
@@ -100,9 +100,13 @@ def test_a_matrix_of_the_file_is_what_its_layer_computes_with(method, tmp_path):
 
 def test_quantized_coefficients_stay_near(tmp_path):
     source = saved(Case("linear", "nola"), tmp_path / "source")
-    exact = pack_adapter(source, tmp_path / "32", bits=32).adapter.values()
+    exact = PackedAdapter.from_contents(pack_adapter(source, tmp_path / "32", bits=32).contents).values()
     errors = [
-        float((pack_adapter(source, tmp_path / f"{b}", bits=b).adapter.values() - exact).abs().max())
+        float(
+            (PackedAdapter.from_contents(pack_adapter(source, tmp_path / f"{b}", bits=b).contents).values() - exact)
+            .abs()
+            .max()
+        )
         for b in (16, 8, 4, 3, 2)
     ]
     assert errors == sorted(errors)
@@ -120,14 +124,20 @@ def test_half_precision_stays_what_it_is(tmp_path):
         )
         for precision in (32, 16):
             file = tmp_path / f"{dtype}-{precision}"
-            assert pack_adapter(source, file, bits=precision).adapter.coefficients.dtype == dtype
+            assert (
+                PackedAdapter.from_contents(pack_adapter(source, file, bits=precision).contents).coefficients.dtype
+                == dtype
+            )
             unpack_adapter(file, tmp_path / "again", overwrite=True)
             assert (tmp_path / "again" / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()
 
 
 def test_bfloat16_on_request(tmp_path):
     source = saved(Case("linear", "vera"), tmp_path / "source")
-    assert pack_adapter(source, tmp_path / "a", bfloat16=True).adapter.coefficients.dtype == torch.bfloat16
+    assert (
+        PackedAdapter.from_contents(pack_adapter(source, tmp_path / "a", bfloat16=True).contents).coefficients.dtype
+        == torch.bfloat16
+    )
     with pytest.raises(PrecisionError, match="bits=4"):
         pack_adapter(source, tmp_path / "b", bits=4, bfloat16=True)
 
@@ -161,7 +171,7 @@ def test_patterns_of_ranks_stand_in_the_file(tmp_path):
     model = get_peft_model(case.base(), case.config(rank_pattern={"v_proj": 2}, alpha_pattern={r"layers\.1\..*": 3}))
     fill(model)
     model.save_pretrained(tmp_path / "source")
-    adapter = pack_adapter(tmp_path / "source", tmp_path / "file", bits=32).adapter
+    adapter = PackedAdapter.from_contents(pack_adapter(tmp_path / "source", tmp_path / "file", bits=32).contents)
     config = model.peft_config["default"]
     assert all(one.method == config.method_for(one.name) for one in adapter.spec.matrices)
     assert len({one.method for one in adapter.spec.matrices}) == 4
@@ -175,9 +185,9 @@ def test_a_path_of_this_machine_is_not_written(tmp_path):
     (source / CONFIG).write_text(json.dumps(config))
     with pytest.warns(UserWarning, match="names the base model 'tiny' and not '/home/me"):
         found = pack_adapter(source, tmp_path / "file")
-    assert found.adapter.spec.base.name == "tiny"
+    assert found.contents.spec.base.name == "tiny"
     assert b"/home" not in (tmp_path / "file").read_bytes()
-    assert pack_adapter(source, tmp_path / "b", base_name="acme/tiny").adapter.spec.base.name == "acme/tiny"
+    assert pack_adapter(source, tmp_path / "b", base_name="acme/tiny").contents.spec.base.name == "acme/tiny"
     unpack_adapter(tmp_path / "file", tmp_path / "again", base_name="/elsewhere/tiny")
     assert config_of(tmp_path / "again")["base_model_name_or_path"] == "/elsewhere/tiny"
 
@@ -316,9 +326,9 @@ def test_sizes_of_the_format_page(size: Size, tmp_path):
     counts = {"Llama-2-7b": 57_344, "Llama-2-13b": 143_360, "Llama-2-70b": 573_440}
     for precision, limits in ((16, (117_000, 1_152_000)), (4, (31_000, 289_000))):
         found = pack_adapter(tmp_path / "source", tmp_path / f"{precision}", bits=precision)
-        assert found.adapter.spec.count == counts[size.name] == size.coefficients
+        assert found.contents.spec.count == counts[size.name] == size.coefficients
         assert found.bytes <= size.limit(precision)
-        scales = 4 * found.adapter.spec.run_count if precision == 4 else 0
+        scales = 4 * found.contents.spec.run_count if precision == 4 else 0
         limit = dict(zip(("Llama-2-7b", "Llama-2-70b"), limits, strict=True)).get(size.name)
         assert limit is None or found.bytes - scales <= limit
     unpack_adapter(tmp_path / "4", tmp_path / "again")

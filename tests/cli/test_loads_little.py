@@ -30,6 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = Spec(method, Base("base", "llama"), group_matrices(matrices), 16)
     adapter = PackedAdapter.of(spec, torch.ones(spec.count))
     adapter.write(folder / "one.safetensors")
+    adapter.at(4).write(folder / "four.safetensors")
     with AdapterStore(folder / "adapters.db") as store:
         store.add("team/one", adapter, tags=["mine"])
         store.add("team/one", adapter.at(8))
@@ -63,13 +64,11 @@ def run(code: str, words: str) -> str:
         "store rollback {0}/adapters.db team/one",
         "store remove {0}/adapters.db team/one --version 2",
         "store gc {0}/adapters.db --keep 1",
+        "verify {0}/one.safetensors",
+        "verify {0}/four.safetensors --json",
+        "store add {0}/new.db {0}/one.safetensors",
+        "store import {0}/other.db {0}/backup",
     ],
 )
 def test_loads_nothing_heavy(folder: Path, words: str):
     assert run(RUN, words.format(folder))
-
-
-@pytest.mark.parametrize("words", ["verify {0}/one.safetensors", "store add {0}/new.db {0}/one.safetensors"])
-def test_what_reads_coefficients_loads_torch_alone(folder: Path, words: str):
-    """A file is vouched for by checking each number that it holds."""
-    assert run(RUN.replace("'torch', ", ""), words.format(folder))

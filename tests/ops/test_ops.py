@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from randbasis.basis import Basis, basis_entries
+from randbasis.basis_storage import BasisStorage
 from randbasis.errors import BasisShapeError, DifferentiationError, StorageError
-from randbasis.ops import BasisStorage, Slab, combine, combine_each, entries, hold, project, sandwich
+from randbasis.ops import Slab, combine, combine_each, entries, hold, project, sandwich
 
 LAWS = ("sign", "uniform", "normal", "sparse(3)")
 POWERS = {"sign": 1.0, "uniform": 2.0**-8, "normal": 0.5, "sparse(3)": 1.0}

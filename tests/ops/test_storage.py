@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from randbasis.basis import Basis, block_words
+from randbasis.basis_storage import check_storage
 from randbasis.errors import StorageError
-from randbasis.ops import Slab, check_storage, choose_storage, hold
+from randbasis.ops import Slab, choose_storage, hold
 from randbasis.ops.storage import DENSE_BYTES, PACKED_BYTES, held
 
 CPU = torch.device("cpu")

@@ -37,11 +37,11 @@ from randbasis import (
     parse_law,
 )
 from randbasis.methods import LoraXs
-from randbasis.methods.loraxs import BoundLoraXs
-from randbasis.methods.nola import BoundNola
-from randbasis.methods.pranc import BoundPranc
-from randbasis.methods.randlora import BoundRandLora
-from randbasis.methods.vera import BoundVera
+from randbasis.methods.bound_loraxs import BoundLoraXs
+from randbasis.methods.bound_nola import BoundNola
+from randbasis.methods.bound_pranc import BoundPranc
+from randbasis.methods.bound_randlora import BoundRandLora
+from randbasis.methods.bound_vera import BoundVera
 from randbasis.tuner.config import LoraXsConfig
 from randbasis.tuner.layer_adapters import frozen_weight
 

@@ -33,7 +33,7 @@ from randbasis.errors import (
 )
 from randbasis.export import export_peft_lora
 from randbasis.methods import LoraXs, Site
-from randbasis.methods.loraxs import leading_triplets
+from randbasis.methods.bound_loraxs import leading_triplets
 from randbasis.tuner.config import LoraXsConfig
 
 CASE = Case("linear", "loraxs")
@@ -261,7 +261,7 @@ def test_the_command_takes_no_seed_and_no_law_for_it(option: str) -> None:
 
 
 def test_a_spec_without_the_digest_or_with_another_word(folder: Path) -> None:
-    packed = pack_adapter(folder, folder.parent / "file").adapter
+    packed = PackedAdapter.from_contents(pack_adapter(folder, folder.parent / "file").contents)
     for weights, error in ((None, SpecKeyError), ("f" * 15, SpecValueError), ("F" * 16, SpecValueError)):
         base = replace(packed.spec.base, weights=weights)
         with pytest.raises(error, match="weights"):

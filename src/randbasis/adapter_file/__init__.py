@@ -10,19 +10,22 @@ from typing import TYPE_CHECKING
 from randbasis.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from randbasis.adapter_file.adapter import PackedAdapter, Verification, read, verify
+    from randbasis.adapter_file.adapter import PackedAdapter, read
+    from randbasis.adapter_file.contents import Contents, Verification, verify
     from randbasis.adapter_file.spec import Base, MatrixGroup, Spec, SpecMatrix, fingerprint, group_matrices
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "randbasis.adapter_file.adapter": "PackedAdapter Verification read verify",
+            "randbasis.adapter_file.adapter": "PackedAdapter read",
+            "randbasis.adapter_file.contents": "Contents Verification verify",
             "randbasis.adapter_file.spec": "Base MatrixGroup Spec SpecMatrix fingerprint group_matrices",
         },
     )
 
 __all__ = [
     "Base",
+    "Contents",
     "MatrixGroup",
     "PackedAdapter",
     "Spec",

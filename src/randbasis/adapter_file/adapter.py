@@ -1,45 +1,46 @@
-"""A packed adapter: spec and numbers together, checked against each other, to bytes and back."""
+"""A packed adapter: spec and numbers together, to bytes and back."""
 
-import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from randbasis.adapter_file import container
-from randbasis.adapter_file.codec import check_codes, pack_codes, unpack_codes
-from randbasis.adapter_file.container import Container, data_order, tensor_bytes
-from randbasis.adapter_file.paths import check_name
-from randbasis.adapter_file.spec import Spec, SpecMatrix, canonical, sha256
-from randbasis.adapter_file.spec_reader import Digests, check_layers, parse_spec
-from randbasis.codes import dequantize, narrowed, quantize, run_lengths
-from randbasis.errors import (
-    CoefficientCountError,
-    CoefficientTensorError,
-    CoefficientValueError,
-    DigestError,
-    ExtraTensorError,
-    FormatVersionError,
-    NotPackedError,
-    PrecisionError,
-    SpecKeyError,
+from randbasis.adapter_file.container import RawTensor
+from randbasis.adapter_file.contents import (
+    COEFFICIENTS,
+    EXTRA,
+    SCALES,
+    STREAMS,
+    Contents,
+    check_count,
+    not_finite,
 )
-from randbasis.files.locations import Location, local_path
+from randbasis.adapter_file.spec import Spec, SpecMatrix
+from randbasis.codes import dequantize, narrowed, quantize
+from randbasis.errors import PrecisionError
+from randbasis.files.locations import Location
 from randbasis.files.whole_file import write
 from randbasis.methods import Delta
-from randbasis.precision import CODED, check_precision
+from randbasis.precision import CODED, check_precision, run_lengths
 
-FORMAT = "randbasis"
-"""``__metadata__["format"]``."""
-VERSION = "1"
-"""``__metadata__["version"]``: the version of the format that is written, and the only one that is read."""
-COEFFICIENTS, SCALES, STREAMS, EXTRA = "coefficients", "scales", "streams", "extra."
-"""Names of the tensors; :data:`EXTRA` is how the name of what was saved beside the adapter begins."""
-
-_FLOATS = {32: (torch.float32,), 16: (torch.float16, torch.bfloat16)}
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Name in the header of a file → dtype: what an adapter may hold."""
+_LABELS = {dtype: label for label, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class PackedAdapter:
             CoefficientValueError: a value is not finite.
         """
         check_precision(spec.bits, spec.group)
-        _check_count(spec, values, "coefficients to pack")
+        check_count(spec, values.numel(), "coefficients to pack")
         _check_finite(values, "coefficients to pack")
         extra = dict(sorted((extra or {}).items()))
         scales = None
@@ -125,26 +126,31 @@ class PackedAdapter:
             PackedFileError: the adapter is one that no reader would take.
         """
         where = "the adapter to write"
-        _check_parts(self, where)
-        check_layers(self.spec, where)
-        stored = self.coefficients
-        if self.spec.bits in (4, 3, 2):
-            stored = pack_codes(self.coefficients, self.spec.bits)
-        tensors = {COEFFICIENTS: stored, **{EXTRA + name: tensor for name, tensor in self.extra.items()}}
+        tensors = {COEFFICIENTS: self.coefficients, **{EXTRA + name: tensor for name, tensor in self.extra.items()}}
         if self.scales is not None:
             tensors[SCALES] = self.scales
         if self.streams is not None:
             tensors[STREAMS] = self.streams.to(torch.uint32)
-        digest, rest = _digests(tensors)
-        text = canonical(self.spec.document(digest, rest))
-        parse_spec(text.decode(), where)
-        metadata = {"format": FORMAT, "version": VERSION, "spec": text.decode(), "sha256": sha256(text)}
-        return container.to_bytes(Container(metadata, tensors))
+        contents = Contents.of(self.spec, {name: _raw(tensor, name) for name, tensor in tensors.items()}, where)
+        return contents.to_bytes()
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str = "the packed adapter") -> "PackedAdapter":
         """Read the bytes of a file; see :func:`randbasis.adapter_file.read` for what is refused."""
-        return _from_container(container.load(io.BytesIO(data), len(data), where), where)
+        return cls.from_contents(Contents.from_bytes(data, where))
+
+    @classmethod
+    def from_contents(cls, contents: Contents) -> "PackedAdapter":
+        """What a file holds, as tensors."""
+        tensors = contents.tensors
+        streams = tensors.get(STREAMS)
+        return cls(
+            contents.spec,
+            _tensor(contents.coefficients),
+            _tensor(tensors[SCALES]) if SCALES in tensors else None,
+            None if streams is None else _tensor(streams).to(torch.int64),
+            {name: _tensor(tensors[EXTRA + name]) for name in contents.spec.extra},
+        )
 
     def write(self, path: Location, *, overwrite: bool = False) -> None:
         """Write the file; a kill at any point leaves the old file or the new one.
@@ -177,205 +183,30 @@ def read(path: Location) -> PackedAdapter:
         CoefficientValueError: a coefficient is NaN or infinite.
         RandbasisError: a hyper-parameter is one that its method cannot take.
     """
-    return _from_container(container.read(path)[0], str(path))
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What a packed file was found to be.
-
-    Attributes:
-        path: the file, or its URL.
-        bytes: its size.
-        sha256: of all of it.
-        canonical: whether it is, byte for byte, what this package would write.
-        adapter: its content.
-    """
-
-    path: Location
-    bytes: int
-    sha256: str
-    canonical: bool
-    adapter: PackedAdapter
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        spec = self.adapter.spec
-        return {
-            "file": str(self.path),
-            "bytes": self.bytes,
-            "sha256": self.sha256,
-            "canonical": self.canonical,
-            "method": spec.method.name,
-            "seed": spec.method.seed,
-            "law": spec.method.law,
-            "base_model": spec.base.name,
-            "architecture": spec.base.architecture,
-            "fingerprint": spec.fingerprint,
-            "matrices": spec.size,
-            "coefficients": spec.count,
-            "bits": spec.bits,
-            "group": spec.group,
-            "extra_tensors": len(spec.extra),
-            "task": spec.task.get("task"),
-        }
-
-
-def verify(path: Location) -> Verification:
-    """Read and check all of a packed file, and tell what it is.
-
-    Raises:
-        RandbasisError: as :func:`read`.
-    """
-    with container.opened(path) as (stream, size):
-        adapter = _from_container(container.load(stream, size, str(path)), str(path))
-        stream.seek(0)
-        data = stream.read()
-    return Verification(local_path(path) or path, len(data), sha256(data), adapter.to_bytes() == data, adapter)
-
-
-def _from_container(found: Container, where: str) -> PackedAdapter:
-    spec, digests = parse_spec(_spec_text(found.metadata, where), where)
-    tensors = dict(found.tensors)
-    _check_names(spec, tensors, where)
-    _check_stored(spec, tensors[COEFFICIENTS], where)
-    check_layers(spec, where)
-    _check_digests(spec, digests, tensors, where)
-    coefficients = tensors[COEFFICIENTS]
-    if spec.bits in (4, 3, 2):
-        coefficients = unpack_codes(coefficients, spec.count, spec.bits, where)
-    streams = tensors.get(STREAMS)
-    adapter = PackedAdapter(
-        spec,
-        coefficients,
-        tensors.get(SCALES),
-        None if streams is None else streams.to(torch.int64),
-        {name: tensors[EXTRA + name] for name in spec.extra},
-    )
-    _check_parts(adapter, where)
-    return adapter
-
-
-def _spec_text(metadata: Mapping[str, str], where: str) -> str:
-    if metadata.get("format") != FORMAT:
-        raise NotPackedError(
-            f"{where}: a packed adapter must have the format {FORMAT!r} in its metadata, got "
-            f"{metadata.get('format')!r}; `randbasis pack` makes a packed file of an adapter directory"
-        )
-    if metadata.get("version") != VERSION:
-        raise FormatVersionError(
-            f"{where}: version {VERSION} of the format is what randbasis {version('randbasis')} reads, got version "
-            f"{metadata.get('version')!r}; a newer version of randbasis reads a newer format: upgrade it"
-        )
-    missing = [key for key in ("spec", "sha256") if key not in metadata]
-    if missing:
-        raise SpecKeyError(f"{where}: its metadata must have {missing[0]!r}, got none; pack the adapter again")
-    text = metadata["spec"]
-    digest = sha256(text.encode(errors="surrogatepass"))
-    if digest != metadata["sha256"]:
-        raise _altered(where, "spec", metadata["sha256"], digest)
-    return text
-
-
-def _check_names(spec: Spec, tensors: Mapping[str, Tensor], where: str) -> None:
-    named = {COEFFICIENTS, *(EXTRA + name for name in spec.extra)}
-    named |= {SCALES} if spec.bits in CODED else set()
-    named |= set() if spec.method.shares_basis else {STREAMS}
-    for name in tensors.keys() - named:
-        check_name(name, "the name of a tensor", where)
-    unknown, missing = sorted(tensors.keys() - named), sorted(named - tensors.keys())
-    if unknown or missing:
-        found = f"{unknown[0]!r}, which it does not name" if unknown else f"no {missing[0]!r}"
-        raise ExtraTensorError(
-            f"{where}: its tensors must be the {len(named)} that the spec names, got {found}; "
-            "take the file from its source again"
-        )
-
-
-def _check_stored(spec: Spec, stored: Tensor, where: str) -> None:
-    """Dtype and length of the coefficients as they stand in the file, before any memory is taken for the spec."""
-    floats = _FLOATS.get(spec.bits, (torch.int8 if spec.bits == 8 else torch.uint8,))
-    _check_tensor(COEFFICIENTS, stored, floats, (stored.numel(),), where)
-    wanted = -(-spec.count * spec.bits // 8) if spec.bits in (4, 3, 2) else spec.count
-    if stored.numel() != wanted:
-        raise _wrong_count(spec, f"a tensor of {wanted}", stored.numel(), where)
-
-
-def _check_parts(adapter: PackedAdapter, where: str) -> None:
-    """Everything of which a wrong value would be an adapter that no writer meant."""
-    spec, coefficients = adapter.spec, adapter.coefficients
-    _check_count(spec, coefficients, where)
-    coded = spec.bits in CODED
-    _check_tensor(COEFFICIENTS, coefficients, (torch.int8,) if coded else _FLOATS[spec.bits], (spec.count,), where)
-    scaled, streamed = adapter.scales is not None, adapter.streams is not None
-    if (scaled, streamed, tuple(sorted(adapter.extra))) != (coded, not spec.method.shares_basis, spec.extra):
-        raise ExtraTensorError(
-            f"{where}: there must be scales where coefficients are codes, streams where no basis is shared, and the "
-            f"extra tensors that the spec names, got {spec.bits} bits with scales {scaled}, "
-            f"share_basis={spec.method.shares_basis} with streams {streamed}, and "
-            f"{len(adapter.extra)} extra tensors for {len(spec.extra)} names; pack the adapter again"
-        )
-    if adapter.scales is not None:
-        _check_tensor(SCALES, adapter.scales, (torch.float32,), (spec.run_count,), where)
-        check_codes(coefficients, spec.bits, where)
-        if bool((adapter.scales < 0).any()):
-            raise CoefficientValueError(f"{where}: scales must not be negative, got one; pack the adapter again")
-    if adapter.streams is not None:
-        shape = (spec.size, len(spec.method.roles))
-        _check_tensor(STREAMS, adapter.streams, (torch.int64,), shape, where)
-    _check_finite(adapter.values(), where)
-
-
-def _check_tensor(
-    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], where: str
-) -> None:
-    if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
-        raise CoefficientTensorError(
-            f"{where}: {name} must be {' or '.join(str(d) for d in dtypes)} of shape {list(shape)} by the spec, got "
-            f"{tensor.dtype} of shape {list(tensor.shape)}; pack the adapter again"
-        )
-
-
-def _check_count(spec: Spec, values: Tensor, where: str) -> None:
-    if values.numel() != spec.count:
-        raise _wrong_count(spec, str(spec.count), values.numel(), where)
-
-
-def _wrong_count(spec: Spec, wanted: str, found: int, where: str) -> CoefficientCountError:
-    return CoefficientCountError(
-        f"{where}: {spec.size} matrices of {spec.method.name} with these options have {spec.count} coefficients, "
-        f"{wanted} at {spec.bits} bits, got {found}; spec and coefficients do not belong together: pack again"
-    )
+    return PackedAdapter.from_contents(Contents.load(container.read(path)[0], str(path)))
 
 
 def _check_finite(values: Tensor, where: str) -> None:
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         index = int((~finite).nonzero()[0])
-        raise CoefficientValueError(
-            f"{where}: coefficients must be finite, got {float(values[index])} at index {index}; "
-            "the training diverged or the file is damaged: use an earlier checkpoint"
+        raise not_finite(float(values[index]), index, where)
+
+
+def _raw(tensor: Tensor, name: str) -> RawTensor:
+    if tensor.dtype not in _LABELS:
+        raise PrecisionError(
+            f"the dtype of tensor {name!r} must be one of {', '.join(DTYPES)}, got {tensor.dtype}; convert the tensor "
+            "before packing"
         )
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return RawTensor(_LABELS[tensor.dtype], tuple(tensor.shape), data)
 
 
-def _digests(tensors: Mapping[str, Tensor]) -> tuple[str, str | None]:
-    rest = [tensor_bytes(tensors[name]) for name in data_order(tensors) if name != COEFFICIENTS]
-    return sha256(tensor_bytes(tensors[COEFFICIENTS])), sha256(*rest) if rest else None
-
-
-def _check_digests(spec: Spec, said: Digests, tensors: Mapping[str, Tensor], where: str) -> None:
-    coefficients, rest = _digests(tensors)
-    for what, wanted, found in (
-        ("coefficients", said.coefficients, coefficients),
-        ("other tensors", said.rest, rest),
-        ("list of layers (the base fingerprint)", said.fingerprint, spec.fingerprint),
-    ):
-        if wanted != found:
-            raise _altered(where, what, wanted, found)
-
-
-def _altered(where: str, what: str, wanted: str | None, found: str | None) -> DigestError:
-    return DigestError(
-        f"{where}: the {what} must have the digest {wanted}, got {found}; the file was damaged or changed: "
-        "take it from its source again"
-    )
+def _tensor(raw: RawTensor) -> Tensor:
+    dtype = DTYPES[raw.dtype]
+    if not raw.size:
+        return torch.empty(raw.shape, dtype=dtype)
+    data = raw.data if isinstance(raw.data, bytearray) else bytearray(raw.data)
+    return torch.frombuffer(data, dtype=dtype).reshape(raw.shape)

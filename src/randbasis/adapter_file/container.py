@@ -6,42 +6,66 @@ anywhere: nothing is trusted, and no memory is taken that the file does not back
 """
 
 import json
+import math
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from randbasis.adapter_file.header import Entry, bad_header, parse_header
+from randbasis.adapter_file.header import BYTES, Entry, bad_header, parse_header
 from randbasis.errors import (
     HeaderSizeError,
     PackedFileMissingError,
-    PrecisionError,
     TruncatedFileError,
 )
 from randbasis.files.locations import Location, reading
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 HEADER_LIMIT = 16 << 20
 """Longest header in bytes that is read or written."""
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+# Numbers in a file are little-endian; bfloat16, which numpy has not, is its bits.
+_NUMPY = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "U32": "<u4",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
 }
-"""Name in the header → dtype: what an adapter may hold."""
 
-_LABELS = {dtype: label for label, dtype in DTYPES.items()}
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """A tensor as its bytes.
+
+    Attributes:
+        dtype: as a header names it, one of :data:`~randbasis.adapter_file.header.BYTES`.
+        shape: of the tensor.
+        data: the numbers, little-endian, in row-major order.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | bytearray
+
+    @property
+    def size(self) -> int:
+        """How many numbers there are."""
+        return math.prod(self.shape)
+
+    def array(self) -> "NDArray[Any]":
+        """The numbers in a row; bfloat16 as its bits."""
+        return np.frombuffer(self.data, _NUMPY[self.dtype])
 
 
 @dataclass(frozen=True)
@@ -54,49 +78,28 @@ class Container:
     """
 
     metadata: Mapping[str, str]
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, RawTensor]
 
 
-def label_of(dtype: torch.dtype, what: str) -> str:
-    """The name of a dtype in a header.
-
-    Raises:
-        PrecisionError: a file cannot hold it.
-    """
-    if dtype not in _LABELS:
-        raise PrecisionError(
-            f"the dtype of {what} must be one of {', '.join(DTYPES)}, got {dtype}; convert the tensor before packing"
-        )
-    return _LABELS[dtype]
-
-
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """The content of a tensor, little-endian, in row-major order."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-
-
-def data_order(tensors: Mapping[str, Tensor]) -> list[str]:
+def data_order(tensors: Mapping[str, RawTensor]) -> list[str]:
     """The names in the order in which the data of canonical files stand."""
-    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    return sorted(tensors, key=lambda name: (-BYTES[tensors[name].dtype], name))
 
 
 def to_bytes(container: Container) -> bytes:
     """The canonical bytes of a file.
 
     Raises:
-        PrecisionError: a tensor has a dtype that a file cannot hold.
         HeaderSizeError: the header would be longer than a reader accepts.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(container.metadata.items()))}
-    pieces: list[bytes] = []
+    pieces: list[bytes | bytearray] = []
     position = 0
     for name in data_order(container.tensors):
         tensor = container.tensors[name]
-        pieces.append(tensor_bytes(tensor))
-        end = position + len(pieces[-1])
-        label = label_of(tensor.dtype, f"tensor {name!r}")
-        header[name] = {"dtype": label, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        pieces.append(tensor.data)
+        end = position + len(tensor.data)
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -177,11 +180,8 @@ def _truncated(where: str, what: str) -> TruncatedFileError:
     return TruncatedFileError(f"{where}: the file must be whole, but {what}; copy it again from its source")
 
 
-def _tensor(entry: Entry, data: bytearray, where: str) -> Tensor:
-    dtype = DTYPES[entry.dtype]
-    if entry.start == entry.stop:
-        return torch.empty(entry.shape, dtype=dtype)
+def _tensor(entry: Entry, data: bytearray, where: str) -> RawTensor:
     content = data[entry.start : entry.stop]
-    if dtype is torch.bool and max(content) > 1:
+    if entry.dtype == "BOOL" and max(content, default=0) > 1:
         raise bad_header(where, f"followed by bytes 0 and 1 in the BOOL tensor {entry.name!r}", max(content))
-    return torch.frombuffer(content, dtype=dtype).reshape(entry.shape)
+    return RawTensor(entry.dtype, entry.shape, content)

@@ -11,12 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from randbasis.adapter_file.paths import Numbers, boxes, expand, range_text, split_path
 from randbasis.errors import BaseMismatchError
-from randbasis.methods import Bound, Method, Site
+from randbasis.methods import Method
 from randbasis.precision import run_count
+
+if TYPE_CHECKING:
+    from randbasis.methods import Bound
 
 Shapes = Mapping[str, tuple[int, int]]
 """Module path → ``(out, in)`` of a linear layer of the base model."""
@@ -70,12 +73,14 @@ class SpecMatrix:
         """Its coefficients: math (9), (13), (16) or (18)."""
         return self.method.count(self.rows, self.in_features)
 
-    def bind(self, streams: tuple[int, ...] | None = None) -> Bound[Any]:
+    def bind(self, streams: tuple[int, ...] | None = None) -> "Bound[Any]":
         """Its method there. No basis is kept: an adapter at rest may have thousands of them.
 
         Args:
             streams: as stored; None takes those that all layers share.
         """
+        from randbasis.methods.bound import Site  # torch, which specs do without
+
         site = Site(self.rows, self.in_features, self.method.streams() if streams is None else streams)
         return replace(self.method, basis_storage="recompute").bind(site)
 
@@ -308,7 +313,7 @@ def canonical(value: Any) -> bytes:
     return text.encode()
 
 
-def sha256(*content: bytes) -> str:
+def sha256(*content: bytes | bytearray) -> str:
     """The digest in hexadecimal."""
     digest = hashlib.sha256()
     for piece in content:

@@ -16,9 +16,11 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from randbasis.basis import Basis, parse_law
+from randbasis.basis import Basis
+from randbasis.basis_storage import BasisStorage
 from randbasis.errors import BaseWeightError
-from randbasis.ops import BasisStorage, Derived, Slab, Stored, choose_storage, hold
+from randbasis.laws import parse_law
+from randbasis.ops import Derived, Slab, Stored, choose_storage, hold
 
 Coefficients = Mapping[str, Tensor]
 """Coefficient name → tensor, in the method's order."""
@@ -119,6 +121,11 @@ class Bound(ABC, Generic[M]):
             slab = Slab(Basis(method.seed, stream, law), *shape)
             bases.append(hold(slab, choose_storage(slab, method.basis_storage, shared=method.shares_basis)))
         self.bases = tuple(bases)
+
+    @classmethod
+    def at(cls, method: M, site: Site, weight: Tensor | None) -> "Bound[M]":
+        """See :meth:`randbasis.methods.Method.bind`; a method that needs the weight makes its matrices here."""
+        return cls(method, site)
 
     def of_base(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """The frozen matrices that are made of the base weight.

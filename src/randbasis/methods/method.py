@@ -1,8 +1,9 @@
 """The contract of a method: coefficients and a basis become factors; nothing else.
 
 A method is a frozen record of hyper-parameters. It holds no tensor and knows no layer. What it is told of a layer is a
-:class:`Site`, a shape and the streams of its bases, which it is bound to: :mod:`randbasis.methods.bound`. Everything
-above (apply, merge, export, cost) is written once, on this contract.
+:class:`~randbasis.methods.bound.Site`, a shape and the streams of its bases, which it is bound to:
+:mod:`randbasis.methods.bound`. Everything above (apply, merge, export, cost) is written once, on this contract. What
+only counts and checks loads no torch: the arithmetic of a method is a file of its own, imported where it is bound.
 """
 
 import math
@@ -10,14 +11,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, ClassVar
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
-from randbasis.basis import check_seed, parse_law, stream_of
+from randbasis.basis_storage import BasisStorage, check_storage
 from randbasis.errors import CoefficientCountError, HyperparameterError, RankError
-from randbasis.methods.bound import Bound, Coefficients, Site
-from randbasis.ops import BasisStorage, check_storage
+from randbasis.laws import check_seed, parse_law, stream_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from randbasis.methods.bound import Bound, Coefficients, Site
 
 RANK_LIMIT = 1 << 16
 """Largest rank and largest number of basis matrices that any method allows."""
@@ -60,6 +64,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
+    arithmetic: ClassVar[str]
+    """Path of the :class:`~randbasis.methods.bound.Bound` that it becomes on a matrix."""
     trained_factors: ClassVar[int] = 1
     """How many of the two factors depend on coefficients; the other is frozen."""
     needs_base: ClassVar[bool] = False
@@ -124,8 +130,7 @@ class Method(ABC):
 
     # --- coefficients become a change of the layer ---
 
-    @abstractmethod
-    def bind(self, site: Site, weight: Tensor | None = None) -> Bound[Any]:
+    def bind(self, site: "Site", weight: "Tensor | None" = None) -> "Bound[Any]":
         """The method on one matrix: whoever uses it more than once keeps the result.
 
         Args:
@@ -136,6 +141,8 @@ class Method(ABC):
         Raises:
             BaseWeightError: no frozen matrices can be made of the weight.
         """
+        module, _, kind = self.arithmetic.rpartition(".")
+        return getattr(import_module(module), kind).at(self, site, weight)
 
 
 @lru_cache(maxsize=1024)
@@ -144,7 +151,7 @@ def _streams(method: str, roles: tuple[str, ...], suffix: str) -> tuple[int, ...
     return tuple([stream_of(f"{method}/{role}{suffix}") for role in roles])
 
 
-def check_coefficients(coefficients: Coefficients, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+def check_coefficients(coefficients: "Coefficients", shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise unless every coefficient tensor is there with its shape (after leading batch dimensions).
 
     Raises:

@@ -1,15 +1,9 @@
 """PRANC, Nooralinejad et al., ICCV 2023, NOLA's predecessor: math (18)."""
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from randbasis.methods.bound import Bound, Coefficients, Factors, Site, matmul_rows
 from randbasis.methods.method import Method, check_positive
-from randbasis.ops import weighted_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +16,7 @@ class Pranc(Method):
     """
 
     name: ClassVar[str] = "pranc"
+    arithmetic: ClassVar[str] = "randbasis.methods.bound_pranc.BoundPranc"
     roles: ClassVar[tuple[str, ...]] = ("W",)
 
     num_basis: int
@@ -47,45 +42,3 @@ class Pranc(Method):
     def rank(self, out_features: int, in_features: int) -> int:
         """``out``: its B is the identity."""
         return out_features
-
-    def bind(self, site: Site, weight: Tensor | None = None) -> "BoundPranc":
-        """See :class:`BoundPranc`."""
-        return BoundPranc(self, site)
-
-
-class BoundPranc(Bound[Pranc]):
-    """``Wᵢ`` is out × in."""
-
-    def __init__(self, method: Pranc, site: Site) -> None:
-        super().__init__(method, site, (method.num_basis, site.out_features, site.in_features))
-        self._scale = method.unit / math.sqrt(method.num_basis)
-
-    def factors(self, coefficients: Coefficients) -> Factors:
-        """No low-rank factors: the identity and ΔW itself."""
-        return Factors(None, self.matrix(coefficients))
-
-    def matrix(self, coefficients: Coefficients) -> Tensor:
-        """``ΔW``, math (18)."""
-        (basis,) = self.bases
-        return weighted_sum(coefficients["pranc_a"], basis, self._scale)
-
-    def prepare(self, coefficients: Coefficients) -> dict[str, Tensor]:
-        """ΔW itself."""
-        return {"delta": self.matrix(coefficients)}
-
-    def apply(self, x: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
-        """``ΔW x`` by row."""
-        return matmul_rows(x, prepared["delta"])
-
-    def token_cost(self, tokens: int, *, training: bool) -> float:
-        """One product with ΔW, two more for its gradients."""
-        return tokens * self.out_features * self.in_features * (3 if training else 1)
-
-    def weight_cost(self, tokens: int, *, training: bool, fused: bool) -> float:
-        """As the contract's, without the product of factors: there are none."""
-        products = (0 if fused else 1) + ((1 if fused else 2) if training else 0)
-        return products * tokens * self.out_features * self.in_features
-
-    def pair_cost(self, tokens: int) -> float:
-        """Never the cheapest: there is no pair."""
-        return math.inf

@@ -23,15 +23,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from randbasis.basis import Basis, Law, parse_law
+from randbasis.basis import Basis
+from randbasis.basis_storage import check_storage
 from randbasis.errors import BasisShapeError
+from randbasis.laws import Law, parse_law
 from randbasis.ops import backends
 from randbasis.ops.reference import Slab, Tile, tiles
 from randbasis.ops.storage import (
-    BasisStorage,
     Derived,
     Stored,
-    check_storage,
     check_weight,
     choose_storage,
     derive,
@@ -42,12 +42,10 @@ from randbasis.ops.storage import (
 from randbasis.ops.transforms import check_differentiated_once, outside, recorded, traced, transformed
 
 __all__ = [
-    "BasisStorage",
     "Derived",
     "Slab",
     "Stored",
     "check_differentiated_once",
-    "check_storage",
     "check_weight",
     "choose_storage",
     "combine",

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from randbasis.basis import Basis, Law
+from randbasis.basis import Basis
 from randbasis.errors import BasisShapeError
+from randbasis.laws import Law
 from randbasis.ops.reference import Slab, Tile
 
 if TYPE_CHECKING:

@@ -8,36 +8,23 @@ live as long as somebody holds them.
 import threading
 from collections.abc import Callable
 from hashlib import sha256
-from typing import Any, Literal, cast, get_args
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from randbasis.errors import BaseWeightError, StorageError, not_one_of
+from randbasis.basis_storage import BasisStorage
+from randbasis.errors import BaseWeightError
 from randbasis.ops import backends
 from randbasis.ops.reference import Slab, Tile
 from randbasis.ops.transforms import FORWARD, FUNCTORCH, outside
-
-BasisStorage = Literal["auto", "packed", "dense", "recompute"]
-"""``packed``: raw words (1 bit an entry for the sign law); ``dense``: floating point; ``recompute``: nothing."""
 
 DENSE_BYTES = 64 << 20
 """``auto`` keeps a slab densely up to this size."""
 
 PACKED_BYTES = 256 << 20
 """``auto`` keeps a slab as raw words up to this size."""
-
-
-def check_storage(name: str) -> BasisStorage:
-    """The kind of storage of that name.
-
-    Raises:
-        StorageError: there is no such kind.
-    """
-    if name not in get_args(BasisStorage):
-        raise StorageError(not_one_of("basis_storage", name, get_args(BasisStorage)))
-    return cast("BasisStorage", name)
 
 
 def choose_storage(slab: Slab, storage: BasisStorage, *, shared: bool) -> BasisStorage:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randbasis.basis import Law
 from randbasis.errors import BasisShapeError
+from randbasis.laws import Law
 from randbasis.ops.reference import Slab, Tile
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
