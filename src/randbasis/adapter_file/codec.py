@@ -39,15 +39,19 @@ def unpack_codes(packed: bytes | bytearray, count: int, bits: int, where: str) -
     Raises:
         CodeError: a bit after the last code is not 0.
     """
-    stream = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
-    if stream[count * bits :].any():
+    eights = np.zeros((-(-len(packed) // bits), 4), np.uint8)  # eight codes are as many bytes as one has bits
+    whole = np.zeros(len(eights) * bits, np.uint8)
+    whole[: len(packed)] = np.frombuffer(packed, np.uint8)
+    eights[:, :bits] = whole.reshape(-1, bits)
+    each = (eights.view("<u4") >> np.arange(0, 8 * bits, bits, dtype=np.uint32)).astype(np.uint8)
+    codes = (each << (8 - bits)).view(np.int8).reshape(-1) >> (8 - bits)  # the sign fills the byte
+    if codes[count:].any():
+        left = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")[count * bits :]
         raise CodeError(
             f"{where}: the bits after the last of {count} codes of {bits} bits must be 0, got "
-            f"{stream[count * bits :].tolist()}; the file was not written by randbasis: take it from its source again"
+            f"{left.tolist()}; the file was not written by randbasis: take it from its source again"
         )
-    each = stream[: count * bits].reshape(count, bits)
-    whole = np.concatenate([each, np.repeat(each[:, -1:], 8 - bits, axis=1)], axis=1)  # the sign fills the byte
-    return np.packbits(whole, axis=1, bitorder="little").reshape(-1).view(np.int8)
+    return codes[:count]
 
 
 def check_codes(codes: NDArray[np.int8], bits: int, where: str) -> None:

@@ -79,11 +79,11 @@ class Contents:
         if spec.bits in _BIT_PACKED:
             _check_tensor(COEFFICIENTS, coefficients, ("I8",), (coefficients.size,), where)
             check_count(spec, coefficients.size, where)
-            codes = coefficients.array()
-            check_codes(codes, spec.bits, where)
-            packed = pack_codes(codes, spec.bits)
+            check_codes(coefficients.array(), spec.bits, where)
+            packed = pack_codes(coefficients.array(), spec.bits)
             stored[COEFFICIENTS] = RawTensor("U8", (len(packed),), packed)
         contents = cls(spec, stored, where)
+        contents.__dict__["coefficients"] = coefficients  # known before they are asked for
         contents._check_length()
         check_layers(spec, where)
         contents._check_numbers()

@@ -208,7 +208,7 @@ class Spec:
             for group in self.groups
         )
 
-    @property
+    @cached_property
     def vector_lengths(self) -> list[int]:
         """Entries of each coefficient tensor of each matrix, in the order of the file."""
         return [
