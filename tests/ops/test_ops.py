@@ -6,11 +6,13 @@ from contextlib import AbstractContextManager, nullcontext
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from randbasis import ops
 from randbasis.basis import Basis, basis_entries
 from randbasis.basis_storage import BasisStorage
 from randbasis.errors import BasisShapeError, DifferentiationError, StorageError
-from randbasis.ops import Slab, combine, combine_each, entries, hold, project, sandwich
+from randbasis.ops import Slab, combine, combine_each, entries, hold, project, sandwich, weighted_sum
 
 LAWS = ("sign", "uniform", "normal", "sparse(3)")
 POWERS = {"sign": 1.0, "uniform": 2.0**-8, "normal": 0.5, "sparse(3)": 1.0}
@@ -249,6 +251,45 @@ def test_thread_count_changes_nothing() -> None:
     for matrices, sums in found[1:]:
         assert torch.equal(matrices, found[0][0])
         torch.testing.assert_close(sums, found[0][1], rtol=0, atol=1e-4)
+
+
+# --- the way through the dispatcher ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_dispatcher_is_asked_only_where_something_watches(
+    storage: BasisStorage, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dispatch of an op costs the host several times what a Function does."""
+    slab, c, x = slab_of("sign", 6, 5, 40), numbers(6, dtype=torch.float32), numbers(3, 40, dtype=torch.float32)
+    asked: list[str] = []
+    op = ops._product
+    monkeypatch.setattr(ops, "_product", lambda *a: (asked.append("product"), op(*a))[1])
+    stored = hold(slab, storage)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        leaf = c.clone().requires_grad_()
+        total = weighted_sum(leaf, stored, 0.5)
+        (gradient,) = torch.autograd.grad(total.sum(), leaf)
+        product = project(x, stored)
+    assert not asked
+    assert {one.dtype for one in (total, gradient, product)} == {torch.float32}
+    assert_close(total, 0.5 * torch.einsum("i,irc->rc", c.double(), naive(slab)), torch.float32)
+    assert_close(gradient, 0.5 * naive(slab).sum((1, 2)), torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = combine(c, stored)
+    assert (tuple(fake.shape), bool(asked)) == ((5, 40), storage != "dense")
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_second_derivative_under_autocast(storage: BasisStorage) -> None:
+    c = numbers(4, dtype=torch.float32).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = combine(c, hold(slab_of("sign", 4, 2, 9), storage)).square().sum()
+        (first,) = torch.autograd.grad(out, c, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), c)
+    gram = torch.einsum("irc,jrc->ij", *[naive(slab_of("sign", 4, 2, 9))] * 2)
+    assert_close(second, 2 * gram.sum(0), torch.float32)
 
 
 # --- gradcheck --------------------------------------------------------------------------------------------------------

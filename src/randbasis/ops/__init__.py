@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from randbasis.basis import Basis
 from randbasis.basis_storage import check_storage
@@ -62,6 +63,8 @@ __all__ = [
     "weight_digest",
     "weighted_sum",
 ]
+
+_C = cast("Any", torch)._C
 
 
 def _name(slab: Slab) -> list[int]:
@@ -106,6 +109,20 @@ def _plain(stored: Stored, like: Tensor) -> Tensor | None:
 def _no_autocast(x: Tensor) -> torch.autocast:
     # An op computes in the dtype of its arguments: what autocast wants was decided before the call.
     return torch.autocast(x.device.type, enabled=False)
+
+
+def _direct(x: Tensor) -> bool:
+    """Whether nothing but autograd watches, so that a Function may stand for an op.
+
+    The dispatch of an op costs the host several times what a Function does, and both more than a small product.
+    """
+    return (
+        type(x) in (Tensor, Parameter)
+        and not x.is_meta
+        and not torch.compiler.is_compiling()
+        and not recorded()
+        and not _C._len_torch_dispatch_stack()
+    )
 
 
 def _linear(x: Tensor, matrix: Tensor) -> Tensor:
@@ -170,6 +187,39 @@ def _product_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 _product.register_autograd(_product_backward, setup_context=_product_setup)
 
 
+class _Product(torch.autograd.Function):
+    """The op ``product`` where nothing but autograd watches, see :func:`_direct`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stored: Stored, join_rows: bool, transpose: bool) -> Tensor:
+        ctx.arguments = stored, join_rows, not transpose
+        _product_width(x, _name(stored.slab), join_rows, transpose)
+        return _undisturbed(x, stored, join_rows, transpose)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient = gradient.contiguous()
+        if torch.is_grad_enabled() or not _direct(gradient):
+            return _multiplied(gradient, *ctx.arguments), None, None, None
+        return _undisturbed(gradient, *ctx.arguments), None, None, None
+
+
+def _undisturbed(x: Tensor, stored: Stored, join_rows: bool, transpose: bool) -> Tensor:
+    """:func:`_multiply`, with autocast kept away where it is on: to enter a context costs as much as the rest."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return _multiply(x, stored, join_rows, transpose)
+    with _no_autocast(x):
+        return _multiply(x, stored, join_rows, transpose)
+
+
+def _multiplied(x: Tensor, stored: Stored, join_rows: bool, transpose: bool) -> Tensor:
+    """The product of ``x``, ``[n, width]``, with a slab as it is stored, by the shortest way that is open."""
+    if _direct(x):
+        return cast("Tensor", _Product.apply(x, stored, join_rows, transpose))  # pyright: ignore[reportUnknownMemberType]
+    slab = stored.slab
+    return _product(x, _name(slab), slab.basis.law.name, join_rows, transpose, stored.storage)
+
+
 def combine(coefficients: Tensor, stored: Stored) -> Tensor:
     """``Σᵢ c[n, i] · entries[i]``: the sums of math (6), (8) and (18), without the real factors.
 
@@ -190,7 +240,7 @@ def combine(coefficients: Tensor, stored: Stored) -> Tensor:
     if plain is not None and flat.shape[1] == slab.count:
         out = _linear(flat, plain.view(slab.count, -1).T)
     else:
-        out = _product(flat, _name(slab), slab.basis.law.name, False, True, stored.storage)
+        out = _multiplied(flat, stored, False, True)
     return out.view(*coefficients.shape[:-1], slab.rows, slab.cols)
 
 
@@ -217,7 +267,12 @@ def weighted_sum(coefficients: Tensor, stored: Stored, factor: float, offset: Te
     columns = plain.view(slab.count, -1).T
     # Without an offset the first argument is not read.
     start, beta = (coefficients.new_empty(()), 0) if offset is None else (offset.view(-1), 1)
-    return torch.addmv(start, columns, coefficients, beta=beta, alpha=factor).view(slab.rows, slab.cols)
+    if torch.is_autocast_enabled(coefficients.device.type):
+        with _no_autocast(coefficients):
+            total = torch.addmv(start, columns, coefficients, beta=beta, alpha=factor)
+    else:
+        total = torch.addmv(start, columns, coefficients, beta=beta, alpha=factor)
+    return total.view(slab.rows, slab.cols)
 
 
 def project(x: Tensor, stored: Stored, *, transpose: bool = False) -> Tensor:
@@ -239,7 +294,7 @@ def project(x: Tensor, stored: Stored, *, transpose: bool = False) -> Tensor:
         matrix = plain.flatten(0, 1)
         return _linear(x, matrix.T if transpose else matrix)
     flat = x.reshape(-1, x.shape[-1])
-    out = _product(flat, _name(slab), slab.basis.law.name, True, transpose, stored.storage)
+    out = _multiplied(flat, stored, True, transpose)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -453,7 +508,8 @@ class _Sandwich(torch.autograd.Function):
     def forward(ctx: Any, diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored) -> Tensor:
         ctx.save_for_backward(diagonal, columns)
         ctx.bases = a, b
-        return _sum_of_terms(diagonal, columns, a, b)
+        with _no_autocast(diagonal):
+            return _sum_of_terms(diagonal, columns, a, b)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

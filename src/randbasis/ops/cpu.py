@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -107,18 +107,25 @@ def _run(kernel: Callable[[int, int], None], units: int, work: int) -> None:
 # --- ops ---------------------------------------------------------------------------------------------------------
 
 
-def _source(basis: Basis, packed: Tensor | None, shape: tuple[int, int, int]) -> "Source":
+@lru_cache(maxsize=1024)
+def _redrawn(basis: Basis) -> "Source":
     key = (np.uint64(basis.key[0]), np.uint64(basis.key[1]), np.uint64(basis.stream))
+    return np.empty(0, np.uint32), 0, *key
+
+
+def _source(basis: Basis, packed: Tensor | None, shape: tuple[int, int, int]) -> "Source":
     if packed is None:
-        return np.empty(0, np.uint32), 0, *key
+        return _redrawn(basis)
+    _, _, low, high, stream = _redrawn(basis)
     if packed.shape != shape or packed.dtype != torch.int32:
         raise BasisShapeError(
             f"packed must be int32 words of shape {list(shape)}, got {packed.dtype} {list(packed.shape)}; "
             "make it with words()"
         )
-    return packed.contiguous().view(-1).numpy().view(np.uint32), shape[2], *key
+    return packed.contiguous().view(-1).numpy().view(np.uint32), shape[2], low, high, stream
 
 
+@lru_cache(maxsize=64)
 def _decoder(law: Law) -> "Decoder":
     from randbasis.ops import cpu_kernels as kernels
 

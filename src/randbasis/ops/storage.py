@@ -76,8 +76,8 @@ class Stored:
     def plain(self, like: Tensor) -> Tensor | None:
         """The dense entries, where a product with them may go without an op of its own.
 
-        The call of an op costs as much as a small product. A compiler wants the op, and so does autocast, which it
-        keeps away; transforms see to themselves.
+        The call of an op costs as much as a small product. A compiler wants the op; transforms see to themselves.
+        Autocast has to be kept away from the product, as an op keeps it.
 
         Args:
             like: a tensor that they are multiplied with.
@@ -85,7 +85,6 @@ class Stored:
         if (
             self.storage != "dense"
             or torch.compiler.is_compiling()
-            or torch.is_autocast_enabled(like.device.type)
             or FORWARD._current_level >= 0  # these two are `transformed()`, asked a few times in each pass of a layer
             or FUNCTORCH.peek_interpreter_stack() is not None
         ):
