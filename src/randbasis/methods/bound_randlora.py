@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from randbasis.methods.bound import Bound, Coefficients, Factors, Site
 from randbasis.methods.randlora import RandLora
@@ -43,20 +44,46 @@ class BoundRandLora(Bound[RandLora]):
         return delta.T if self._wide_in else delta
 
     def apply(self, x: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
-        """``Σⱼ Bⱼ (λⱼ ⊙ A (γⱼ ⊙ x))`` by row, math (22): two shared products, whatever the number of adapters."""
+        """``Σⱼ Bⱼ (λⱼ ⊙ A (γⱼ ⊙ x))`` by row, math (22): two shared products, whatever the number of adapters.
+
+        Where all rows have the same coefficients and there are more tokens than a term has ranks, their factors are
+        smaller than ``n`` scaled copies of the tokens, and are formed instead.
+        """
         a, b = self.bases
-        lam, gamma = (prepared[name].to(x.dtype).unsqueeze(1) for name in ("randlora_lambda", "randlora_gamma"))
+        lam, gamma = prepared["randlora_lambda"], prepared["randlora_gamma"]
+        if lam.shape[0] == 1 and x.shape[0] * x.shape[1] > self.method.r:
+            return self._by_factors(x, lam.squeeze(0), gamma.squeeze(0))
+        lam, gamma = lam.to(x.dtype).unsqueeze(1), gamma.to(x.dtype).unsqueeze(1)
         scale: float | Tensor = self._scale
         if x.dtype == torch.float16:
             # γ starts at 1/width: x ⊙ γ would be lost below float16's smallest numbers, and a sum without it leave its
             # largest. Its size goes, as a power of two, to where the sums are scaled.
-            size = torch.exp2(
-                gamma.detach().float().abs().amax((-2, -1), keepdim=True).clamp_min(2.0**-24).log2().ceil()
-            )
-            gamma, scale = (gamma / size).to(x.dtype), scale * size
+            gamma, size = _levelled(gamma)
+            gamma, scale = gamma.to(x.dtype), scale * size
         scaled = (scale * lam).to(x.dtype)
         if self._wide_in:
             wide = project(x, b).view(*x.shape[:-1], self._terms, self.method.r)
             return (project(wide * scaled, a, transpose=True) * gamma).sum(-2)
         narrow = project(x.unsqueeze(-2) * gamma, a)
         return project((narrow * scaled).flatten(-2), b, transpose=True)
+
+    def _by_factors(self, x: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
+        """``B' (M x)``, or ``Mᵀ (B'ᵀ x)`` where in > out, with ``M = [Λ₀ A Γ₀; Λ₁ A Γ₁; …]``."""
+        a, b = self.bases
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        lam, gamma = (one.float() if half else one.to(x.dtype) for one in (lam, gamma))
+        scalings = (self._scale * lam).unsqueeze(-1) * gamma.unsqueeze(-2)
+        narrow = (scalings * entries(a, scalings.dtype, x.device)[0]).flatten(0, 1)
+        size = None
+        if x.dtype == torch.float16:
+            narrow, size = _levelled(narrow)
+        narrow = narrow.to(x.dtype)
+        h = linear(project(x, b), narrow.T) if self._wide_in else project(linear(x, narrow), b, transpose=True)
+        return h if size is None else h * size.to(h.dtype)
+
+
+def _levelled(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices with entries up to 1, and the powers of two that they were divided by, for float16."""
+    largest = values.detach().float().abs().amax((-2, -1), keepdim=True)
+    size = torch.exp2(largest.clamp_min(2.0**-24).log2().ceil())
+    return values / size, size
