@@ -4,6 +4,7 @@
 """
 
 import argparse
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +14,8 @@ from studies.defaults_page import write_page
 from studies.pool import run_study
 from studies.report import write_report
 from studies.studies import STUDIES, study_named
-from studies.sweep import DEFAULTS, SETS, grid, read_rows, run_sweep
+from studies.sweep import DEFAULTS, SETS, grid, rivals, run_sweep
+from studies.sweep_rows import read_rows
 
 EXAMPLE = "example: python -m studies run sst2 --data DATA --workers 4 && python -m studies report"
 
@@ -48,7 +50,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if given.command == "sweep":
         cells = grid(given.sets.split(","))
-        run_sweep(cells, given.data, given.results / DEFAULTS, seconds=given.seconds, console=console)
+        path, began = given.results / DEFAULTS, time.monotonic()
+        run_sweep(cells, given.data, path, seconds=given.seconds, console=console)
+        left = None if given.seconds is None else given.seconds - (time.monotonic() - began)
+        run_sweep(rivals(read_rows(path)), given.data, path, seconds=left, console=console)
         return
     if given.command == "defaults":
         write_page(read_rows(given.results / DEFAULTS), given.page)

@@ -15,21 +15,25 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.machine import revision
 from randbasis.errors import NonFiniteLossError
 from randbasis.train import AdapterSettings, DataSettings, LoopSettings, TrainSettings, fit, peft_config
-from randbasis.train.default_choices import METHODS, SWEPT, choose
+from randbasis.train.default_choices import HEAD_RATES, METHODS, SWEPT, choose
 from randbasis.train.loop import FitResult
 from studies.cells import Cell, read_cell
 from studies.study import LANGUAGE, Setting
+from studies.sweep_rows import Points, Row, points_of, read_rows
 
 COLUMNS = ("set", "method", "rank", "basis", "alpha", "rate", "head_rate", "seed", "steps", "coefficients", "metric",
-           "before", "after", "loss_before", "loss_after", "seconds", "date")  # fmt: skip
+           "before", "after", "loss_before", "loss_after", "seconds", "date", "revision")  # fmt: skip
 KEY = COLUMNS[: COLUMNS.index("seed") + 1]
 DEFAULTS = "defaults.csv"
 """The rows, in the folder of results."""
-SETS = ("sst2", "e2e", "flowers12", "stsb", "rte", "sst2-long")
-CONTROLS = ("sst2-long",)
-"""Sets where the defaults alone are run: whether they last three times as long."""
+SETS = ("sst2", "e2e", "flowers12", "stsb", "rte", "sst2-long", "rte-long")
+CONTROLS = ("sst2-long", "rte-long")
+"""Sets where the defaults alone are run: whether they last longer, and whether RTE is learned in three epochs."""
+AGAIN = (1, 2)
+"""Further seeds of the default and of its best rival: with one seed two points are noise."""
 HALF_DECADES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 HEAD_RATE = 3e-3
 
@@ -68,16 +72,48 @@ def grid(sets: Iterable[str] = SETS, reach: int = 2) -> Iterator[SweepCell]:
     for away in range(reach + 1):
         for name in sets:
             for method in METHODS if not (away and name in CONTROLS) else ():
-                at = HALF_DECADES.index(default_rate(name, method))
+                taken = default_rate(name, method)
+                ladder = sorted({*HALF_DECADES, taken})
+                at = ladder.index(taken)
                 for place in sorted({at - away, at + away}):
-                    if 0 <= place < len(HALF_DECADES):
-                        head = None if name == "e2e" else HEAD_RATE
-                        yield SweepCell(name, AdapterSettings(method=method), HALF_DECADES[place], head)
+                    if 0 <= place < len(ladder):
+                        yield _cell(name, method, ladder[place])
+
+
+def rivals(rows: Iterable[Row]) -> Iterator[SweepCell]:
+    """The default and the best other rate of each method on each set, with the further seeds."""
+    for (name, method), points in grid_points(rows).items():
+        taken = default_rate(name, method)
+        others = [rate for rate in points if rate != taken]
+        best = {max(others, key=lambda rate: points[rate].worth)} if others else set[float]()
+        for seed in AGAIN:
+            yield from (_cell(name, method, rate, seed) for rate in sorted({taken} | best))
+
+
+def grid_points(rows: Iterable[Row]) -> Points:
+    """The rows of the default size with the head of the grid, taken together."""
+
+    def is_of_grid(row: Row) -> bool:
+        own = dict(zip(KEY, _cell(row["set"], row["method"], 0.0).key(), strict=True))
+        return all(row[name] == own[name] for name in ("rank", "basis", "alpha", "head_rate"))
+
+    return points_of(filter(is_of_grid, rows))
+
+
+def _cell(name: str, method: str, rate: float, seed: int = 0) -> SweepCell:
+    basis = METHODS[method].basis_for.get(task_of(name))
+    adapter = AdapterSettings(method=method, basis=basis, seed=seed)
+    return SweepCell(name, adapter, rate, HEAD_RATE if task_of(name) in HEAD_RATES else None)
+
+
+def task_of(name: str) -> str:
+    """The task of a set."""
+    return sweep_setting(name, Path()).base.task
 
 
 def default_rate(name: str, method: str) -> float:
     """The learning rate that a run on a set takes where none is given."""
-    task = sweep_setting(name, Path()).base.task
+    task = task_of(name)
     return float(choose(method, task, SWEPT[task][1])["learning_rate"].value)
 
 
@@ -109,11 +145,12 @@ def _pairs(folder: Path, data: Path) -> Setting:
 
 
 def _glue(name: str, data: Path) -> Setting:
-    text, pair, label, limit, length = {
-        "sst2": ("sentence", None, "label", 2000, 64),
-        "sst2-long": ("sentence", None, "label", 6000, 64),
-        "rte": ("sentence1", "sentence2", "label", 1000, 96),
-        "stsb": ("5", "6", "4", 1500, 64),
+    text, pair, label, limit, length, epochs = {
+        "sst2": ("sentence", None, "label", 2000, 64, 1),
+        "sst2-long": ("sentence", None, "label", 6000, 64, 1),
+        "rte": ("sentence1", "sentence2", "label", 1000, 96, 1),
+        "rte-long": ("sentence1", "sentence2", "label", 1600, 96, 3),
+        "stsb": ("5", "6", "4", 1500, 64, 1),
     }[name]
     train, dev = ("sts-train.csv.gz", "sts-dev.csv.gz") if name == "stsb" else ("train.tsv.gz", "dev.tsv.gz")
     folder = data / "glue" / name.partition("-")[0]
@@ -126,7 +163,7 @@ def _glue(name: str, data: Path) -> Setting:
         label_column=label,
         limit=limit,
     )
-    loop, model = LoopSettings(batch_size=16, max_steps=limit // 16), str(data / "minilm_l6_h384")
+    loop, model = LoopSettings(batch_size=16, max_steps=epochs * limit // 16), str(data / "minilm_l6_h384")
     base = TrainSettings("sequence-classification", model, rows, "", loop=loop, max_length=length)
     return _setting(base, dev_rows=400, dev_words=8 if folder.name == "sst2" else 1)
 
@@ -167,14 +204,6 @@ def run_sweep(
             console.print(cell.set, *(row[name] for name in told), highlight=False)
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of the csv, none when it does not exist."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if row["date"]]
-
-
 def run_cell(cell: SweepCell, data: Path) -> dict[str, str]:
     """One run as a row; without scores when the loss stopped being finite."""
     setting = sweep_setting(cell.set, data)
@@ -188,6 +217,7 @@ def run_cell(cell: SweepCell, data: Path) -> dict[str, str]:
         result = None
     values: dict[str, object] = dict(zip(KEY, cell.key(), strict=True))
     values |= {"steps": loop.max_steps, "metric": rows.task.metric, "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+    values["revision"] = revision()
     values["seconds"] = f"{time.process_time() - began:.1f}"
     if result is not None:
         values["coefficients"] = result.coefficients

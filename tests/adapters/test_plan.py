@@ -18,6 +18,7 @@ from randbasis.adapters.packed import pack_adapter
 from randbasis.adapters.plan import plan, safetensors_bytes
 from randbasis.cli import app
 from randbasis.errors import DataMissingError, HyperparameterError, SliceError, TargetError
+from randbasis.train.default_choices import choose
 
 
 def gpt2_sizes(layers: int, width: int, heads: int) -> dict[str, Any]:
@@ -133,6 +134,15 @@ def test_counts_of_the_papers(row: Row, folders: dict[str, Path]):
     assert 4 * row.count < document["bytes"] < 4 * row.count + 200 * 2 * document["matrices"] + 100
     assert 2 * row.count < document["bytes_16bit"] < document["bytes"]
     assert not [one["name"] for one in document["rows"] if "lm_head" in one["name"] or "pooler" in one["name"]]
+
+
+def test_the_sizes_of_a_task_are_those_that_train_takes(folders: dict[str, Path]):
+    words = ["plan", str(next(iter(folders.values()))), "--json", "--task"]
+    runs = {task: CliRunner().invoke(app, [*words, task]) for task in ("causal-lm", "sequence-classification", "no")}
+    basis = {task: choose("nola", task, None)["basis"].value for task in list(runs)[:2]}
+    assert basis == {task: json.loads(runs[task].stdout)["options"]["num_basis"] for task in basis}
+    assert len(set(basis.values())) == 2
+    assert (runs["no"].exit_code, "task 'no' is unknown" in runs["no"].stderr) == (2, True), runs["no"].stderr
 
 
 CONFIGS: list[RandbasisConfig] = [

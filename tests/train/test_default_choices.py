@@ -61,6 +61,14 @@ def test_sizes_are_those_of_the_configuration_which_plan_counts(method: str):
     assert chosen.to_dict() == own.to_dict()
 
 
+def test_a_language_model_gets_more_basis_matrices_unless_a_number_is_given():
+    whole, chosen = filled(settings("causal-lm", method="nola"), None)
+    assert whole.adapter.basis == METHODS["nola"].basis_for["causal-lm"] == 512
+    assert chosen["basis"] == "512 (nola, causal-lm, swept on E2E)"
+    assert filled(settings("causal-lm", method="nola", basis=128), None)[0].adapter.basis == 128
+    assert filled(settings("image-classification", method="nola"), None)[0].adapter.basis == 128
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_rate_falls_with_the_width_and_is_the_tables_where_it_was_swept(method: str):
     for task, (data, width) in SWEPT.items():

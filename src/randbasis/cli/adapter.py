@@ -26,7 +26,7 @@ from randbasis.cli.parameters import (
 from randbasis.defaults import ONE_SCALE, PACKED_BITS, QUANTIZED_BITS
 from randbasis.files.output_checks import check_output_file
 from randbasis.progress import tracking
-from randbasis.train.settings import AdapterSettings, named_targets
+from randbasis.train.settings import AdapterSettings, check_task, named_targets
 
 if TYPE_CHECKING:
     from randbasis.adapters.quantization import Quantization
@@ -47,17 +47,22 @@ def plan(
     basis_b: MatricesOfB = None,
     unique_basis: UniqueBasis = False,
     targets: Targets = TARGETS,
+    task: Annotated[str | None, Option(help="Count the sizes that train takes for this task.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Count what an adapter would have, and its bytes, from a configuration alone."""
     with reported(as_json):
         from randbasis.adapters.plan import plan as run
         from randbasis.cli.report import plan_table
+        from randbasis.train.default_choices import choose, filled_adapter
         from randbasis.train.method_table import method_words, peft_config
 
         check_options(context, PLAN, methods=method_words())
         names = named_targets(targets)
         settings = AdapterSettings(method, rank, basis, basis_b, unique_basis=unique_basis, targets=names)
+        if task is not None:
+            check_task(task)
+            settings, _ = filled_adapter(settings, choose(method, task, None))
         planned = run(model, peft_config(settings, task_type="CAUSAL_LM", head=[]))
         answer_table(planned.as_json(), plan_table(planned), as_json)
 

@@ -200,8 +200,7 @@ class TrainSettings:
             SettingError: the task is unknown, or a value is out of range.
             RankError: a rank or a number of basis matrices below 1.
         """
-        if self.task not in TASKS:
-            raise SettingError(f"task {self.task!r} is unknown; {near(self.task, TASKS)}")
+        check_task(self.task)
         if self.pooling not in ("auto", "model", "mean", "cls"):
             raise SettingError(f"pooling {self.pooling!r} is unknown; there are: auto, model, mean, cls")
         for name, value in (("max_length", self.max_length), ("image_size", self.image_size)):
@@ -279,6 +278,12 @@ class GenerationSettings:
         if self.sample:
             chosen |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         return chosen
+
+
+def check_task(name: str) -> None:
+    """Raises SettingError when there is no such task."""
+    if name not in TASKS:
+        raise SettingError(f"task {name!r} is unknown; {near(name, TASKS)}")
 
 
 def check_distinct(columns: Mapping[str, str | None]) -> None:
