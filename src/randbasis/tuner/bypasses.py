@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from randbasis.errors import BypassedLayerError, ShardedBaseError
+from randbasis.tuner.seen_adapters import ByAdapter
 from randbasis.tuner.weight_reads import weight_reader
 
 _SHOWN = 5
@@ -91,7 +92,7 @@ def _places(model: nn.Module, keys: Sequence[str]) -> dict[str, list[str]]:
     wanted = {id(model.get_submodule(key)): key for key in keys}
     found: dict[str, list[str]] = {key: [] for key in keys}
     for above, module in cast("Iterator[tuple[str, nn.Module]]", model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, (BaseTunerLayer, ByAdapter)):
             continue
         for name, child in module._modules.items():  # pyright: ignore[reportPrivateUsage]
             if id(child) in wanted:

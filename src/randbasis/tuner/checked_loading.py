@@ -23,15 +23,16 @@ from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.meaning import MEANING, HeldMeaning, holder_of, meaning_of, warn_of_no_meaning
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.saved_files import CONFIG_FILE, check_adapter_files, read_config_file
+from randbasis.tuner.seen_adapters import seeing_only
 
 _STREAMS = f".{PREFIX}streams."
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, RandbasisLinear]]:
-    """Module path → layer of all adapted layers of a model."""
-    for key, module in cast("Iterator[tuple[str, nn.Module]]", model.named_modules()):
-        if isinstance(module, RandbasisLinear):
-            yield key, module
+def adapted_layers(model: nn.Module) -> list[tuple[str, RandbasisLinear]]:
+    """Module path and layer of all adapted layers of a model."""
+    with seeing_only():
+        modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
+        return [(key, module) for key, module in modules if isinstance(module, RandbasisLinear)]
 
 
 # --- what the coefficients of a model mean ---
@@ -71,23 +72,27 @@ def _our_hooks(model: nn.Module) -> list[int]:
 
 def _compare_before_load(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Before the first tensor of a model is written, so that a refusal leaves all of them."""
+    with_coefficients: set[str] = set()
+    meanings: dict[str, list[str]] = {}
     for name, tensor in state_dict.items():
-        if name.startswith(prefix) and _STREAMS in name and adapter_of(name) is not None:
+        adapter = adapter_of(name) if name.startswith(prefix) else None
+        if adapter is None:
+            continue
+        if _STREAMS in name:
             check_streams(name, tensor)
+        elif name.endswith(f".{MEANING}.{adapter}.weight"):
+            # Wrappers of checkpointing, sharding and compilation change the middle of a key, never its end.
+            meanings.setdefault(adapter, []).append(name)
+        else:
+            with_coefficients.add(adapter)
     for key, layer in adapted_layers(model):
         for adapter, held in cast("Iterator[tuple[str, HeldMeaning]]", layer.randbasis_meaning.items()):
-            name = f"{prefix}{key}.{MEANING}.{adapter}.weight"
-            there = [name] if name in state_dict else _meanings(state_dict, prefix, adapter)
-            for one in there:
-                held.check(state_dict[one])
-            own = (one for one in state_dict if one.startswith(prefix) and belongs_to(one, adapter))
-            if not there and any(_STREAMS not in one for one in own):
+            own = f"{prefix}{key}.{MEANING}.{adapter}.weight"
+            there = [own] if own in state_dict else meanings.get(adapter, [])
+            for name in there:
+                held.check(state_dict[name])
+            if not there and adapter in with_coefficients:
                 warn_of_no_meaning(held.meaning, held.adapter)
-
-
-def _meanings(state_dict: Mapping[str, Any], prefix: str, adapter: str) -> list[str]:
-    """Wrappers of checkpointing, sharding and compilation change the middle of a key, never its end."""
-    return [key for key in state_dict if key.startswith(prefix) and key.endswith(f".{MEANING}.{adapter}.weight")]
 
 
 # --- a state dict through PEFT ---
@@ -101,7 +106,8 @@ def check_loaded(model: nn.Module, adapter: str, state_dict: dict[str, Tensor]) 
         adapter: name of the adapter.
         state_dict: keys as in the model; a meaning that it lacks is added, after a warning.
     """
-    own = {key: tensor for key, tensor in model.state_dict().items() if belongs_to(key, adapter)}
+    with seeing_only(adapter):
+        own = {key: tensor for key, tensor in model.state_dict().items() if belongs_to(key, adapter)}
     wanted = {key: tensor for key, tensor in own.items() if f".{MEANING}." not in key}
     missing = sorted(wanted.keys() - state_dict.keys())
     if missing:
@@ -232,7 +238,7 @@ def _compare_after_load(model: nn.Module, adapter: str, info: Any) -> None:
 
 def _take_off(model: Any, adapter: str, trained: Mapping[str, bool], training: bool) -> None:
     """A model that transformers had begun to put an adapter of ours on, as it was before."""
-    layers = list(adapted_layers(model))
+    layers = adapted_layers(model)
     if not any(adapter in layer.adapted for _, layer in layers):
         return
     others = {name for _, layer in layers for name in layer.adapted} - {adapter}

@@ -20,6 +20,7 @@ from randbasis.tuner.coefficients import Coefficients, Streams, straight_through
 from randbasis.tuner.factor_cache import FactorCache, limit_of
 from randbasis.tuner.meaning import MEANING, HeldMeaning, Meaning
 from randbasis.tuner.prepared_pass import PreparedPass
+from randbasis.tuner.seen_adapters import ByAdapter
 from randbasis.tuner.targets import Part
 
 NOISE = 0.1
@@ -71,8 +72,8 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         self.adapter_layer_names: tuple[str, ...] = ()
         self.adapted: dict[str, list[AdaptedPart]] = {}
         self.options: dict[str, AdapterOptions] = {}
-        self.randbasis_streams = nn.ModuleDict({})
-        self.randbasis_meaning = nn.ModuleDict({})
+        self.randbasis_streams = ByAdapter()
+        self.randbasis_meaning = ByAdapter()
         self.merged_adapters: list[str] = []
         self.rows_first = False
         """Whether ``[rows, tokens, in]`` is known to be the shape of its inputs; the model's tuner says so."""
@@ -107,7 +108,7 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         ]
         self._chosen = None
         self._move_adapter_to_device_of_base_layer(adapter)
-        self.set_adapter(self.active_adapters)
+        self.let_train(adapter, adapter in self.active_adapters)
 
     def _adapt(
         self,
@@ -140,7 +141,7 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
 
     def _container(self, attribute: str) -> nn.ModuleDict:
         if attribute not in self.adapter_layer_names:
-            setattr(self, attribute, nn.ModuleDict({}))
+            setattr(self, attribute, ByAdapter())
             self.adapter_layer_names = (*self.adapter_layer_names, attribute)
         return getattr(self, attribute)
 
@@ -148,11 +149,12 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         """Move an adapter, but keep its dtype: coefficients are float32 beside a base in half precision."""
         target = device or base_device(self.get_base_layer())
         for name in (*self.adapter_layer_names, "randbasis_streams", MEANING):
-            container = cast("nn.ModuleDict", getattr(self, name))
-            if target is None or adapter_name not in container:
+            held = _held(self, name).get(adapter_name)
+            if target is None or held is None:
                 continue
-            if all(not tensor.is_meta for tensor in container[adapter_name].state_dict().values()):
-                container[adapter_name].to(target)
+            devices = {tensor.device for tensor in (*held.parameters(), *held.buffers())}
+            if devices != {target} and torch.device("meta") not in devices:
+                held.to(target)
 
     def hold_meaning(self, adapter: str, meaning: Meaning | None) -> None:
         """Hold what the coefficients of an adapter mean, for all of its layers; None where another layer does."""
@@ -185,6 +187,21 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         if source in self.randbasis_streams:
             stored = cast("Streams", self.randbasis_streams[source])
             self.randbasis_streams[target] = Streams(stored.values).to(stored.weight.device)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's, several times quicker."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for attribute in self.adapter_layer_names:
+            for name, coefficients in _held(self, attribute).items():
+                _let_train(coefficients, name in names and not inference_mode)
+        self._active_adapter = names
+
+    def let_train(self, adapter: str, wanted: bool) -> None:
+        """Have the coefficients of one adapter train, or leave them frozen; those of others stay as they are."""
+        for attribute in self.adapter_layer_names:
+            held = _held(self, attribute)
+            if adapter in held:
+                _let_train(held[adapter], wanted)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's, and forget the factors that were kept."""
@@ -262,3 +279,14 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         if mode:
             self._forget()
         return super().train(mode)
+
+
+def _held(layer: nn.Module, attribute: str) -> dict[str, nn.Module]:
+    """What a container of a layer holds, by name: torch's own accessors cost many times a look into a dictionary."""
+    return cast("dict[str, nn.Module]", vars(vars(layer)["_modules"][attribute])["_modules"])
+
+
+def _let_train(coefficients: nn.Module, wanted: bool) -> None:
+    for parameter in vars(coefficients)["_parameters"].values():
+        if parameter.requires_grad is not wanted and parameter.is_leaf:
+            parameter.requires_grad_(wanted)

@@ -30,7 +30,13 @@ from randbasis.tuner.adapter_names import adapter_of, belongs_to, check_name, pa
 from randbasis.tuner.base_shapes import compress_shapes
 from randbasis.tuner.base_weight import check_weights, weights_digest
 from randbasis.tuner.bypasses import check_reached, leave_out_bypassed
-from randbasis.tuner.checked_loading import check_loaded, check_native_loading, forget_hooks, place_meaning
+from randbasis.tuner.checked_loading import (
+    adapted_layers,
+    check_loaded,
+    check_native_loading,
+    forget_hooks,
+    place_meaning,
+)
 from randbasis.tuner.chosen_targets import Target, check_target, nothing_matched
 from randbasis.tuner.combining import check_combination, combine_coefficients
 from randbasis.tuner.config import RandbasisConfig
@@ -45,6 +51,7 @@ from randbasis.tuner.pickles import refuse_pickles
 from randbasis.tuner.places import check_places
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.saved_files import PICKLE_FILE, WEIGHTS_FILE, check_adapter_files, tensor_shapes
+from randbasis.tuner.seen_adapters import seeing_only
 from randbasis.tuner.switching import activate
 
 _WRAPPERS = threading.Lock()
@@ -68,6 +75,8 @@ class RandbasisModel(BaseTuner):
     """The adapted layers, once they were looked for; a new adapter may add some."""
     _usual_names: bool = False
     """Whether the names of the adapter that is being put on are PEFT's usual ones."""
+    _new: str | None = None
+    """The adapter that is being put on."""
     _watch: GradientWatch | None = None
     _switched: tuple[Switched, ...] = ()
     """Fast paths of the model that go past its layers and are off."""
@@ -107,7 +116,8 @@ class RandbasisModel(BaseTuner):
             raise nothing_matched(config, list(modules))
         if config.run.stored is not None:
             config.run.stored.check(matched)
-        self._checked = {key: self._check_target(config, key, modules[key]) for key in matched}
+        model_config = self._model_config()
+        self._checked = {key: check_target(config, key, modules[key], model_config) for key in matched}
         check_reached(model, matched)
         if config.base_weights is not None:
             own = {key: (frozen_weight(modules[key]), parts) for key, (_, parts) in self._checked.items()}
@@ -124,9 +134,6 @@ class RandbasisModel(BaseTuner):
             for key in modules
             if key and not key.startswith(inside) and self._check_target_module_exists(config, key)
         ]
-
-    def _check_target(self, config: RandbasisConfig, key: str, module: nn.Module) -> Target:
-        return check_target(config, key, module, self._model_config())
 
     def _model_config(self) -> Mapping[str, Any]:
         return cast("dict[str, Any]", self.get_model_config(self.model))
@@ -146,7 +153,8 @@ class RandbasisModel(BaseTuner):
     ) -> None:
         config = cast("RandbasisConfig", peft_config)
         # A state dict may name other layers than the configuration picks.
-        method, parts = self._checked.pop(current_key, None) or self._check_target(config, current_key, target)
+        checked = self._checked.pop(current_key, None)
+        method, parts = checked or check_target(config, current_key, target, self._model_config())
         options = AdapterOptions(
             config.dropout, check_order(config.contraction), config.init_weights, config.quantize_coefficients
         )
@@ -169,19 +177,27 @@ class RandbasisModel(BaseTuner):
             AdapterNameError: the adapter cannot have this name.
         """
         others = {name: one for name, one in self.peft_config.items() if name != adapter_name}
-        check_name(adapter_name, model, others, self.peft_config[adapter_name])
-        self._known_layers = None
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._known_layers, self._new = None, adapter_name
+        try:
+            with seeing_only(adapter_name):
+                check_name(adapter_name, model, others, self.peft_config[adapter_name])
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self._see_to_calls(model)
+                self._note_what_for(model, adapter_name)
+        finally:
+            self._new = None
+
+    def _note_what_for(self, model: nn.Module, adapter_name: str) -> None:
+        """Which layers of which shapes the adapter is made for, and what its coefficients mean."""
         shapes: dict[str, tuple[int, int]] = {}
         rows: dict[str, tuple[int, int]] = {}
         digests: list[tuple[str, int, str | None]] = []
-        for key, layer in _named_modules(model):
-            if isinstance(layer, RandbasisLinear) and adapter_name in layer.adapted:
+        for key, layer in adapted_layers(model):
+            if adapter_name in layer.adapted:
                 shapes[key] = layer.out_features, layer.in_features
                 parts = [one.part for one in layer.adapted[adapter_name] if one.part.name]
                 rows |= {f"{key}[{part.name}]": (part.start, part.stop) for part in parts}
                 digests += [(key, one.part.start, one.bound.digest) for one in layer.adapted[adapter_name]]
-        self._see_to_calls(model)
         config = cast("RandbasisConfig", self.peft_config[adapter_name])
         told = {
             "base_shapes": compress_shapes(shapes),
@@ -217,11 +233,11 @@ class RandbasisModel(BaseTuner):
             inference_mode: leave them frozen.
         """
         if self._known_layers is None:
-            self._known_layers = list(self._layers())
+            self._known_layers = self._layers()
         configs = cast("dict[str, RandbasisConfig]", self.peft_config).values()
         if any(config.modules_to_save for config in configs):
             _set_adapter(self.model, adapter_name, inference_mode=inference_mode)
-        activate(self._known_layers, adapter_name, inference_mode=inference_mode)
+        activate(self._known_layers, adapter_name, inference_mode=inference_mode, new=self._new)
         if self._watch is not None:
             self._watch.forget()
         self.active_adapter = adapter_name
@@ -229,10 +245,16 @@ class RandbasisModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Coefficients are float32; without ``autocast_adapter_dtype`` they take the dtype of their base layer."""
         if autocast_adapter_dtype:
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
+            with seeing_only(adapter_name):
+                super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
             return
         for layer in self._layers():
             layer.cast_to_base(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's."""
+        with seeing_only():
+            super().delete_adapter(adapter_name)
 
     # --- mixed batches ---
 
@@ -278,8 +300,8 @@ class RandbasisModel(BaseTuner):
                 f"{near(unknown[0], known | {BASE})}"
             )
 
-    def _layers(self) -> Iterator[RandbasisLinear]:
-        return (module for module in self.model.modules() if isinstance(module, RandbasisLinear))
+    def _layers(self) -> list[RandbasisLinear]:
+        return [layer for _, layer in adapted_layers(self.model)]
 
     # --- merging ---
 
@@ -315,9 +337,8 @@ class RandbasisModel(BaseTuner):
         return base
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        for key, layer in _named_modules(self.model):
-            if isinstance(layer, RandbasisLinear):
-                layer.check_merge(adapter_names, safe_merge=safe_merge, key=key)
+        for key, layer in adapted_layers(self.model):
+            layer.check_merge(adapter_names, safe_merge=safe_merge, key=key)
 
     # --- combinations ---
 
@@ -349,7 +370,7 @@ class RandbasisModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             return
-        layers = list(self._layers())
+        layers = self._layers()
         check_combination(layers, self.peft_config, adapters, weights, combination_type)
         check_heads(self.model, adapters, weights)
         config = cast("RandbasisConfig", self.peft_config[adapters[0]])
@@ -397,7 +418,8 @@ class RandbasisModel(BaseTuner):
         A refused adapter is taken off the model again if it was put there to be loaded; one that was there before
         stays with the coefficients that it had.
         """
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        with seeing_only(adapter_name):
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         ours = cast("RandbasisConfig", config)
         try:
             check_loaded(model, adapter_name, remapped)
