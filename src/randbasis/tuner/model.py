@@ -27,8 +27,7 @@ from randbasis.contraction import check_order
 from randbasis.errors import AdapterNameError, RandbasisError, TargetError, near
 from randbasis.tuner.adapted_part import AdapterOptions
 from randbasis.tuner.adapter_names import adapter_of, belongs_to, check_name, path_words, without_adapter
-from randbasis.tuner.base_shapes import compress_shapes
-from randbasis.tuner.base_weight import check_weights, weights_digest
+from randbasis.tuner.base_weight import check_weights
 from randbasis.tuner.bypasses import check_reached, leave_out_bypassed
 from randbasis.tuner.checked_loading import (
     adapted_layers,
@@ -46,6 +45,7 @@ from randbasis.tuner.gradient_watch import GradientWatch
 from randbasis.tuner.heads import check_heads, combine_heads, put_back_heads
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.layer_adapters import frozen_weight
+from randbasis.tuner.made_for import made_for
 from randbasis.tuner.mixed_batch import BASE, MixedBatch, given_rows, layout_of, pass_names, rows_of_a_prompt, sending
 from randbasis.tuner.pickles import refuse_pickles
 from randbasis.tuner.places import check_places
@@ -183,30 +183,11 @@ class RandbasisModel(BaseTuner):
                 check_name(adapter_name, model, others, self.peft_config[adapter_name])
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 self._see_to_calls(model)
-                self._note_what_for(model, adapter_name)
+                config = cast("RandbasisConfig", self.peft_config[adapter_name])
+                config.run = replace(config.run, made_for=made_for(model, adapter_name, config, self._model_config()))
+                place_meaning(model, adapter_name, config)
         finally:
             self._new = None
-
-    def _note_what_for(self, model: nn.Module, adapter_name: str) -> None:
-        """Which layers of which shapes the adapter is made for, and what its coefficients mean."""
-        shapes: dict[str, tuple[int, int]] = {}
-        rows: dict[str, tuple[int, int]] = {}
-        digests: list[tuple[str, int, str | None]] = []
-        for key, layer in adapted_layers(model):
-            if adapter_name in layer.adapted:
-                shapes[key] = layer.out_features, layer.in_features
-                parts = [one.part for one in layer.adapted[adapter_name] if one.part.name]
-                rows |= {f"{key}[{part.name}]": (part.start, part.stop) for part in parts}
-                digests += [(key, one.part.start, one.bound.digest) for one in layer.adapted[adapter_name]]
-        config = cast("RandbasisConfig", self.peft_config[adapter_name])
-        told = {
-            "base_shapes": compress_shapes(shapes),
-            "base_rows": compress_shapes(rows) if rows else None,
-            "base_model_type": cast("dict[str, Any]", self.get_model_config(self.model)).get("model_type"),
-            "base_weights": weights_digest(digests) if config.method_cls.needs_base else None,
-        }
-        config.run = replace(config.run, made_for={name: value for name, value in told.items() if value})
-        place_meaning(model, adapter_name, config)
 
     def _see_to_calls(self, model: nn.Module) -> None:
         """Turn off what would go past the adapted layers, and watch whether they train."""
