@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.command == "run":
         return _run(given, console)
     runs = rows.newest(rows.read(given.input))
-    return _report(given, runs, console) if given.command == "report" else _targets(runs, console)
+    return _report(given, runs, console) if given.command == "report" else _targets(given, runs, console)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,10 +60,13 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--rounds", type=int, help="of every side; by default what fits the case's time")
             command.add_argument("--threads", type=int, default=4, help="of torch")
             command.add_argument("--again", action="store_true", help="also what is measured for this revision")
+            command.add_argument("--within", type=float, metavar="SECONDS", help="begin no case after that time")
             command.add_argument("--output", type=Path, help=f"csv to append to; by default {rows.TIMINGS.name}")
     for name, about in (("report", "write the page's tables and pictures"), ("targets", "met or missed")):
         command = commands.add_parser(name, help=about)
         command.add_argument("--input", type=Path, default=rows.TIMINGS, help="csv to read")
+        if name == "targets":
+            command.add_argument("--device", choices=["cpu", "cuda"], help="only the targets for it")
         if name == "report":
             command.add_argument("--page", type=Path, nargs="+", default=report.PAGES, help="Markdown")
             command.add_argument("--pictures", type=Path, default=report.PICTURES, help="folder for them")
@@ -98,10 +102,17 @@ def _run(given: argparse.Namespace, console: Console) -> int:
         return 2
     if len(todo) < len(cases):
         console.print(f"{len(cases) - len(todo)} of {len(cases)} cases are measured for {machine.revision()}; --again")
-    failed = [case.name for case in todo if not _run_one(case, given, output, console)]
+    began = time.monotonic()
+    failed: list[str] = []
+    while todo and (given.within is None or time.monotonic() - began < given.within):
+        case = todo.pop(0)
+        failed += [] if _run_one(case, given, output, console) else [case.name]
+    if todo:
+        left = "; ".join(case.name for case in todo)
+        console.print(f"not begun within {given.within:g} s, run again to go on: {left}", style="red", highlight=False)
     if failed:
         console.print(f"failed, and not timed: {'; '.join(failed)}", style="red", highlight=False)
-    return 1 if failed else 0
+    return 1 if failed or todo else 0
 
 
 def _run_one(case: Case, given: argparse.Namespace, output: Path, console: Console) -> bool:
@@ -160,12 +171,14 @@ def _report(given: argparse.Namespace, runs: list[rows.Run], console: Console) -
     return 0
 
 
-def _targets(runs: list[rows.Run], console: Console) -> int:
+def _targets(given: argparse.Namespace, runs: list[rows.Run], console: Console) -> int:
     table = Table(title="targets")
     for column in ("target", "limit", "measured", "20-80 %", "", "where"):
         table.add_column(column)
     missed = 0
     for target, finding in verdicts(runs):
+        if given.device is not None and target.on_gpu != (given.device == "cuda"):
+            continue
         limit = f"{'≥' if target.at_least else '≤'} {target.limit:g}"
         if finding is None:
             table.add_row(target.name, limit, "", "", "not measured", "")

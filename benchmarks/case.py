@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
+
 from benchmarks import machine
 
 LEAST_ROUNDS = 5
@@ -162,21 +164,39 @@ def run(
     progress("check")
     checked = built.check()
     began = time.perf_counter()
+    values: dict[str, list[float]] = {name: [] for name in names}
     for name in names if case.warms_up else ():
         progress(f"warm up {name}")
-        _once(case, built.sides[name])
+        _measure(case, built, name, values)
     count = case.rounds or rounds or _rounds_in(case.seconds, time.perf_counter() - began)
-    values: dict[str, list[float]] = {name: [] for name in names}
+    values = {name: [] for name in values}
     with _no_collections_inside():
         watch = machine.Watch()
         for number in range(count):
             progress(f"round {number + 1} of {count}")
             gc.collect()
-            for name in names if number % 2 == 0 else reversed(names):
-                values[name].append(_once(case, built.sides[name]))
+            for name in list(values) if number % 2 == 0 else list(reversed(values)):
+                _measure(case, built, name, values)
         others = watch.others()
+    if lost := [name for name in names if name not in values]:
+        checked += f"; out of memory, and left out: {', '.join(lost)}"
     first = values[names[0]]
     return Outcome([Timing(name, own, first) for name, own in values.items()], checked, others)
+
+
+def _measure(case: Case, built: Built, name: str, values: dict[str, list[float]]) -> None:
+    """Add a value of a side; one that does not fit into memory is taken out, unless the others are held against it."""
+    try:
+        values[name].append(_once(case, built.sides[name]))
+    except torch.OutOfMemoryError:
+        if name == case.sides[0]:
+            raise
+        del values[name]
+    else:
+        return
+    gc.collect()  # only now is what the call had made let go
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _once(case: Case, side: Side) -> float:

@@ -79,7 +79,7 @@ def _case(what: str, slab: Slab) -> Case:
         work=slab.entries / 1e9,
         unit="G entries/s",
         measure=device_seconds,
-        seconds=6,
+        seconds=3,
         device=str(device()),
     )
 

@@ -43,7 +43,7 @@ def cases(*, tiny: bool = False, everything: bool = False) -> Iterator[Case]:
             work=shape.entries(shape.layers) / 1e9,
             unit="G entries/s",
             measure=wall_seconds,
-            seconds=15,
+            seconds=8,
             device=str(device()),
         )
 

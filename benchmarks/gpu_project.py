@@ -40,7 +40,7 @@ def cases(*, tiny: bool = False, everything: bool = False) -> Iterator[Case]:
                     work=2 * tokens * slab.entries / 1e12,
                     unit="T operations/s",
                     measure=device_seconds,
-                    seconds=3,
+                    seconds=1.5,
                     device=str(device()),
                 )
 

@@ -36,11 +36,11 @@ LOSS, GRADIENT = 1e-4, 1e-3
 
 def cases(*, tiny: bool = False, everything: bool = False) -> Iterator[Case]:
     """Steps at 4,096 and 16,384 tokens, then their memory."""
-    base = _llama(1, 64, 160) if tiny else _llama(2 if everything else 1, 4096, 11008)
+    base = llama(1, 64, 160) if tiny else llama(2 if everything else 1, 4096, 11008)
     tokens = (32,) if tiny else (4096, 16384)
     sides = (FLOOR, "NOLA r=16 k=128", "RandLoRA r=32") if tiny else SIDES
     for count in tokens:
-        yield _case("gpu step", base, count, sides, _build, measure=wall_seconds, seconds=25)
+        yield _case("gpu step", base, count, sides, _build, measure=wall_seconds, seconds=12)
     for count in tokens:
         options = {"measure": _value, "quantity": "MB", "rounds": 1, "warms_up": False}
         yield _case("gpu memory", base, count, sides, _build_memory, **options)
@@ -61,7 +61,7 @@ def _case(family: str, base: Base, tokens: int, sides: Sequence[str], build: Any
     )
 
 
-def _llama(layers: int, width: int, inner: int) -> Base:
+def llama(layers: int, width: int, inner: int) -> Base:
     return Base(f"Llama {layers}×{width}, bfloat16", partial(_model, width, inner), layers, 1024, TARGETS)
 
 
@@ -79,26 +79,26 @@ def _model(width: int, inner: int, layers: int, vocabulary: int) -> nn.Module:
         return LlamaForCausalLM(config)
 
 
-def _frozen(base: Base, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def frozen_model(base: Base, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     return base.model().to(device(), dtype)
 
 
-def _batch(base: Base, tokens: int) -> dict[str, Tensor]:
+def batch_of(base: Base, tokens: int) -> dict[str, Tensor]:
     return {name: value.to(device()) for name, value in base.batch(tokens, length=LENGTH).items()}
 
 
 def _build(base: Base, tokens: int, sides: Sequence[str]) -> Built:
-    frozen, batch = _frozen(base), _batch(base, tokens)
-    steps = {name: Side(_step(put(name, bases.twin(frozen), base), batch)) for name in sides}
-    return Built(steps, partial(_check, base, sides))
+    frozen, batch = frozen_model(base), batch_of(base, tokens)
+    steps = {name: Side(step_of(put(name, bases.twin(frozen), base), batch)) for name in sides}
+    return Built(steps, partial(check_kernels, base, sides))
 
 
 def _build_memory(base: Base, tokens: int, sides: Sequence[str]) -> Built:
     peaks = {name: Side(partial(_peak, name, base, tokens)) for name in sides}
-    return Built(peaks, partial(_check, base, sides))
+    return Built(peaks, partial(check_kernels, base, sides))
 
 
-def _step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
+def step_of(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
@@ -120,7 +120,7 @@ def _peak(name: str, base: Base, tokens: int) -> float:
     """Peak of two steps of a model that is made for this and let go."""
 
     def run() -> None:
-        call = _step(put(name, _frozen(base), base), _batch(base, tokens))
+        call = step_of(put(name, frozen_model(base), base), batch_of(base, tokens))
         call()
         call()
 
@@ -130,10 +130,10 @@ def _peak(name: str, base: Base, tokens: int) -> float:
     return peak
 
 
-def _check(base: Base, sides: Sequence[str]) -> str:
+def check_kernels(base: Base, sides: Sequence[str]) -> str:
     """Loss and gradients of the adapters of ours by kernels and by the torch reference, both in float32, few tokens."""
-    batch = _batch(base, 64)
-    frozen = _frozen(base, torch.float32)
+    batch = batch_of(base, 64)
+    frozen = frozen_model(base, torch.float32)
     worst: dict[str, float] = {"loss": 0.0, "gradient": 0.0}
     for name in sides:
         if not Adapter.named(name).is_ours:

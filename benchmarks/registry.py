@@ -8,9 +8,12 @@ from benchmarks.case import Case
 
 FAMILIES = (
     "basis_rate", "training_step", "step_parts", "peak_memory", "inference", "kept_factors", "expansion", "switching",
-    "growth", "host_time", "packed_sizes",
+    "growth", "host_time", "packed_sizes", "adding",
 )  # fmt: skip
-GPU_FAMILIES = ("gpu_basis", "gpu_expansion", "gpu_step", "gpu_project")
+GPU_FAMILIES = (
+    "gpu_step", "gpu_model", "gpu_decode", "gpu_host", "gpu_expansion", "gpu_adding", "gpu_basis", "gpu_project",
+)  # fmt: skip
+"""In the order of what is asked first: where the time is used up, the last are left."""
 
 
 class Family(Protocol):
@@ -42,11 +45,13 @@ def select(
 
     Args:
         cases: to choose from.
-        only: families, or words of which one is in the name; a family without usual cases runs when it is named.
+        only: families, with or without "gpu", or words of which one is in the name; a family without usual cases runs
+            when it is named.
         everything: also those that do not run unless asked for.
         parameters: values that the case must have; None for any.
     """
     families = {case.family for case in cases}
+    only = [f"gpu {word}" if f"gpu {word}" in families else word for word in only]
     unusual = families - {case.family for case in cases if case.usual}
     wanted = {name: value for name, value in parameters.items() if value is not None}
     return [

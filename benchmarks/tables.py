@@ -24,7 +24,12 @@ def family_table(family: str, runs: Sequence[Run]) -> str:
     if not chosen:
         return NOTHING
     drawn = {"growth": _growth, "memory growth": _growth, SIZES: _sizes}.get(family, _sides)
-    return "\n\n".join([provenance(chosen), *drawn(chosen)])
+    where = dict.fromkeys(run.device for run in chosen) if family.startswith("gpu") else [None]
+    parts: list[str] = []
+    for device in where:
+        own = [run for run in chosen if device in (None, run.device)]
+        parts += [*([f"**On an {device}.**"] if device else []), provenance(own), *drawn(own)]
+    return "\n\n".join(parts)
 
 
 def provenance(runs: Sequence[Run]) -> str:
@@ -150,7 +155,9 @@ def tables(runs: Sequence[Run]) -> dict[str, Callable[[], str]]:
             "host",
             SIZES,
         ),
+        "add",
         *("gpu basis", "gpu expand", "gpu step", "gpu memory", "gpu project"),
+        *("gpu model", "gpu decode", "gpu mixed decode", "gpu host", "gpu add"),
         *dict.fromkeys(run.family for run in runs),
     ]
     made: dict[str, Callable[[], str]] = {"targets": lambda: targets_table(runs)}

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks import host_time
+from benchmarks import adding, gpu_decode, gpu_host, host_time
 from benchmarks.adapters import FLOOR, Adapter
 from benchmarks.basis_rate import PACKED
 from benchmarks.gpu_expansion import GRAPH, OWN, REDRAWN
@@ -18,6 +18,8 @@ from benchmarks.rows import Run
 from benchmarks.switching import LOAD, LORA, NOLA, RANDLORA, SET
 
 DRAWS = 400
+GPU = "GPU: "
+"""How the name of a target begins that is about a GPU."""
 
 Figure = Callable[[Sequence[int]], float]
 """The figure of some rounds, by their numbers; a number may come more than once."""
@@ -58,10 +60,17 @@ class Target:
     at_least: bool = False
     unit: str = "×"
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is about a GPU."""
+        return self.name.startswith(GPU)
+
     def findings(self, runs: Sequence[Run]) -> list[Finding]:
         """Its figures in some runs."""
         return [
-            _finding(f"{run.case}: {which}", figure, rounds) for run in runs for which, figure, rounds in self.find(run)
+            _finding(f"{run.case}: {which}" + (f", {run.device}" if self.on_gpu else ""), figure, rounds)
+            for run in runs
+            for which, figure, rounds in self.find(run)
         ]
 
     def is_met(self, finding: Finding) -> bool:
@@ -182,11 +191,62 @@ def _gpu_expansion(model: str) -> Callable[[Run], Iterator[tuple[str, Figure, in
     return find
 
 
-def _gpu_steps(kind: str, tokens: int) -> Callable[[Run], Iterator[tuple[str, Figure, int]]]:
+def _gpu_steps(
+    kind: str, tokens: int, *, layers: int = 1, families: Sequence[str] = ("gpu step", "gpu model")
+) -> Callable[[Run], Iterator[tuple[str, Figure, int]]]:
+    """Steps of so many tokens, of models of so many layers or more."""
+
     def find(run: Run) -> Iterator[tuple[str, Figure, int]]:
         other = "PEFT LoRA r=16"
-        if run.family == "gpu step" and _tokens(run) >= tokens and _present(run, other):
-            yield from (_ratio(run, side, other) for side in run.timings if Adapter.named(side).kind == kind)
+        if run.family not in families or _tokens(run) != tokens or int(run.parameters.get("layers", 1)) < layers:
+            return
+        if _present(run, other):
+            yield from (_ratio(run, side, other) for side in run.timings if _is_simple(side, kind))
+
+    return find
+
+
+def _is_simple(side: str, kind: str) -> bool:
+    """Whether a side is of a kind, and, for NOLA, of k = 128 with a shared basis."""
+    adapter = Adapter.named(side)
+    return adapter.kind == kind and (kind != "NOLA" or (adapter.k == 128 and not adapter.unique))
+
+
+def _gpu_memory(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    if run.family == "gpu memory" and _present(run, "RandLoRA r=32", "PEFT RandLoRA r=32"):
+        yield _ratio(run, "RandLoRA r=32", "PEFT RandLoRA r=32")
+
+
+def _gpu_decode(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    if run.family == "gpu decode" and _present(run, gpu_decode.PLAIN):
+        ours = [side for side in run.timings if side != gpu_decode.PLAIN and Adapter.named(side).is_ours]
+        yield from (_ratio(run, side, gpu_decode.PLAIN) for side in ours)
+
+
+def _gpu_mixed(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    one, many = (f"{gpu_decode.NOLA}, {count} distinct" for count in (1, 32))
+    if run.family == "gpu mixed decode" and _present(run, one, many):
+        yield _ratio(run, many, one)
+
+
+def _gpu_host(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    """Microseconds of one sum."""
+    if run.family == "gpu host":
+        passes = float(run.parameters["passes"])
+        for side in (gpu_host.RECOMPUTED, gpu_host.AUTOCAST):
+            if side in run.timings:
+                values = run.timings[side].values
+                yield (
+                    side,
+                    lambda rounds, values=values: 1e6 / passes * statistics.median(values[i] for i in rounds),
+                    len(values),
+                )
+
+
+def _adding(family: str) -> Callable[[Run], Iterator[tuple[str, Figure, int]]]:
+    def find(run: Run) -> Iterator[tuple[str, Figure, int]]:
+        if run.family == family and run.parameters["what"] in (adding.ADD, adding.LOAD) and _present(run, adding.LORA):
+            yield from (_ratio(run, side, adding.LORA) for side in run.timings if side != adding.LORA)
 
     return find
 
@@ -209,10 +269,21 @@ TARGETS = (
     Target("packed signs generated", 10, _generation, at_least=True, unit="Gbit/s"),
     Target("GPU: expanding an adapter of LLaMA-2 7B, k = 128", 2, _gpu_expansion("LLaMA-2 7B"), unit="ms"),
     Target("GPU: expanding an adapter of LLaMA-2 70B, k = 512", 60, _gpu_expansion("LLaMA-2 70B"), unit="ms"),
-    Target("GPU: training step with NOLA, r = 16, to that of PEFT LoRA of the same rank", 1.02, _gpu_steps("NOLA", 0)),
+    Target("putting on or loading many adapters to PEFT LoRA", 1.0, _adding("add")),
     Target(
-        "GPU: training step with RandLoRA at 16,384 tokens to that of LoRA r=16", 1.35, _gpu_steps("RandLoRA", 16384)
+        "GPU: step of NOLA r=16 k=128, 8 layers or more, 4,096 tokens, to PEFT LoRA r=16",
+        1.02,
+        _gpu_steps("NOLA", 4096, layers=8, families=("gpu model",)),
     ),
+    Target("GPU: step of NOLA r=16 k=128 at 16,384 tokens to PEFT LoRA r=16", 0.9, _gpu_steps("NOLA", 16384)),
+    Target("GPU: step of RandLoRA r=32 at 4,096 tokens to PEFT LoRA r=16", 1.6, _gpu_steps("RandLoRA", 4096)),
+    Target("GPU: step of RandLoRA r=32 at 16,384 tokens to PEFT LoRA r=16", 1.4, _gpu_steps("RandLoRA", 16384)),
+    Target("GPU: peak memory of RandLoRA to that of PEFT's", 0.8, _gpu_memory),
+    Target("GPU: step of VeRA r=256 at 4,096 tokens to PEFT LoRA r=16", 1.02, _gpu_steps("VeRA", 4096)),
+    Target("GPU: decoding with one adapter to the plain model", 1.25, _gpu_decode),
+    Target("GPU: decoding with 32 distinct adapters to one", 1.2, _gpu_mixed),
+    Target("GPU: host time of a sum, forward and back", 400, _gpu_host, unit="µs"),
+    Target("GPU: putting on many adapters to PEFT LoRA", 1.0, _adding("gpu add")),
 )
 
 

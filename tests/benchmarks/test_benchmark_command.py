@@ -59,6 +59,34 @@ def test_a_case_that_fails_is_not_timed_and_the_others_are(csv: Path, monkeypatc
     assert set(timed) == {"None"}
 
 
+def test_no_case_is_begun_after_the_time_and_the_next_run_goes_on(
+    csv: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+
+    def build(_: Sequence[str]) -> Built:
+        now[0] += 60
+        return Built({"a": Side(lambda: None)}, lambda: "checked")
+
+    cases = [Case("f", f"case {n}", ("a",), build) for n in range(3)]
+    monkeypatch.setattr(registry, "all_cases", lambda **_: cases)
+    words = ["--rounds", "1", "--output", str(csv), "--within", "100"]
+    assert command.main(words) == 1
+    assert [run.case for run in rows.read(csv)] == ["case 0", "case 1"]
+    assert "not begun within 100 s, run again to go on: case 2" in capsys.readouterr().out
+    assert command.main(words) == 0
+    assert [run.case for run in rows.read(csv)] == ["case 0", "case 1", "case 2"]
+
+
+def test_targets_of_one_kind_of_device(csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device, words in (("cuda", "RandLoRA r=32 at 4,096"), ("cpu", "packed signs")):
+        assert command.main(["targets", "--input", str(csv), "--device", device]) == 0
+        printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert words in printed
+        assert ("GPU: " in printed) == (device == "cuda")
+
+
 def test_a_selection_without_cases_and_a_missing_device_are_refused(csv: Path) -> None:
     assert command.main(["--only", "no such case", "--output", str(csv)]) == 2
     if not command.torch.cuda.is_available():
@@ -82,6 +110,8 @@ def test_selection_by_family_model_tokens_and_name() -> None:
     assert registry.select(cases, only=["memory growth"])
     names = [case.name for case in cases]
     assert len(set(names)) == len(names)
+    on_gpu = registry.all_cases(device="cuda")
+    assert {case.family for case in registry.select(on_gpu, only=["step", "decode"])} == {"gpu step", "gpu decode"}
 
 
 def test_a_peak_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,18 @@ def test_memory_is_in_megabytes_and_targets_say_met_missed_or_not_measured() -> 
     assert sum(line.endswith("| not measured |") for line in lines) > 3
 
 
+def test_cards_have_tables_of_their_own() -> None:
+    cards = [run_of("gpu step", {"a": [0.1], "b": [0.2]}, name="step of M") for _ in range(2)]
+    for run, card in zip(cards, ("NVIDIA H100", "NVIDIA H200"), strict=True):
+        for row in run.rows:
+            row["device"] = card
+    text = tables(cards)["gpu step"]()
+    first, second = text.split("**On an NVIDIA H200.**")
+    assert first.startswith("**On an NVIDIA H100.**\n\nNVIDIA H100, ")
+    assert second.strip().startswith("NVIDIA H200, ")
+    assert first.count("**step of M**") == second.count("**step of M**") == 1
+
+
 def test_a_table_without_rows_says_so() -> None:
     assert tables([])["step"]() == "No rows yet."
 

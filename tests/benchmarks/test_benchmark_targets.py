@@ -106,8 +106,48 @@ def test_expansion_on_a_gpu_is_in_milliseconds_and_by_side() -> None:
 
 
 def test_steps_on_a_gpu_against_lora_of_rank_16() -> None:
-    sides = {"PEFT LoRA r=16": [0.1] * 5, "NOLA r=16 k=128": [0.101] * 5, "RandLoRA r=32": [0.14] * 5}
+    sides = {"PEFT LoRA r=16": [0.1] * 5, "NOLA r=16 k=128": [0.089] * 5, "NOLA r=16 k=128 unique": [0.2] * 5}
+    sides |= {"NOLA r=16 k=512": [0.2] * 5, "VeRA r=256": [0.101] * 5, "RandLoRA r=32": [0.15] * 5}
     few, many = (run_of("gpu step", sides, parameters={"model": "m", "tokens": n}) for n in (4096, 16384))
-    assert found("GPU: training step with NOLA", few, many) == [(pytest.approx(1.01), True)] * 2
-    assert found("GPU: training step with RandLoRA", few, many) == [(pytest.approx(1.4), False)]
+    assert found("NOLA r=16 k=128 at 16,384", few, many) == [(pytest.approx(0.89), True)]
+    assert found("RandLoRA r=32 at 4,096", few, many) == [(pytest.approx(1.5), True)]
+    assert found("RandLoRA r=32 at 16,384", few, many) == [(pytest.approx(1.5), False)]
+    assert found("VeRA r=256 at 4,096", few, many) == [(pytest.approx(1.01), True)]
     assert found("step of NOLA, k", few, many) == []
+
+
+def test_a_step_of_nola_at_4096_tokens_counts_on_a_gpu_from_8_layers_on() -> None:
+    sides = {"PEFT LoRA r=16": [0.1] * 5, "NOLA r=16 k=128": [0.101] * 5}
+    runs = [
+        run_of("gpu model", sides, parameters={"model": "m", "tokens": 4096, "layers": layers}) for layers in (2, 8, 32)
+    ]
+    assert found("8 layers or more", *runs) == [(pytest.approx(1.01), True)] * 2
+
+
+def test_memory_decoding_and_the_host_on_a_gpu() -> None:
+    sides = {"PEFT LoRA r=1": [1.0], "RandLoRA r=32": [2000.0], "PEFT RandLoRA r=32": [2500.0]}
+    assert found("peak memory of RandLoRA to that of PEFT's", run_of("gpu memory", sides, quantity="MB")) == [
+        (0.8, True)
+    ]
+    sides = {"base": [0.02] * 5, "NOLA r=8 k=64": [0.026] * 5, "PEFT LoRA r=8": [0.04] * 5}
+    assert found("one adapter to the plain", run_of("gpu decode", sides)) == [(pytest.approx(1.3), False)]
+    sides = {f"NOLA r=8 k=64, {n} distinct": [0.02 + n / 1e4] * 5 for n in (1, 8, 32)}
+    assert found("32 distinct", run_of("gpu mixed decode", sides)) == [(pytest.approx(0.0232 / 0.0201), True)]
+    sides = {"torch's product": [0.001] * 5, "sum, redrawn": [0.01] * 5, "sum, stored, under autocast": [0.006] * 5}
+    run = run_of("gpu host", sides, parameters={"passes": 20})
+    assert found("host time of a sum", run) == [(pytest.approx(500), False), (pytest.approx(300), True)]
+
+
+def test_putting_adapters_on_is_held_against_lora_and_switching_between_them_is_not() -> None:
+    sides = {"PEFT LoRA r=8": [10.0] * 3, "NOLA r=8 k=64": [4.0] * 3, "NOLA r=8 k=64 unique": [12.0] * 3}
+    runs = [run_of("add", sides, parameters={"what": what}) for what in ("put on", "switch to")]
+    assert found("putting on or loading", *runs) == [(pytest.approx(0.4), True), (pytest.approx(1.2), False)]
+    assert found("GPU: putting on", *runs) == []
+
+
+def test_a_figure_of_a_gpu_names_the_card() -> None:
+    sides = {"PEFT LoRA r=16": [0.1] * 5, "RandLoRA r=32": [0.15] * 5}
+    run = run_of("gpu step", sides, parameters={"model": "m", "tokens": 4096})
+    run.rows[0]["device"] = "NVIDIA H100"
+    (target,) = [target for target in TARGETS if "RandLoRA r=32 at 4,096" in target.name]
+    assert target.findings([run])[0].where.endswith("to PEFT LoRA r=16, NVIDIA H100")

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import pytest
+import torch
 
 from benchmarks.case import LEAST_ROUNDS, Built, Case, CheckFailed, Side, Timing, chosen_sides, run, spread
 
@@ -55,6 +56,24 @@ def test_a_case_with_its_own_number_of_rounds_keeps_it_and_may_go_without_warm_u
     calls: list[str] = []
     run(case(calls, rounds=1, warms_up=False), rounds=7)
     assert [call for call in calls if call != "reset"] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("warms_up", [True, False])
+def test_a_side_that_runs_out_of_memory_is_left_out_and_named_and_the_others_are_measured(warms_up: bool) -> None:
+    def build(sides: Sequence[str]) -> Built:
+        def full() -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        calls = {"a": lambda: None, "b": full, "c": lambda: None}
+        return Built({name: Side(calls[name]) for name in sides}, lambda: "checked")
+
+    one = Case("family", "name", ("a", "b", "c"), build, warms_up=warms_up)
+    outcome = run(one, rounds=3)
+    assert {timing.side: len(timing.values) for timing in outcome.timings} == {"a": 3, "c": 3}
+    assert outcome.checked == "checked; out of memory, and left out: b"
+    # The others have nothing to be held against without the first.
+    with pytest.raises(torch.OutOfMemoryError):
+        run(Case("family", "name", ("b", "c"), build, warms_up=warms_up), rounds=3)
 
 
 def test_rounds_fill_the_time_of_a_case_but_are_never_fewer_than_the_least() -> None:

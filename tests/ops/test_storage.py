@@ -13,7 +13,8 @@ from randbasis.basis import Basis, block_words
 from randbasis.basis_storage import check_storage
 from randbasis.errors import StorageError
 from randbasis.ops import Slab, choose_storage, hold
-from randbasis.ops.storage import DENSE_BYTES, PACKED_BYTES, held
+from randbasis.ops import storage as storage_module
+from randbasis.ops.storage import DENSE_BYTES, FREE_SHARE, PACKED, dense_bytes, free_bytes, held
 
 CPU = torch.device("cpu")
 LAWS = ("sign", "uniform", "normal", "sparse(3)")
@@ -49,7 +50,7 @@ def test_a_choice_of_the_user_stands() -> None:
 @pytest.mark.parametrize(("shared", "share"), [(True, 1), (False, 16)])
 def test_auto_goes_by_bytes(shared: bool, share: int) -> None:
     dense = DENSE_BYTES // share // 4
-    packed = PACKED_BYTES // share // 16
+    packed = PACKED * DENSE_BYTES // share // 16
     sizes = [(1, 1, dense), (1, 1, dense + 1), (1, packed, 128), (1, packed + 1, 128)]
     assert [choose_storage(slab_of("auto", *size), "auto", shared=shared) for size in sizes] == [
         "dense",
@@ -57,6 +58,36 @@ def test_auto_goes_by_bytes(shared: bool, share: int) -> None:
         "packed",
         "recompute",
     ]
+
+
+def test_auto_takes_a_small_part_of_what_is_free_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same slab, 32 MiB densely and 1 MiB packed, where there is much memory, some, little and none."""
+    free = {"cuda:0": 80 << 30, "cuda:1": (8 << 30) - 1, "cuda:2": 60 << 20, "cuda:3": 0}
+    monkeypatch.setattr(storage_module, "free_bytes", lambda device: free.get(str(device)))
+    slab = slab_of("free", 64, 128, 1024)
+    found = [choose_storage(slab, "auto", shared=True, device=torch.device(name)) for name in (*free, "cpu")]
+    assert found == ["dense", "packed", "recompute", "recompute", "dense"]
+    # One of many matrices gets a sixteenth; and a little more or less free memory decides nothing.
+    assert choose_storage(slab, "auto", shared=False, device=torch.device("cuda:0")) == "packed"
+    for much in (5 << 30, 7 << 30):
+        free["cuda:0"] = much
+        assert dense_bytes(torch.device("cuda:0")) == (4 << 30) // FREE_SHARE
+
+
+def test_what_is_kept_densely_already_is_used_on_a_full_device_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "free_bytes", lambda _: 0)
+    slab = slab_of("kept")
+    assert choose_storage(slab, "auto", shared=True, device=torch.device("cuda")) == "recompute"
+    kept = hold(slab, "dense")
+    assert choose_storage(slab, "auto", shared=True, device=torch.device("cuda")) == kept.storage
+
+
+def test_free_memory_counts_what_torch_reserved_and_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"mem_get_info": (1000, 9000), "memory_reserved": 500, "memory_allocated": 200}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, answer=answer: answer)
+    assert free_bytes(torch.device("cuda:1")) == 1300
+    assert free_bytes(CPU) is None
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -10,7 +10,7 @@ method; ``out`` and ``in`` are those of ``ΔW`` in ``h = W0 x + ΔW x``.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -68,11 +68,14 @@ class Site:
         out_features: rows of ΔW.
         in_features: columns of ΔW.
         streams: one 32-bit stream for each of the method's roles, math (4).
+        device: of the base weight, when it is known: ``basis_storage="auto"`` asks it for free memory. Sites that
+            differ in it alone are the same.
     """
 
     out_features: int
     in_features: int
     streams: tuple[int, ...]
+    device: torch.device | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,8 @@ class Bound(ABC, Generic[M]):
         bases: list[Stored] = []
         for stream, shape in zip(site.streams, shapes, strict=False):
             slab = Slab(Basis(method.seed, stream, law), *shape)
-            bases.append(hold(slab, choose_storage(slab, method.basis_storage, shared=method.shares_basis)))
+            kept = choose_storage(slab, method.basis_storage, shared=method.shares_basis, device=site.device)
+            bases.append(hold(slab, kept))
         self.bases = tuple(bases)
 
     @classmethod

@@ -21,24 +21,58 @@ from randbasis.ops.reference import Slab, Tile
 from randbasis.ops.transforms import FORWARD, FUNCTORCH, outside
 
 DENSE_BYTES = 64 << 20
-"""``auto`` keeps a slab densely up to this size."""
+"""``auto`` keeps a slab densely up to this size, where nothing is known of the memory of a device."""
 
-PACKED_BYTES = 256 << 20
-"""``auto`` keeps a slab as raw words up to this size."""
+PACKED = 4
+"""``auto`` keeps a slab as raw words up to so many times that."""
+
+FREE_SHARE = 256
+"""The part of the free memory of a GPU that one slab may take densely.
+
+A model has a slab for each role and shape, some ten: together they take about a twentieth of what is free. That is
+256 MiB a slab on an empty GPU of 80 GB, and 16 MiB where 5 GB are left.
+"""
 
 
-def choose_storage(slab: Slab, storage: BasisStorage, *, shared: bool) -> BasisStorage:
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that tensors may still take on a device, what torch has reserved for them included; None: not to be had."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def dense_bytes(device: torch.device | None) -> int:
+    """Up to which size ``auto`` keeps a slab densely on a device.
+
+    A power of two, so that a little more or less free memory does not decide how a run computes.
+    """
+    free = None if device is None else free_bytes(device)
+    return DENSE_BYTES if free is None else (1 << free.bit_length() >> 1) // FREE_SHARE
+
+
+def choose_storage(
+    slab: Slab, storage: BasisStorage, *, shared: bool, device: torch.device | None = None
+) -> BasisStorage:
     """What ``auto`` means for one slab; any other choice is the user's and stands.
 
     A shared slab is stored once for all layers, so it may be large. A slab of one matrix is one of many, so it gets a
-    sixteenth of these budgets.
+    sixteenth of these budgets. What is kept densely for another adapter is there for this one.
+
+    Args:
+        slab: the matrices.
+        storage: what the user wants.
+        shared: whether many matrices of a model use this slab.
+        device: where they will be used, when that is known.
     """
     if storage != "auto":
         return storage
-    share = 1 if shared else 16
-    if slab.entries * 4 <= DENSE_BYTES // share:
+    if held(slab, "dense") is not None:
         return "dense"
-    return "packed" if slab.packed_bytes <= PACKED_BYTES // share else "recompute"
+    budget = dense_bytes(device) // (1 if shared else 16)
+    if slab.entries * 4 <= budget:
+        return "dense"
+    return "packed" if slab.packed_bytes <= PACKED * budget else "recompute"
 
 
 class Stored:

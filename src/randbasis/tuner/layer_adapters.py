@@ -121,7 +121,8 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
     ) -> AdaptedPart:
         rows, suffix = part.rows, part.suffix
         weight = self.frozen_weight()[part.start : part.stop] if method.needs_base else None
-        bound = method.bind(Site(rows, self.in_features, streams), weight)
+        site = Site(rows, self.in_features, streams, base_device(self.get_base_layer()))
+        bound = method.bind(site, weight)
         attributes: dict[str, str] = {}
         starts = method.starts(rows, self.in_features)
         for name, shape in method.coefficient_shapes(rows, self.in_features).items():
