@@ -89,6 +89,17 @@ def test_a_load_grows_by_half_of_what_it_would(tmp_path: Path, monkeypatch: pyte
     assert ours <= growth() / 2
 
 
+def test_a_mixed_batch_does_not_walk_through_the_adapters() -> None:
+    few, many = plain().eval(), plain().eval()
+    for number in range(2, 17):
+        add(many, f"a{number}")
+    words = {"input_ids": torch.ones(2, 3, dtype=torch.long), "adapter_names": ["first", "first"]}
+    for adapted in (few, many):
+        adapted(**words)  # fills caches
+    # Each layer is asked for the names that it has.
+    assert calls(lambda: many(**words)) - calls(lambda: few(**words)) <= 15 * 2 * len(adapted_layers(many))
+
+
 def state(adapted: PeftModel) -> dict[str, object]:
     found: dict[str, object] = {name: p.requires_grad for name, p in adapted.named_parameters()}
     found |= {name: tensor.clone() for name, tensor in adapted.state_dict().items()}

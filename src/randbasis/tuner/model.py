@@ -247,7 +247,8 @@ class RandbasisModel(BaseTuner):
             yield
             return
         self._check_adapter_names(adapter_names)
-        modules = [m for m in self.modules() if isinstance(m, (RandbasisLinear, AuxiliaryTrainingWrapper))]
+        with seeing_only():
+            modules = [m for m in self.modules() if isinstance(m, (RandbasisLinear, AuxiliaryTrainingWrapper))]
         for module in modules:
             if isinstance(module, AuxiliaryTrainingWrapper):
                 _let_names_pass(module)
