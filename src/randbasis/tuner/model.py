@@ -246,9 +246,14 @@ class RandbasisModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        self._check_adapter_names(adapter_names)
         with seeing_only():
-            modules = [m for m in self.modules() if isinstance(m, (RandbasisLinear, AuxiliaryTrainingWrapper))]
+            batch = self._mixed_batch(adapter_names, args, kwargs)
+        with sending(batch):
+            yield
+
+    def _mixed_batch(self, adapter_names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> MixedBatch:
+        self._check_adapter_names(adapter_names)
+        modules = [m for m in self.modules() if isinstance(m, (RandbasisLinear, AuxiliaryTrainingWrapper))]
         for module in modules:
             if isinstance(module, AuxiliaryTrainingWrapper):
                 _let_names_pass(module)
@@ -261,8 +266,7 @@ class RandbasisModel(BaseTuner):
             )
         # PEFT hands the inputs over to generation, but not to every forward pass, which repeats no rows.
         repeats = rows_of_a_prompt(self.model, kwargs) if rows is not None or "pixel_values" in kwargs else 1
-        with sending(MixedBatch(tuple(adapter_names), repeats, layout, frozenset(map(id, modules)))):
-            yield
+        return MixedBatch(tuple(adapter_names), repeats, layout, frozenset(map(id, modules)))
 
     def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
         if self.training:
