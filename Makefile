@@ -16,7 +16,7 @@ FUZZ_SECONDS ?= 60
 CLI_PAGE := $(BIN)/python -m typer randbasis.cli utils docs --name randbasis --title "The command"
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo test test-newest test-oldest check bench bench-gpu conformance results results-sst2 results-vision results-e2e results-quantization sweep-defaults fuzz mutants crash docs clean
+.PHONY: help install lock demo first-hour test test-newest test-oldest check bench bench-gpu conformance results results-sst2 results-vision results-e2e results-quantization sweep-defaults fuzz mutants crash docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -43,6 +43,9 @@ lock: ## resolve what `make install` and `make test-oldest` install anew (requir
 
 demo: $(INSTALLED) ## fine-tune a real encoder on real text, offline, and compare (writes demo-output/)
 	$(BIN)/python examples/demo.py --output demo-output $(ARGS)
+
+first-hour: $(INSTALLED) ## what a new user does in the first hour, in a shell, from a copy of the clone: every command is checked (.cache/first-hour)
+	test -d $(RANDBASIS_DATA) && export RANDBASIS_DATA=$(abspath $(RANDBASIS_DATA)); $(BIN)/python tests/first_hour/run.py $(ARGS)
 
 check: $(INSTALLED) ## ruff, pyright (strict on src), and whether docs/cli.md is up to date
 	$(BIN)/ruff check .

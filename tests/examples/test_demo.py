@@ -1,6 +1,7 @@
 """The demo, reduced to seconds, and its proof: a tampered file must be found out."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,16 @@ def test_whole_demo_in_a_process_of_its_own(tmp_path: Path, console_environment:
     for size in sizes.values():
         assert f"{size:,}" in done.stdout
     assert "9 predictions, the same" in done.stdout
+    packed = (tmp_path / "nola.safetensors").stat().st_size
+    assert f"{packed:,} bytes: " in done.stdout
+    assert packed < sizes["nola"]
+    assert re.search(r"'A shelf that holds books .*' documents a (class|function|method) \(\d+%\)", done.stdout)
+
+
+def test_the_sentence_at_the_end_is_new(demo):
+    import docstrings
+
+    assert demo.NEW_SENTENCE not in {one.text for one in docstrings.read_docstrings()}
 
 
 def test_split_leaves_no_owner_and_no_text_on_both_sides(demo):
