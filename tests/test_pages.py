@@ -1,13 +1,24 @@
-"""Pages keep their word: their Python runs, then their `randbasis` commands, in one folder and in order."""
+"""Pages keep their word: what they name is there; Python and `randbasis` commands run, in one folder and in order."""
 
+import builtins
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+import randbasis.cli
+from randbasis import errors
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: Options of others: of the benchmarks, of llama.cpp, of the script of crashes.
+OF_OTHERS = {"--help", "--only", "--lora", "--adapters", "--directory"}
 FENCES = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -26,3 +37,35 @@ def test_snippets_run(page: str, root: Path, tmp_path: Path, console_environment
     runner = [sys.executable, "-c", script]
     run = subprocess.run(runner, cwd=tmp_path, env=console_environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+def options(command: Any) -> set[str]:
+    """Of a command and those below it."""
+    own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union(*map(options, getattr(command, "commands", {}).values()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+class TestWhatAPageNamesIsThere:
+    def test_options(self, page: Path):
+        text = re.sub(r"\]\([^)]*\)", "]", page.read_text(encoding="utf-8"))
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
+        assert not named - options(typer.main.get_command(randbasis.cli.app)) - OF_OTHERS
+
+    def test_errors(self, page: Path):
+        named = set(re.findall(r"`(\w+Error)`", page.read_text(encoding="utf-8")))
+        assert not [name for name in named if not hasattr(errors, name) and not hasattr(builtins, name)]
+
+    def test_extras(self, page: Path):
+        text = page.read_text(encoding="utf-8")
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        named = re.findall(r"randbasis\[(\w+)\]", text) + re.findall(r"extras? `(\w+)`", text)
+        assert {*named} <= extras.keys()
+
+    def test_files_and_targets_of_make(self, page: Path):
+        text = page.read_text(encoding="utf-8")
+        folders = "tests|src|docs|examples|benchmarks|studies|requirements"
+        files = re.findall(rf"`((?:{folders})/[\w./-]+)`", text)
+        assert not [file for file in files if not (ROOT / file).exists()]
+        targets = re.findall(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()
+        assert {*re.findall(r"`make ([\w-]+)", text)} <= {*targets}
