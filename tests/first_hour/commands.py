@@ -218,7 +218,7 @@ LANGUAGE = [
     Step(
         f"randbasis generate --adapter chat-4bit.safetensors --model {STORIES} --prompt 'name[Aromi], food[Chinese]' "
         "--max-new-tokens 40 --json",
-        lambda ran: len(ran.json[0]["text"]) > 10,
+        lambda ran: len(ran.json["rows"][0]["text"]) > 10,
         data=True,
     ),
     Step("randbasis export runs/chat chat-lora --to peft-lora", data=True),
@@ -245,7 +245,7 @@ FLEET = [
     ),
     Step(
         f"randbasis predict --adapter store:taste-17 --model {ENCODER} --data few.csv --json",
-        lambda ran: len(ran.json) == 40 and {row["prediction"] for row in ran.json} <= {"low", "average", "high"},
+        lambda ran: {row["prediction"] for row in ran.json["rows"]} <= {"low", "average", "high"},
     ),
     Step("randbasis store tag adapters.db taste-17 --add picked --json", lambda ran: "picked" in ran.json["tags"]),
     Step("randbasis store add adapters.db ratings.safetensors --name taste-17 --json",
