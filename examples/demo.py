@@ -194,7 +194,7 @@ def answer_from_packed(trained: TrainOutcome, file: Path) -> None:
     packed = pack_adapter(trained.output, file, bits=4, base_name="all-MiniLM-L6-v2", overwrite=True)
     [answer] = randbasis.load(file, str(get_model_path()), device="cpu").predict([NEW_SENTENCE])
     console.print(
-        f"{file}: {packed.bytes:,} bytes: {packed.adapter.spec.count:,} coefficients at 4 bits, head and labels"
+        f"{file}: {packed.bytes:,} bytes: {packed.as_json()['coefficients']:,} coefficients at 4 bits, head and labels"
     )
     console.print(f"  {NEW_SENTENCE!r} documents a {answer['prediction']} ({answer['probability']:.0%})")
 

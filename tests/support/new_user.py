@@ -44,7 +44,8 @@ def environment() -> dict[str, str]:
     from the clone.
     """
     binaries = str(Path(sys.executable).parent)
-    return os.environ | {
+    own = {name: value for name, value in os.environ.items() if name != "RANDBASIS_STORE"}
+    return own | {
         "PATH": binaries + os.pathsep + os.environ.get("PATH", ""),
         "PYTHONPATH": sysconfig.get_path("purelib"),
         "PIP_NO_INDEX": "1",
