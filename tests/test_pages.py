@@ -17,8 +17,8 @@ from randbasis import errors
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-#: Options of others: of the benchmarks, of llama.cpp, of the script of crashes.
-OF_OTHERS = {"--help", "--only", "--lora", "--adapters", "--directory"}
+#: Options of every command, and of llama.cpp.
+OF_OTHERS = {"--help", "--lora"}
 FENCES = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -39,10 +39,20 @@ def test_snippets_run(page: str, root: Path, tmp_path: Path, console_environment
     assert run.returncode == 0, run.stderr[-3000:]
 
 
+def options_of_scripts() -> set[str]:
+    """Of what is run from a clone: benchmarks, studies, tests."""
+    scripts = [file for folder in ("benchmarks", "studies", "tests") for file in (ROOT / folder).rglob("*.py")]
+    source = "".join(file.read_text(encoding="utf-8") for file in scripts)
+    return set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))
+
+
 def options(command: Any) -> set[str]:
     """Of a command and those below it."""
     own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     return own.union(*map(options, getattr(command, "commands", {}).values()))
+
+
+KNOWN = options(typer.main.get_command(randbasis.cli.app)) | options_of_scripts()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -50,7 +60,7 @@ class TestWhatAPageNamesIsThere:
     def test_options(self, page: Path):
         text = re.sub(r"\]\([^)]*\)", "]", page.read_text(encoding="utf-8"))
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
-        assert not named - options(typer.main.get_command(randbasis.cli.app)) - OF_OTHERS
+        assert not named - KNOWN - OF_OTHERS
 
     def test_errors(self, page: Path):
         named = set(re.findall(r"`(\w+Error)`", page.read_text(encoding="utf-8")))
