@@ -7,8 +7,8 @@ from pathlib import Path
 from benchmarks.tables import span, table
 from randbasis.train.default_choices import HEAD_RATES, METHODS, SWEPT, choose
 from studies.plots import plot_sweep
-from studies.sweep import HEAD_RATE, SETS, default_rate, grid_points, task_of
-from studies.sweep_rows import Point, Row, points_of
+from studies.sweep import CONTROLS, HEAD_RATE, SETS, default_rate, grid_points, task_of
+from studies.sweep_rows import Point, Row, best_of, points_of
 
 SMALL = 0.01
 """The criterion: within a point of the best, or 5 % of what the best takes off the loss."""
@@ -52,7 +52,8 @@ def write_page(rows: Sequence[Row], page: Path) -> None:
         rows: of the sweep.
         page: the Markdown file.
     """
-    plot_sweep(grid_points(rows), default_rate, page.parent / PICTURE)
+    points = {key: rates for key, rates in grid_points(rows).items() if key[0] not in CONTROLS}
+    plot_sweep(points, default_rate, page.parent / PICTURE)
     parts = [INTRODUCTION, "## What is taken\n", _table_of_defaults() + "\n", BETWEEN, *_measured(rows)]
     page.write_text("\n".join(parts), encoding="utf-8")
 
@@ -107,7 +108,7 @@ def _of_set(name: str, own: Mapping[str, Mapping[float, Point]], about: Row) -> 
     misses: list[str] = []
     for method, points in own.items():
         taken = default_rate(name, method)
-        best = max(points, key=lambda rate: points[rate].worth)
+        best = best_of(points, taken)
         cells = [_cell(points.get(rate), rate == taken, rate == best) for rate in rates]
         lines.append([method, *cells, _gap(points, taken, best)])
         if taken not in points:

@@ -1,10 +1,10 @@
 """The rows of the sweep, taken together: what each rate of a method is worth on a set, over its seeds."""
 
 import csv
-import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import inf, isfinite, sqrt
 from pathlib import Path
 
 Row = Mapping[str, str]
@@ -48,14 +48,23 @@ class Point:
     def worth(self) -> float:
         """Greater is better; a run that diverged is worth nothing."""
         mean = -self.mean if self.metric == "loss" else self.mean
-        return mean if math.isfinite(mean) else -math.inf
+        return mean if isfinite(mean) else -inf
 
     def over(self, other: "Point") -> tuple[float, float | None]:
         """How much more it is worth than another on the seeds of both, with the standard error of that."""
+        if not (isfinite(self.mean) and isfinite(other.mean)):
+            return (0.0 if self.worth == other.worth else self.worth - other.worth), None
         sign = -1 if self.metric == "loss" else 1
         shared = sorted(self.scores.keys() & other.scores.keys())
         gaps = [sign * (self.scores[seed] - other.scores[seed]) for seed in shared]
         return (statistics.fmean(gaps) if gaps else self.worth - other.worth), _error(gaps)
+
+
+def best_of(points: Mapping[float, Point], taken: float) -> float:
+    """The rate that is worth most, each compared with the one taken on the seeds of both; it is that one at a tie."""
+    if taken not in points:
+        return max(points, key=lambda rate: points[rate].worth)
+    return max(points, key=lambda rate: (points[rate].over(points[taken])[0], rate == taken, points[rate].worth))
 
 
 Points = dict[tuple[str, str], dict[float, Point]]
@@ -77,4 +86,4 @@ def _point(rows: list[Row]) -> Point:
 
 
 def _error(values: list[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.stdev(values) / sqrt(len(values)) if len(values) > 1 else None

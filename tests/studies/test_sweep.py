@@ -24,7 +24,7 @@ from studies.sweep import (
     sweep_setting,
     task_of,
 )
-from studies.sweep_rows import read_rows
+from studies.sweep_rows import best_of, read_rows
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
@@ -61,7 +61,10 @@ def test_a_rate_is_worth_the_mean_of_its_seeds_and_is_compared_on_those_of_both(
     gap, error = points[0.1].over(points[0.3])
     assert (gap, error) == (pytest.approx(-0.03), pytest.approx(0.02))  # of -0.05 and -0.01
     assert max(points, key=lambda rate: points[rate].worth) == 0.3
-    assert points[1.0].worth == float("-inf")
+    assert points[1.0].worth == points[1.0].over(points[0.1])[0] == float("-inf")
+    assert [best_of(points, taken) for taken in (0.1, 0.3, 1.0, 9.0)] == [0.3, 0.3, 0.3, 0.3]
+    unequal = grid_points([row("lora", 0.1, 0, 0.9), row("lora", 0.3, 0, 0.95), row("lora", 0.3, 1, 0.2)])
+    assert best_of(unequal["sst2", "lora"], 0.1) == 0.3  # on seed 0, though its mean is lower
     assert grid_points([row("lora", 0.1, 0, 2.0, metric="loss"), row("lora", 0.3, 0, 3.0, metric="loss")])[
         "sst2", "lora"
     ][0.1].over(points[0.1]) == (pytest.approx(-1.4), None)
