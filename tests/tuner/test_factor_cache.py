@@ -28,10 +28,10 @@ CASE = Case("linear", "nola")
 
 @pytest.fixture
 def prepared(monkeypatch):
-    """How many times a method turned coefficients into factors or into ΔW."""
+    """How many times a method turned coefficients into factors or into ΔW, or was given the sums that factors are."""
     calls: list[str] = []
     for name, kind in BOUNDS.items():
-        for what in ("prepare", "matrix"):
+        for what in ("prepare", "matrix", "factors_of"):
             original = getattr(kind, what)
 
             def counted(self, *args, original=original, name=name):
@@ -459,7 +459,7 @@ def test_the_cache_is_not_used_when_it_may_not_be():
 
 def test_without_values_to_compare_only_decoding_keeps(monkeypatch):
     """Another device must not be waited for: there any pass but one of a token a row makes its factors anew."""
-    monkeypatch.setattr("randbasis.tuner.snapshot._kind", lambda _: snapshot._Version)
+    monkeypatch.setattr("randbasis.tuner.snapshot._kind", lambda _: snapshot.Version)
     cache, sources = FactorCache(1000), [torch.zeros(2)]
     compute, calls = vectors(4)
     token = {"usable": True, "decoding": True}
@@ -473,7 +473,7 @@ def test_without_values_to_compare_only_decoding_keeps(monkeypatch):
 
 @pytest.mark.parametrize("method", ONE_EACH)
 def test_without_values_to_compare_a_new_prompt_sees_every_change(method, monkeypatch, prepared):
-    monkeypatch.setattr("randbasis.tuner.snapshot._kind", lambda _: snapshot._Version)
+    monkeypatch.setattr("randbasis.tuner.snapshot._kind", lambda _: snapshot.Version)
     model = Case("linear", method).adapted()
     ids = token_batch(2)["input_ids"]
 

@@ -15,7 +15,7 @@ from randbasis import NolaConfig, PrancConfig, RandLoraConfig, VeraConfig
 from randbasis.tuner.config import LoraXsConfig
 
 PACKAGE = str(Path(randbasis.__file__).parent)
-CALLS, CHANGES = 45, 15
+CALLS, CHANGES = 45, 18
 CONFIGS = {
     "nola": NolaConfig(r=8, num_basis=64, alpha=8.0, target_modules=["0"]),
     "vera": VeraConfig(r=64, target_modules=["0"]),

@@ -213,7 +213,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
                 model.enable_input_require_grads()
         loss_of(model, token_batch()).backward()
         found.append({n: p.grad for n, p in coefficients_of(model).items()})
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    # A reentrant segment runs again with factors of its own layer alone, whose sums are added in another order.
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if reentrant else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(found[1], found[0], **tolerance)
 
 
 @pytest.mark.parametrize("order", ["token", "weight"])

@@ -11,7 +11,7 @@ from randbasis.errors import UnknownMethodError, not_one_of
 from randbasis.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from randbasis.methods.bound import Bound, Coefficients, Delta, Factors, Site, no_weights
+    from randbasis.methods.bound import Bound, Coefficients, Delta, Factors, Site, WeightedSum, no_weights
     from randbasis.methods.loraxs import LoraXs
     from randbasis.methods.method import Method, check_coefficients
     from randbasis.methods.nola import Nola
@@ -33,7 +33,7 @@ if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "randbasis.methods.bound": "Bound Coefficients Delta Factors Site no_weights",
+            "randbasis.methods.bound": "Bound Coefficients Delta Factors Site WeightedSum no_weights",
             "randbasis.methods.method": "Method check_coefficients",
             "randbasis.methods.table": "METHODS",
             **dict(path.rsplit(".", 1) for path in CLASSES.values()),
@@ -76,6 +76,7 @@ __all__ = [
     "RandLora",
     "Site",
     "Vera",
+    "WeightedSum",
     "check_coefficients",
     "check_method",
     "method_class",

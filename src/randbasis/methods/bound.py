@@ -9,8 +9,9 @@ method; ``out`` and ``in`` are those of ``ΔW`` in ``h = W0 x + ΔW x``.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -20,7 +21,7 @@ from randbasis.basis import Basis
 from randbasis.basis_storage import BasisStorage
 from randbasis.errors import BaseWeightError
 from randbasis.laws import parse_law
-from randbasis.ops import Derived, Slab, Stored, choose_storage, hold
+from randbasis.ops import Derived, Slab, Stored, choose_storage, hold, inner, scaled_entries, weighted_sum
 
 Coefficients = Mapping[str, Tensor]
 """Coefficient name → tensor, in the method's order."""
@@ -95,6 +96,34 @@ class Factors:
         return self.down if self.up is None else self.up @ self.down
 
 
+@dataclass(frozen=True, slots=True)
+class WeightedSum:
+    """``factor · Σᵢ cᵢ · entries[i] + offset``: a factor that is a sum of frozen matrices, math (6), (8) and (18).
+
+    Equal ones, those of all matrices that share a basis, may be made of their coefficients in one product.
+
+    Attributes:
+        basis: the frozen matrices.
+        factor: real factor of the sum.
+        offset: one frozen matrix, or None.
+        offset_factor: its real factor.
+    """
+
+    basis: Stored
+    factor: float
+    offset: Stored | None = None
+    offset_factor: float = 0.0
+
+    def of(self, coefficients: Tensor) -> Tensor:
+        """The sum, ``[..., rows, cols]``, of ``[..., count]``; differentiable."""
+        offset = None if self.offset is None else scaled_entries(self.offset, self.offset_factor, coefficients)
+        return weighted_sum(coefficients, self.basis, self.factor, offset)
+
+    def gradient(self, of_sums: Tensor) -> Tensor:
+        """That of the coefficients, ``[..., count]``, from that of the sums, math (10); differentiable."""
+        return inner(of_sums, self.basis) * self.factor
+
+
 class Bound(ABC, Generic[M]):
     """One method on one matrix. Its frozen matrices stay stored for as long as it lives.
 
@@ -107,7 +136,10 @@ class Bound(ABC, Generic[M]):
         bases: the frozen matrices that are drawn from the seed, one a role of the method that is used here.
         derived: those that are made of the base weight; None where there are none, or the weight is not at hand.
         digest: of that weight.
+        sums: for each coefficient the sum that it is for, where factors are nothing but such sums; else none.
     """
+
+    sums: Mapping[str, WeightedSum] = MappingProxyType({})
 
     def __init__(self, method: M, site: Site, *shapes: tuple[int, int, int], derived: Derived | None = None) -> None:
         """``shapes``: ``(count, rows, cols)`` of the matrices of each role that is used, the first roles first."""
@@ -148,6 +180,14 @@ class Bound(ABC, Generic[M]):
     @abstractmethod
     def factors(self, coefficients: Coefficients) -> Factors:
         """The pair ``(B, A)`` with ``ΔW = B A``, scaling included; differentiable."""
+
+    def factors_of(self, sums: Sequence[Tensor]) -> Factors:
+        """The factors, once :attr:`sums` are made, in their order."""
+        raise NotImplementedError(f"the factors of {self.method.name} are not sums alone")
+
+    def prepared(self, factors: Factors) -> dict[str, Tensor]:
+        """:meth:`prepare`, once the factors are made, for a method with :attr:`sums`."""
+        raise NotImplementedError(f"{self.method.name} prepares other things than factors")
 
     def matrix(self, coefficients: Coefficients) -> Tensor:
         """``ΔW``, ``[..., out, in]``; differentiable."""

@@ -1,13 +1,12 @@
 """The arithmetic of NOLA, math (6)-(10)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from randbasis.methods.bound import Bound, Coefficients, Factors, Site, matmul_rows
+from randbasis.methods.bound import Bound, Coefficients, Factors, Site, WeightedSum, matmul_rows
 from randbasis.methods.nola import Nola
-from randbasis.ops import scaled_entries, weighted_sum
 
 
 class BoundNola(Bound[Nola]):
@@ -20,26 +19,31 @@ class BoundNola(Bound[Nola]):
         super().__init__(method, site, *shapes[: 3 if has_offset else 2])
         # Real factors of the sums of A and B: standard deviation and, with an offset, 1/√k and 1/√l.
         unit, scaling = method.unit, method.alpha / method.r
+        a, b, *rest = self.bases
         if has_offset:
-            self._scale_a = unit / math.sqrt(3 * method.num_basis)
-            self._scale_b = unit / math.sqrt(3 * method.basis_b) * scaling
+            scale_a, scale_b = unit / math.sqrt(3 * method.num_basis), unit / math.sqrt(3 * method.basis_b)
+            of_a = WeightedSum(a, scale_a, rest[0], unit / math.sqrt(3 * in_))
         else:
             deviation = unit / math.sqrt(3 * method.r)
-            self._scale_a = deviation / math.sqrt(in_)
-            self._scale_b = deviation / math.sqrt(out) * scaling
-        self._scale_offset = unit / math.sqrt(3 * in_)
+            of_a, scale_b = WeightedSum(a, deviation / math.sqrt(in_)), deviation / math.sqrt(out)
+        self.sums = {"nola_a": of_a, "nola_b": WeightedSum(b, scale_b * scaling)}
 
     def factors(self, coefficients: Coefficients) -> Factors:
         """``B · alpha / r`` of ``[..., out, r]`` and ``A`` of ``[..., r, in]``, math (6)-(8)."""
-        a, b, *rest = self.bases
-        of_a = coefficients["nola_a"]
-        offset = scaled_entries(rest[0], self._scale_offset, of_a) if rest else None
-        down = weighted_sum(of_a, a, self._scale_a, offset)
-        return Factors(weighted_sum(coefficients["nola_b"], b, self._scale_b).transpose(-1, -2), down)
+        of_a, of_b = self.sums.values()
+        return self.factors_of((of_a.of(coefficients["nola_a"]), of_b.of(coefficients["nola_b"])))
+
+    def factors_of(self, sums: Sequence[Tensor]) -> Factors:
+        """``A`` as it is, ``B`` transposed."""
+        down, up = sums
+        return Factors(up.transpose(-1, -2), down)
 
     def prepare(self, coefficients: Coefficients) -> dict[str, Tensor]:
         """The factors themselves: rank r, cheap to keep and to gather by row."""
-        factors = self.factors(coefficients)
+        return self.prepared(self.factors(coefficients))
+
+    def prepared(self, factors: Factors) -> dict[str, Tensor]:
+        """Both, by name."""
         assert factors.up is not None
         return {"up": factors.up, "down": factors.down}
 

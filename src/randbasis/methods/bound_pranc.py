@@ -1,13 +1,12 @@
 """The arithmetic of PRANC, math (18)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from randbasis.methods.bound import Bound, Coefficients, Factors, Site, matmul_rows
+from randbasis.methods.bound import Bound, Coefficients, Factors, Site, WeightedSum, matmul_rows
 from randbasis.methods.pranc import Pranc
-from randbasis.ops import weighted_sum
 
 
 class BoundPranc(Bound[Pranc]):
@@ -15,7 +14,8 @@ class BoundPranc(Bound[Pranc]):
 
     def __init__(self, method: Pranc, site: Site) -> None:
         super().__init__(method, site, (method.num_basis, site.out_features, site.in_features))
-        self._scale = method.unit / math.sqrt(method.num_basis)
+        (basis,) = self.bases
+        self.sums = {"pranc_a": WeightedSum(basis, method.unit / math.sqrt(method.num_basis))}
 
     def factors(self, coefficients: Coefficients) -> Factors:
         """No low-rank factors: the identity and ΔW itself."""
@@ -23,12 +23,20 @@ class BoundPranc(Bound[Pranc]):
 
     def matrix(self, coefficients: Coefficients) -> Tensor:
         """``ΔW``, math (18)."""
-        (basis,) = self.bases
-        return weighted_sum(coefficients["pranc_a"], basis, self._scale)
+        return self.sums["pranc_a"].of(coefficients["pranc_a"])
+
+    def factors_of(self, sums: Sequence[Tensor]) -> Factors:
+        """The one sum is ΔW."""
+        (delta,) = sums
+        return Factors(None, delta)
 
     def prepare(self, coefficients: Coefficients) -> dict[str, Tensor]:
         """ΔW itself."""
-        return {"delta": self.matrix(coefficients)}
+        return self.prepared(self.factors(coefficients))
+
+    def prepared(self, factors: Factors) -> dict[str, Tensor]:
+        """ΔW, by name."""
+        return {"delta": factors.down}
 
     def apply(self, x: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
         """``ΔW x`` by row."""

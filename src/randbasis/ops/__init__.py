@@ -54,6 +54,8 @@ __all__ = [
     "derive",
     "entries",
     "hold",
+    "inner",
+    "inner_each",
     "project",
     "recorded",
     "sandwich",
@@ -244,6 +246,28 @@ def combine(coefficients: Tensor, stored: Stored) -> Tensor:
     return out.view(*coefficients.shape[:-1], slab.rows, slab.cols)
 
 
+def inner(vectors: Tensor, stored: Stored) -> Tensor:
+    """``⟨vectors[n], entries[i]⟩``: the gradient of :func:`combine`, math (10), without the real factors.
+
+    Args:
+        vectors: ``[..., rows, cols]``.
+        stored: the basis matrices, and how they are kept.
+
+    Returns:
+        ``[..., count]`` in the dtype of the vectors.
+
+    Raises:
+        BasisShapeError: the vectors do not end in ``rows, cols``.
+    """
+    slab, plain = stored.slab, _plain(stored, vectors)
+    flat = vectors.reshape(-1, vectors.shape[-2] * vectors.shape[-1])
+    if plain is not None and vectors.shape[-2:] == (slab.rows, slab.cols):
+        out = _linear(flat, plain.view(slab.count, -1))
+    else:
+        out = _multiplied(flat, stored, False, False)
+    return out.view(*vectors.shape[:-2], slab.count)
+
+
 def weighted_sum(coefficients: Tensor, stored: Stored, factor: float, offset: Tensor | None = None) -> Tensor:
     """``factor · Σᵢ c[n, i] · entries[i] + offset``: :func:`combine` with its real factor, in one call where that does.
 
@@ -260,19 +284,21 @@ def weighted_sum(coefficients: Tensor, stored: Stored, factor: float, offset: Te
         BasisShapeError: the coefficients do not end in ``count``.
     """
     slab = stored.slab
-    plain = stored.plain(coefficients) if coefficients.dim() == 1 and coefficients.shape[0] == slab.count else None
+    plain = stored.plain(coefficients) if coefficients.dim() <= 2 and coefficients.shape[-1] == slab.count else None
     if plain is None:
         total = combine(coefficients * factor, stored)
         return total if offset is None else total + offset
-    columns = plain.view(slab.count, -1).T
+    lines = plain.view(slab.count, -1)
     # Without an offset the first argument is not read.
     start, beta = (coefficients.new_empty(()), 0) if offset is None else (offset.view(-1), 1)
+    many = coefficients.dim() == 2
+    add, operands = (torch.addmm, (coefficients, lines)) if many else (torch.addmv, (lines.T, coefficients))
     if torch.is_autocast_enabled(coefficients.device.type):
         with _no_autocast(coefficients):
-            total = torch.addmv(start, columns, coefficients, beta=beta, alpha=factor)
+            total = add(start, *operands, beta=beta, alpha=factor)
     else:
-        total = torch.addmv(start, columns, coefficients, beta=beta, alpha=factor)
-    return total.view(slab.rows, slab.cols)
+        total = add(start, *operands, beta=beta, alpha=factor)
+    return total.view(*coefficients.shape[:-1], slab.rows, slab.cols)
 
 
 def project(x: Tensor, stored: Stored, *, transpose: bool = False) -> Tensor:
@@ -315,8 +341,9 @@ def scaled_entries(stored: Stored, factor: float, like: Tensor) -> Tensor:
 
     The caller must not write to it.
     """
-    if stored.plain(like) is not None:
-        return stored.scaled(factor, like.dtype, like.device)[0]
+    scaled = stored.scaled(factor, like)
+    if scaled is not None:
+        return scaled[0]
     return combine(torch.full((1, 1), factor, dtype=like.dtype, device=like.device), stored)[0]
 
 
@@ -380,6 +407,35 @@ def combine_each(coefficients: Tensor, bases: Sequence[Stored]) -> Tensor:
     Raises:
         BasisShapeError: the bases differ in more than their stream, or the coefficients do not fit them.
     """
+    first = _check_alike(bases)
+    flat = coefficients.reshape(coefficients.shape[0], -1, coefficients.shape[-1])
+    streams = [one.slab.basis.stream for one in bases]
+    out = _product_each(flat, _name(first), streams, first.basis.law.name, True, bases[0].storage)
+    return out.view(*coefficients.shape[:-1], first.rows, first.cols)
+
+
+def inner_each(vectors: Tensor, bases: Sequence[Stored]) -> Tensor:
+    """:func:`inner` for each of many slabs: the gradient of :func:`combine_each`.
+
+    Args:
+        vectors: ``[m, ..., rows, cols]``, of slab ``i`` at ``i``.
+        bases: ``m`` slabs of one shape, law and seed, kept in one way.
+
+    Returns:
+        ``[m, ..., count]``.
+
+    Raises:
+        BasisShapeError: the bases differ in more than their stream, or the vectors do not fit them.
+    """
+    first = _check_alike(bases)
+    flat = vectors.reshape(vectors.shape[0], -1, vectors.shape[-2] * vectors.shape[-1])
+    streams = [one.slab.basis.stream for one in bases]
+    out = _product_each(flat, _name(first), streams, first.basis.law.name, False, bases[0].storage)
+    return out.view(*vectors.shape[:-2], first.count)
+
+
+def _check_alike(bases: Sequence[Stored]) -> Slab:
+    """The first slab, once it is known that the others differ in their stream alone."""
     if not bases:
         raise BasisShapeError("bases must hold at least one slab, got none; leave the call out")
     first = bases[0].slab
@@ -389,10 +445,7 @@ def combine_each(coefficients: Tensor, bases: Sequence[Stored]) -> Tensor:
             raise BasisShapeError(
                 f"bases must differ in their stream alone, got {first} and {one.slab}; call once for each"
             )
-    flat = coefficients.reshape(coefficients.shape[0], -1, coefficients.shape[-1])
-    streams = [one.slab.basis.stream for one in bases]
-    out = _product_each(flat, _name(first), streams, first.basis.law.name, True, bases[0].storage)
-    return out.view(*coefficients.shape[:-1], first.rows, first.cols)
+    return first
 
 
 # --- sandwich ----------------------------------------------------------------------------------------------------

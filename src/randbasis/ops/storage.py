@@ -126,12 +126,13 @@ class Stored:
         kept = self._tensors.get((like.device, like.dtype))
         return self.dense(like.dtype, like.device) if kept is None else kept
 
-    def scaled(self, factor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Dense entries times a number, kept as well."""
-        key = (device, dtype, factor)
+    def scaled(self, factor: float, like: Tensor) -> Tensor | None:
+        """What :meth:`plain` gives, times a number, and kept as well."""
+        dense = self.plain(like)
+        if dense is None:
+            return None
+        key = (like.device, like.dtype, factor)
         if key not in self._tensors:
-            dense = self.dense(dtype, device)
-            assert dense is not None
             with self._lock, outside():
                 self._tensors[key] = dense * factor
         return self._tensors[key]

@@ -26,6 +26,7 @@ from randbasis.ops import traced
 from randbasis.tuner.adapted_part import AdaptedPart
 from randbasis.tuner.base_weight import forward_of_its_own
 from randbasis.tuner.chosen_orders import ByAdapter, ChosenOrders
+from randbasis.tuner.joint_factors import factors_of
 from randbasis.tuner.mergeable_layer import MergeableLayer
 from randbasis.tuner.mixed_batch import BatchGroup, MixedBatch, batch_groups, batch_of
 from randbasis.tuner.prepared_pass import Place, PreparedPass, Term, decodes
@@ -255,7 +256,9 @@ class RandbasisLinear(MergeableLayer):
         pairs: list[tuple[int, Tensor, Tensor]] = []
         for name, parts in by_pair.items():
             for one in parts:
-                factors = one.bound.factors(self._widened(name, one))
+                factors = self._joint(name, one) if one.bound.sums else None
+                if factors is None:
+                    factors = one.bound.factors(self._widened(name, one))
                 assert factors.up is not None
                 pairs.append((one.part.start, factors.up.to(weight.dtype), factors.down.to(weight.dtype)))
         return fused_pair_order(x, weight, bias, pairs)
@@ -273,9 +276,14 @@ class RandbasisLinear(MergeableLayer):
 
     def _prepared(self, adapter: str, one: AdaptedPart, decoding: bool) -> dict[str, Tensor]:
         def compute() -> dict[str, Tensor]:
-            return one.bound.prepare(self._widened(adapter, one))
+            factors = self._joint(adapter, one) if one.bound.sums else None
+            if factors is None:
+                return one.bound.prepare(self._widened(adapter, one))
+            return one.bound.prepared(factors)
 
         return self._cached(adapter, [one], "prepared", compute, decoding)
+
+    _joint = factors_of
 
     def _cached(
         self, adapter: str, matrices: Sequence[AdaptedPart], what: str, compute: Callable[[], Any], decoding: bool

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from randbasis.basis import basis_entries
 from randbasis.errors import LayerTypeError
-from randbasis.methods import Method, Site
+from randbasis.methods import Factors, Method, Site
 from randbasis.tuner.adapted_part import AdaptedPart, AdapterOptions
 from randbasis.tuner.base_weight import base_device, base_dtype, layer_shape, quantization_of
 from randbasis.tuner.chosen_orders import ChosenOrders
@@ -256,7 +256,8 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         pieces: list[Tensor] = []
         row = 0
         for one in self.matrices(adapter) if only is None else only:
-            delta = one.bound.matrix(self._widened(adapter, one))
+            factors = self._joint(adapter, one) if one.bound.sums else None
+            delta = one.bound.matrix(self._widened(adapter, one)) if factors is None else factors.matrix()
             if row < one.part.start:
                 pieces.append(delta.new_zeros(one.part.start - row, self.in_features))
             pieces.append(delta)
@@ -264,6 +265,10 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         if row < self.out_features:
             pieces.append(pieces[0].new_zeros(self.out_features - row, self.in_features))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _joint(self, adapter: str, one: AdaptedPart) -> Factors | None:
+        """Factors that were made for all layers at once; None where this one makes its own."""
+        return None
 
     def _widened(self, adapter: str, one: AdaptedPart) -> Mapping[str, Tensor]:
         return widened(self.coefficients(adapter, one))

@@ -43,6 +43,7 @@ from randbasis.tuner.coverage import names_any, warn_of_gaps
 from randbasis.tuner.fast_paths import Switched, call_every_layer
 from randbasis.tuner.gradient_watch import GradientWatch
 from randbasis.tuner.heads import check_heads, combine_heads, put_back_heads
+from randbasis.tuner.joint_factors import JointFactors, take_hooks_off
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.layer_adapters import frozen_weight
 from randbasis.tuner.made_for import made_for
@@ -192,6 +193,7 @@ class RandbasisModel(BaseTuner):
     def _see_to_calls(self, model: nn.Module) -> None:
         """Turn off what would go past the adapted layers, and watch whether they train."""
         self._switched += tuple(call_every_layer(model))
+        JointFactors.on(model)
         if self._watch is not None:
             self._watch.stop()
         self._watch = GradientWatch(model)
@@ -316,6 +318,7 @@ class RandbasisModel(BaseTuner):
         )
         if self._watch is not None:
             self._watch.stop()
+        take_hooks_off(base)
         forget_hooks(base)
         for switched in self._switched:
             switched.restore()

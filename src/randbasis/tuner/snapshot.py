@@ -65,7 +65,7 @@ class _Values:
         )
 
 
-class _Version:
+class Version:
     """The version of one tensor on a device that must not be waited for."""
 
     __slots__ = ("address", "steps", "tensor", "version")
@@ -77,19 +77,21 @@ class _Version:
         self.steps = _STEPS.taken
 
     def stands(self) -> bool:
+        """Whether nothing is known to have been written to it."""
         tensor = self.tensor
         return tensor._version == self.version and tensor.data_ptr() == self.address and _STEPS.taken == self.steps
 
     def is_of(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the same one, and stands."""
         return tensor is self.tensor and self.stands()
 
 
-def _kind(tensor: Tensor) -> type[_Values] | type[_Version] | None:
+def _kind(tensor: Tensor) -> type[_Values] | type[Version] | None:
     """How changes of a tensor are seen; None where they cannot be."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
         return None
     if tensor.device.type != "cpu":
-        return None if tensor.is_inference() else _Version
+        return None if tensor.is_inference() else Version
     return _Values if tensor.dim() and tensor.is_contiguous() else None
 
 
@@ -104,7 +106,7 @@ def watched(tensors: Iterable[Tensor]) -> Literal["by value", "by version"] | No
     kinds = {_kind(tensor) for tensor in tensors}
     if None in kinds:
         return None
-    return "by version" if _Version in kinds else "by value"
+    return "by version" if Version in kinds else "by value"
 
 
 class Snapshot:
@@ -112,7 +114,7 @@ class Snapshot:
 
     __slots__ = ("by_value", "seen")
 
-    def __init__(self, seen: Sequence[_Values | _Version]) -> None:
+    def __init__(self, seen: Sequence[_Values | Version]) -> None:
         self.seen = seen
         self.by_value = all(isinstance(one, _Values) for one in seen)
         """Whether every change is seen; otherwise keep nothing longer than through steps of decoding."""
