@@ -253,6 +253,41 @@ def test_thread_count_changes_nothing() -> None:
         torch.testing.assert_close(sums, found[0][1], rtol=0, atol=1e-4)
 
 
+# --- half precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)], ids=str)
+@pytest.mark.parametrize("with_columns", [True, False])
+@pytest.mark.parametrize("tile", [1 << 20, 200])
+@pytest.mark.parametrize("small", [1e-7, 1.0, 1e4])
+def test_a_sandwich_of_half_operands(
+    dtype: torch.dtype, tolerance: float, with_columns: bool, tile: int, small: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does, here in torch's own products of halves: operands rounded once, sums in float32."""
+    monkeypatch.setattr(ops.backends, "wide", lambda device, wanted: wanted)
+    monkeypatch.setattr(ops, "TILE_OF_SANDWICH", tile)
+    monkeypatch.setattr(ops.backends, "tile_entries", lambda device: tile)
+    monkeypatch.setattr(ops, "SMALL_SANDWICH", 0)
+    a, b = slab_of("normal", 1, 5, 33, "ops/a"), slab_of("normal", 7, 5, 40, "ops/b")
+    diagonal = numbers(7, 5, dtype=torch.float32) * small
+    columns = numbers(7, 33, dtype=torch.float32, seed=1) / 33 if with_columns else None
+    leaves = [one.clone().requires_grad_() for one in (diagonal, columns) if one is not None]
+    gradient = numbers(40, 33, seed=2).to(dtype)
+    out = sandwich(leaves[0], leaves[1] if with_columns else None, hold(a, "packed"), hold(b, "packed"), dtype)
+    found = torch.autograd.grad(out, leaves, gradient)
+    exact = [one.detach().double().requires_grad_() for one in leaves]
+    scaled = exact[0].unsqueeze(-1) * naive(a)
+    wanted = torch.einsum("jro,jri->oi", naive(b), scaled * exact[1].unsqueeze(1) if with_columns else scaled)
+    expected = torch.autograd.grad(wanted, exact, gradient.double())
+    assert out.dtype == dtype
+    limits, wanted = torch.finfo(dtype), wanted.detach()
+    if limits.smallest_normal < float(wanted.abs().max()) < limits.max:
+        assert float((out.detach().double() - wanted).abs().max() / wanted.abs().max()) < tolerance
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert float((one.double() - other).abs().max() / other.abs().max()) < 2 * tolerance
+
+
 # --- the way through the dispatcher ----------------------------------------------------------------------------------
 
 
@@ -377,7 +412,8 @@ def test_opcheck_of_sandwich(storage: str, dtype: torch.dtype, with_columns: boo
     diagonal = numbers(3, 2, dtype=dtype).requires_grad_()
     columns = numbers(3, 4, dtype=dtype, seed=1).requires_grad_() if with_columns else None
     frozen = (name_of(a), name_of(b), "sign", storage)
-    torch.library.opcheck(torch.ops.randbasis.sandwich.default, (diagonal, columns, *frozen))
+    for made in {dtype, torch.bfloat16}:
+        torch.library.opcheck(torch.ops.randbasis.sandwich.default, (diagonal, columns, *frozen, made))
     plain = [None if value is None else value.detach() for value in (diagonal, columns)]
     gradient = numbers(5, 4, dtype=dtype, seed=2)
     torch.library.opcheck(torch.ops.randbasis.sandwich_backward.default, (gradient, *plain, *frozen))
@@ -419,7 +455,7 @@ def test_unknown_storage_is_refused_by_every_op() -> None:
     with pytest.raises(StorageError, match=r"basis_storage must be one of .* got 'disk'"):
         torch.ops.randbasis.product(x, name_of(slab), "sign", True, False, "disk")
     with pytest.raises(StorageError, match=r"basis_storage must be one of .* got 'disk'"):
-        torch.ops.randbasis.sandwich(numbers(3, 2), None, name_of(slab), name_of(slab), "sign", "disk")
+        torch.ops.randbasis.sandwich(numbers(3, 2), None, name_of(slab), name_of(slab), "sign", "disk", torch.float64)
 
 
 def test_many_slabs_must_be_alike_and_have_coefficients_each() -> None:

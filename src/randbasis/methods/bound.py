@@ -189,9 +189,16 @@ class Bound(ABC, Generic[M]):
         """:meth:`prepare`, once the factors are made, for a method with :attr:`sums`."""
         raise NotImplementedError(f"{self.method.name} prepares other things than factors")
 
-    def matrix(self, coefficients: Coefficients) -> Tensor:
-        """``ΔW``, ``[..., out, in]``; differentiable."""
-        return self.factors(coefficients).matrix()
+    def matrix(self, coefficients: Coefficients, dtype: torch.dtype | None = None) -> Tensor:
+        """``ΔW``, ``[..., out, in]``; differentiable.
+
+        Args:
+            coefficients: of the method.
+            dtype: of the result; a method may then make it of operands of that dtype. None takes that of the
+                coefficients, in which it is as exact as they are.
+        """
+        delta = self.factors(coefficients).matrix()
+        return delta if dtype is None else delta.to(dtype)
 
     def prepare(self, coefficients: Coefficients) -> dict[str, Tensor]:
         """What :meth:`apply` needs of the coefficients and what is worth keeping while they do not change."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from randbasis.methods.bound import Bound, Coefficients, Factors, Site, WeightedSum, matmul_rows
@@ -21,9 +22,10 @@ class BoundPranc(Bound[Pranc]):
         """No low-rank factors: the identity and ΔW itself."""
         return Factors(None, self.matrix(coefficients))
 
-    def matrix(self, coefficients: Coefficients) -> Tensor:
+    def matrix(self, coefficients: Coefficients, dtype: torch.dtype | None = None) -> Tensor:
         """``ΔW``, math (18)."""
-        return self.sums["pranc_a"].of(coefficients["pranc_a"])
+        delta = self.sums["pranc_a"].of(coefficients["pranc_a"])
+        return delta if dtype is None else delta.to(dtype)
 
     def factors_of(self, sums: Sequence[Tensor]) -> Factors:
         """The one sum is ΔW."""

@@ -35,12 +35,12 @@ class BoundRandLora(Bound[RandLora]):
             return Factors(narrow.transpose(-1, -2), wide.transpose(-1, -2))
         return Factors(wide, narrow)
 
-    def matrix(self, coefficients: Coefficients) -> Tensor:
+    def matrix(self, coefficients: Coefficients, dtype: torch.dtype | None = None) -> Tensor:
         """``scaling · Σⱼ Bⱼ Λⱼ A Γⱼ`` in weight order, with its own backward."""
         lam, gamma = coefficients["randlora_lambda"], coefficients["randlora_gamma"]
         if lam.dim() > 2:
-            return self.factors(coefficients).matrix()
-        delta = sandwich(lam * self._scale, gamma, *self.bases)
+            return super().matrix(coefficients, dtype)
+        delta = sandwich(lam * self._scale, gamma, *self.bases, dtype)
         return delta.T if self._wide_in else delta
 
     def apply(self, x: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:

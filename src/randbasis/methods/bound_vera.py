@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from randbasis.methods.bound import Bound, Coefficients, Factors, Site
@@ -33,13 +34,13 @@ class BoundVera(Bound[Vera]):
         scalings = (self._scale * rows).unsqueeze(-1) * d.unsqueeze(-2)
         return Factors(scalings * frozen_b.T, frozen_a.expand(*d.shape[:-1], *frozen_a.shape))
 
-    def matrix(self, coefficients: Coefficients) -> Tensor:
+    def matrix(self, coefficients: Coefficients, dtype: torch.dtype | None = None) -> Tensor:
         """``Λ_b (B Λ_d A)``: the inner product has its own backward."""
         d, b = coefficients["vera_d"], coefficients["vera_b"]
         if d.dim() > 1:
-            return self.factors(coefficients).matrix()
-        inner = sandwich(d.unsqueeze(0), None, *self.bases)
-        return (self._scale * b).unsqueeze(-1) * inner
+            return super().matrix(coefficients, dtype)
+        inner = sandwich(d.unsqueeze(0), None, *self.bases, dtype)
+        return (self._scale * b).unsqueeze(-1).to(inner.dtype) * inner
 
     def apply(self, x: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
         """``b ⊙ (B (d ⊙ (A x)))`` by row, math (21): two shared products, whatever the number of adapters."""

@@ -453,35 +453,60 @@ def _check_alike(bases: Sequence[Stored]) -> Slab:
 
 @torch.library.custom_op("randbasis::sandwich", mutates_args=())
 def _sandwich(
-    diagonal: Tensor, columns: Tensor | None, a_name: list[int], b_name: list[int], law: str, storage: str
+    diagonal: Tensor,
+    columns: Tensor | None,
+    a_name: list[int],
+    b_name: list[int],
+    law: str,
+    storage: str,
+    dtype: torch.dtype,
 ) -> Tensor:
     with _no_autocast(diagonal):
-        return _sum_of_terms(diagonal, columns, _stored(a_name, law, storage), _stored(b_name, law, storage))
+        return _sum_of_terms(diagonal, columns, _stored(a_name, law, storage), _stored(b_name, law, storage), dtype)
 
 
-def _sum_of_terms(diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored) -> Tensor:
-    out = diagonal.new_zeros(b.slab.cols, a.slab.cols)
-    for tile, a_rows, b_rows in _sandwich_tiles(a, b, diagonal):
-        scaled = a_rows * _rows(diagonal, tile).unsqueeze(-1)
+def _sum_of_terms(diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored, dtype: torch.dtype) -> Tensor:
+    product = backends.wide(diagonal.device, dtype)
+    size = _size(diagonal, columns) if product == torch.float16 else None
+    summed = torch.promote_types(product, torch.float32)
+    out = torch.zeros(b.slab.cols, a.slab.cols, dtype=summed, device=diagonal.device)
+    for tile, a_rows, b_rows in _sandwich_tiles(a, b, diagonal, product):
+        scaled = a_rows * (_rows(diagonal, tile) if size is None else _rows(diagonal, tile) / size).unsqueeze(-1)
         if columns is not None:
             scaled = scaled * columns[tile.index : tile.index + tile.count].unsqueeze(1)
-        out.addmm_(b_rows.flatten(0, 1).T, scaled.flatten(0, 1))
-    return out
+        lines, scaled = b_rows.flatten(0, 1).T, scaled.flatten(0, 1).to(product)
+        if out.dtype == product:
+            out.addmm_(lines, scaled)
+        elif tile.count * tile.rows == b.slab.count * b.slab.rows:
+            out = lines @ scaled
+        else:
+            out += lines @ scaled
+    return (out if size is None else out * size).to(dtype)
 
 
-def _sandwich_tiles(a: Stored, b: Stored, like: Tensor) -> Iterator[tuple[Tile, Tensor, Tensor]]:
-    """Tiles of B with the rows of A that meet them: ``(tile, [1, rows, a.cols], [count, rows, b.cols])``."""
-    slab = b.slab
+def _size(diagonal: Tensor, columns: Tensor | None) -> Tensor:
+    """A power of two that ``Λ A Γ`` is divided by for float16, among whose smallest numbers γ = 1/width would be."""
+    largest = diagonal.abs().amax() if columns is None else diagonal.abs().amax() * columns.abs().amax()
+    return torch.exp2(largest.float().clamp_min(2.0**-100).log2().ceil()).to(diagonal.dtype)
+
+
+def _sandwich_tiles(a: Stored, b: Stored, like: Tensor, product: torch.dtype) -> Iterator[tuple[Tile, Tensor, Tensor]]:
+    """Tiles of B with the rows of A that meet them: ``(tile, [1, rows, a.cols], [count, rows, b.cols])``.
+
+    A is in the dtype of ``like``, B in that of the product.
+    """
+    slab, lines = b.slab, like.new_empty(0, dtype=product)
     if slab.count * slab.rows * slab.cols <= TILE_OF_SANDWICH:
         yield (
             Tile(0, slab.count, 0, slab.rows),
             entries(a, like.dtype, like.device),
-            entries(b, like.dtype, like.device),
+            entries(b, product, like.device),
         )
         return
-    for tile in tiles(slab, max(TILE_OF_SANDWICH, backends.tile_entries(like.device) // 4)):
+    at_once = backends.tile_entries(like.device) // (4 if product == like.dtype else 2)
+    for tile in tiles(slab, max(TILE_OF_SANDWICH, at_once)):
         a_rows = _tile_entries(a, Tile(0, 1, tile.row, tile.rows), like)
-        yield tile, a_rows, _tile_entries(b, tile, like)
+        yield tile, a_rows, _tile_entries(b, tile, lines)
 
 
 TILE_OF_SANDWICH = 1 << 20
@@ -497,8 +522,16 @@ def _rows(diagonal: Tensor, tile: Tile) -> Tensor:
 
 
 @_sandwich.register_fake
-def _(diagonal: Tensor, columns: Tensor | None, a_name: list[int], b_name: list[int], law: str, storage: str) -> Tensor:
-    return diagonal.new_empty(b_name[5], a_name[5])
+def _(
+    diagonal: Tensor,
+    columns: Tensor | None,
+    a_name: list[int],
+    b_name: list[int],
+    law: str,
+    storage: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return diagonal.new_empty(b_name[5], a_name[5], dtype=dtype)
 
 
 @torch.library.custom_op("randbasis::sandwich_backward", mutates_args=())
@@ -522,8 +555,15 @@ def _gradients_of_terms(
 ) -> tuple[Tensor, Tensor | None]:
     for_diagonal = torch.zeros_like(diagonal)
     for_columns = None if columns is None else torch.zeros_like(columns)
-    for tile, a_rows, b_rows in _sandwich_tiles(a, b, diagonal):
-        met = (b_rows.flatten(0, 1) @ gradient).view(tile.count, tile.rows, a.slab.cols).mul_(a_rows)
+    product, size = backends.wide(gradient.device, gradient.dtype), None
+    if product == torch.float16:  # sums over all rows of what is multiplied by the scale of a loss
+        size = _size(gradient.float(), None)
+        gradient = gradient.float() / size
+    gradient = gradient.to(product)
+    for tile, a_rows, b_rows in _sandwich_tiles(a, b, diagonal, product):
+        met = (b_rows.flatten(0, 1) @ gradient).to(diagonal.dtype).view(tile.count, tile.rows, a.slab.cols).mul_(a_rows)
+        if size is not None:
+            met.mul_(size)
         if columns is None or for_columns is None:
             _rows(for_diagonal, tile).add_(met.sum(-1))
             continue
@@ -547,8 +587,8 @@ def _sandwich_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _sandwich_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     check_differentiated_once()
     diagonal, columns = ctx.saved_tensors
-    for_diagonal, for_columns = _sandwich_gradients(gradient.contiguous(), diagonal, columns, *ctx.arguments)
-    return for_diagonal, None if columns is None else for_columns, None, None, None, None
+    for_diagonal, for_columns = _sandwich_gradients(gradient.contiguous(), diagonal, columns, *ctx.arguments[:-1])
+    return for_diagonal, None if columns is None else for_columns, None, None, None, None, None
 
 
 _sandwich.register_autograd(_sandwich_backward, setup_context=_sandwich_setup)
@@ -558,20 +598,22 @@ class _Sandwich(torch.autograd.Function):
     """The op, called at once: its dispatch costs more than the products of a small layer."""
 
     @staticmethod
-    def forward(ctx: Any, diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored) -> Tensor:
+    def forward(ctx: Any, diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(diagonal, columns)
         ctx.bases = a, b
         with _no_autocast(diagonal):
-            return _sum_of_terms(diagonal, columns, a, b)
+            return _sum_of_terms(diagonal, columns, a, b, dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         check_differentiated_once()
         with _no_autocast(gradient):
-            return *_gradients_of_terms(gradient.contiguous(), *ctx.saved_tensors, *ctx.bases), None, None
+            return *_gradients_of_terms(gradient.contiguous(), *ctx.saved_tensors, *ctx.bases), None, None, None
 
 
-def sandwich(diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored) -> Tensor:
+def sandwich(
+    diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored, dtype: torch.dtype | None = None
+) -> Tensor:
     """``Σⱼ Bⱼᵀ Λⱼ A Γⱼ`` without a graph over its terms: math (12) and (14) in weight order (20).
 
     Args:
@@ -579,17 +621,19 @@ def sandwich(diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored) -> 
         columns: ``Γ``, ``[n, a.cols]``, or None for ones.
         a: one matrix ``r × a.cols`` (index 0 of its basis).
         b: ``n`` matrices ``r × b.cols``, kept as ``a`` is.
+        dtype: of the result, and on a GPU of the operands of the large product and of that of the gradient, which are
+            added in float32; None takes that of ``diagonal``.
 
     Returns:
         ``[b.cols, a.cols]`` of entries combined, without the real factors.
     """
-    if a.plain(diagonal) is not None and b.plain(diagonal) is not None and not traced():
-        if diagonal.numel() * a.slab.cols <= SMALL_SANDWICH:
-            return _plain_sandwich(diagonal, columns, a, b)
-        return cast("Tensor", _Sandwich.apply(diagonal, columns, a, b))  # pyright: ignore[reportUnknownMemberType]
-    if transformed():
-        return _plain_sandwich(diagonal, columns, a, b)
-    return _sandwich(diagonal, columns, _name(a.slab), _name(b.slab), a.slab.basis.law.name, b.storage)
+    dtype = diagonal.dtype if dtype is None else dtype
+    plain = a.plain(diagonal) is not None and b.plain(diagonal) is not None and not traced()
+    if transformed() or (plain and diagonal.numel() * a.slab.cols <= SMALL_SANDWICH):
+        return _plain_sandwich(diagonal, columns, a, b).to(dtype)
+    if _direct(diagonal):
+        return cast("Tensor", _Sandwich.apply(diagonal, columns, a, b, dtype))  # pyright: ignore[reportUnknownMemberType]
+    return _sandwich(diagonal, columns, _name(a.slab), _name(b.slab), a.slab.basis.law.name, b.storage, dtype)
 
 
 def _plain_sandwich(diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored) -> Tensor:

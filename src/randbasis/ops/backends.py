@@ -78,7 +78,7 @@ def tile_entries(device: torch.device) -> int:
     return EXPANDED_ENTRIES if device.type == "cuda" else reference.TILE_ENTRIES
 
 
-def _wide(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+def wide(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: the CPU adds half precision in float32, faster and with fewer roundings."""
     if device.type != "cpu" or dtype not in (torch.float16, torch.bfloat16):
         return dtype
@@ -100,8 +100,8 @@ def words(slab: Slab, device: torch.device) -> Tensor:
 
 def expand(slab: Slab, tile: Tile, dtype: torch.dtype, device: torch.device, packed: Tensor | None = None) -> Tensor:
     """Entries of a tile in floating point, ``[count, rows, cols]``; see :func:`reference.expand`."""
-    if _wide(device, dtype) != dtype:
-        return expand(slab, tile, _wide(device, dtype), device, packed).to(dtype)
+    if wide(device, dtype) != dtype:
+        return expand(slab, tile, wide(device, dtype), device, packed).to(dtype)
     backend = chosen(device, dtype)
     part = None if packed is None else reference.part(packed, tile)
     if backend == "triton":
@@ -142,7 +142,7 @@ _SUMS: dict[Backend, _Sums] = {"reference": reference, "cpu": cpu, "triton": tri
 
 def _sums(values: Tensor) -> tuple[torch.dtype, _Sums]:
     """The dtype to compute in, and who computes."""
-    dtype = _wide(values.device, values.dtype)
+    dtype = wide(values.device, values.dtype)
     return dtype, _SUMS[chosen(values.device, dtype)]
 
 

@@ -99,7 +99,7 @@ class RandbasisLinear(MergeableLayer):
         else:
             result = self._base_result(x, *args, **kwargs)
             for name, parts in chosen.weight.items():
-                delta = self._delta(name, parts, decoding=chosen.decoding)
+                delta = self._delta(name, parts, decoding=chosen.decoding, dtype=dtype)
                 result = result + weight_order(self._dropped(x, name, dtype), delta.to(dtype)).to(result.dtype)
         for name, parts in chosen.token.items():
             dropped = self._dropped(x, name, dtype)
@@ -242,8 +242,12 @@ class RandbasisLinear(MergeableLayer):
         weight = cast("Tensor", parameters["weight"])
         return weight.T if self.transposed else weight, parameters.get("bias")
 
-    def _delta(self, adapter: str, parts: Sequence[AdaptedPart], *, decoding: bool) -> Tensor:
-        return self._cached(adapter, parts, "delta", partial(self._full_delta, adapter, parts), decoding)
+    def _delta(
+        self, adapter: str, parts: Sequence[AdaptedPart], *, decoding: bool, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        # What is kept for later passes is exact; what serves one step of training is made for its product.
+        compute = partial(self._full_delta, adapter, parts, dtype if self.training else None)
+        return self._cached(adapter, parts, "delta", compute, decoding)
 
     def _fused(self, x: Tensor, chosen: ChosenOrders) -> Tensor:
         weight, bias = self._linear_parts()

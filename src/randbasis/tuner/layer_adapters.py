@@ -251,13 +251,16 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         delta = delta.to(base_dtype(self.get_base_layer()) or delta.dtype)
         return delta.T if self.transposed else delta
 
-    def _full_delta(self, adapter: str, only: Sequence[AdaptedPart] | None) -> Tensor:
-        """ΔW ``[out, in]`` in float32 or wider, of all matrices of the adapter or of some."""
+    def _full_delta(self, adapter: str, only: Sequence[AdaptedPart] | None, dtype: torch.dtype | None = None) -> Tensor:
+        """ΔW ``[out, in]`` of all matrices of the adapter or of some.
+
+        In float32 or wider, but with ``dtype`` in that, as exact as products in it need.
+        """
         pieces: list[Tensor] = []
         row = 0
         for one in self.matrices(adapter) if only is None else only:
             factors = self._joint(adapter, one) if one.bound.sums else None
-            delta = one.bound.matrix(self._widened(adapter, one)) if factors is None else factors.matrix()
+            delta = one.bound.matrix(self._widened(adapter, one), dtype) if factors is None else factors.matrix()
             if row < one.part.start:
                 pieces.append(delta.new_zeros(one.part.start - row, self.in_features))
             pieces.append(delta)
