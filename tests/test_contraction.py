@@ -15,6 +15,7 @@ from randbasis.contraction import (
     fusing_refusal,
     token_order,
     weight_order,
+    work_of_a_number,
 )
 from randbasis.errors import ContractionError
 from randbasis.methods import Coefficients, Method, Nola, Pranc, RandLora, Site, Vera
@@ -228,6 +229,26 @@ def test_a_forced_order_stands(wanted: str, tokens: int) -> None:
         site = Site(*LAYER, method.streams())
         found = choose_order(wanted, method.bind(site), tokens, training=True, fused=True)  # type: ignore[arg-type]
         assert (found == "token") == (wanted == "token")
+
+
+def test_a_number_costs_more_where_products_are_fast():
+    """On tensor cores a second product beats a pair of which training would keep more; on a processor it does not."""
+    bound = RandLora(r=32).bind(Site(4096, 4096, (0, 1)))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert work_of_a_number(cpu, torch.bfloat16) < work_of_a_number(cuda, torch.float32)
+    assert work_of_a_number(cuda, torch.float32) < work_of_a_number(cuda, torch.bfloat16)
+    number = work_of_a_number(cuda, torch.bfloat16)
+    found = [choose_order("auto", bound, n, training=True, fused=False, number=number) for n in (16, 16384)]
+    assert found == ["token", "weight"]
+    nola = Nola(r=16, num_basis=128, alpha=16.0).bind(Site(4096, 4096, (0, 1, 2)))
+    fits = [
+        [
+            choose_order("auto", nola, 2**n, training=True, fused=True, number=work_of_a_number(at, torch.float32))
+            for n in range(16)
+        ]
+        for at in (cpu, cuda)
+    ]
+    assert fits[0] != fits[1]
 
 
 def test_more_tokens_never_lead_back_to_token_order(name: str) -> None:

@@ -81,6 +81,11 @@ class BoundRandLora(Bound[RandLora]):
         h = linear(project(x, b), narrow.T) if self._wide_in else project(linear(x, narrow), b, transpose=True)
         return h if size is None else h * size.to(h.dtype)
 
+    def token_cost(self, tokens: int, *, training: bool) -> float:
+        """As the contract's, plus in training the gradient of ``M``."""
+        narrow = min(self.in_features, self.out_features) if training else 0
+        return super().token_cost(tokens, training=training) + tokens * self.rank * narrow
+
 
 def _levelled(values: Tensor) -> tuple[Tensor, Tensor]:
     """Matrices with entries up to 1, and the powers of two that they were divided by, for float16."""

@@ -20,6 +20,7 @@ from randbasis.contraction import (
     fusing_refusal,
     token_order,
     weight_order,
+    work_of_a_number,
 )
 from randbasis.errors import AdapterNameError, ContractionError
 from randbasis.ops import traced
@@ -198,6 +199,7 @@ class RandbasisLinear(MergeableLayer):
             fused=fused,
             pairs=not torch.compiler.is_compiling(),  # a compiler cannot follow a factor into what is stored
             kept=(x.device.type == "cpu" or decodes(x, rows_first=self.rows_first)) and not traced(),
+            number=work_of_a_number(x.device, _compute_dtype(x)),
         )
 
     def _needs_gradient(self, adapter: str, one: AdaptedPart) -> bool:
