@@ -5,11 +5,15 @@ import graphlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
 PACKAGE = SOURCE / "randbasis"
@@ -154,6 +158,18 @@ def test_rows_allow_no_third_party_that_they_do_not_need():
         needed = {name for name in allowed if re.search(rf'^\s*(?:import|from) {name}\b|"{name}\.', text, re.M)}
         wrong += [(row, name) for name in allowed - needed]
     assert not wrong
+
+
+def test_what_is_imported_is_declared(root: Path):
+    """By the package or one of its extras for users: what another package brings along today is not promised."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: texts for name, texts in project["optional-dependencies"].items() if name != "dev"}
+    texts = [*project["dependencies"], *(text for one in extras.values() for text in one)]
+    declared = {canonicalize_name(Requirement(text).name) for text in texts}
+    homes = packages_distributions()
+    tops = {i.imported.split(".")[0] for i in IMPORTS} - {*sys.stdlib_module_names, "randbasis"}
+    lacking = {top for top in tops if declared.isdisjoint(map(canonicalize_name, homes.get(top, ())))}
+    assert not lacking
 
 
 def test_the_rule_is_told_as_it_is_held(root: Path):
