@@ -27,7 +27,7 @@ CORE_TESTS = ("basis", "ops", "methods", "contraction")
 #: Tests of models so small that more threads than one only wait for each other.
 SMALL_MODELS = ("tuner", "adapters")
 
-pytest_plugins = ["tiny_runs"]
+pytest_plugins = ["silent_hub", "tiny_runs"]
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 # No deadline: a shared machine is slow at times, and a timed test says nothing about the code.

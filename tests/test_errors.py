@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from randbasis import errors
-from randbasis.errors import RandbasisError, near
+from randbasis.errors import RandbasisError, near, not_one_of
 
 CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__]
 
@@ -27,3 +27,10 @@ def test_near_names() -> None:
     assert near("zzz", []) == "there are none"
     assert near("x", [f"layer_{n:03}" for n in range(30)]).endswith("layer_019, ...")
     assert near("q_proj", ["q_proj"] * 3 + [f"q_proj{n}" for n in range(9)], limit=2).count(",") == 1
+
+
+def test_what_there_is_is_listed_once() -> None:
+    assert (
+        not_one_of("dtype", "int8", ["float32", "float16"]) == "dtype must be one of ['float32', 'float16'], got 'int8'"
+    )
+    assert not_one_of("dtype", "float61", ["float16", "auto"]).endswith("got 'float61'; did you mean float16?")

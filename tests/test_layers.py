@@ -39,7 +39,7 @@ ROWS: dict[str, set[str]] = {
     "adapter_file": {"torch", "numpy"},
     "store": set(),
     "tuner": {"torch", "peft", "transformers", "safetensors", "accelerate"},
-    "adapters": {"torch", "peft", "transformers", "safetensors"},
+    "adapters": {"torch", "peft", "transformers", "safetensors", "huggingface_hub"},
     "peft_import": set(),
     "export": {"torch", "peft", "transformers", "safetensors"},
     "importing": {"torch", "peft", "transformers", "safetensors"},

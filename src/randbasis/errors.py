@@ -382,14 +382,18 @@ def near(name: str, known: Iterable[str], limit: int = 5) -> str:
         ``"did you mean a, b?"`` or, when nothing is close, ``"there are: a, b, ..."``.
     """
     names = sorted(set(known))
-    close = get_close_matches(name, names, n=limit, cutoff=0.5)
-    if close:
-        return f"did you mean {', '.join(close)}?"
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"there are: {shown}" if names else "there are none"
+    return nearest(name, names, limit) or (f"there are: {shown}" if names else "there are none")
+
+
+def nearest(name: str, known: Iterable[str], limit: int = 5) -> str:
+    """As :func:`near` where the message lists what there is by itself; empty when nothing is close."""
+    close = get_close_matches(name, sorted(set(known)), n=limit, cutoff=0.5)
+    return f"did you mean {', '.join(close)}?" if close else ""
 
 
 def not_one_of(argument: str, value: str, known: Iterable[str]) -> str:
     """The message of an error on a value that is none of those that its argument can have."""
     names = [*known]
-    return f"{argument} must be one of {names}, got {value!r}; {near(value, names)}"
+    hint = nearest(value, names)
+    return f"{argument} must be one of {names}, got {value!r}" + (f"; {hint}" if hint else "")

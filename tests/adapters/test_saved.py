@@ -211,7 +211,7 @@ def test_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         store.add("a@x", tmp_path / "file")
     assert open_adapter("store:a").where == "store:a@1"
     assert open_adapter("store:a@x@1").where == "store:a@x@1"
-    for name, message in (("store:b", "no adapter 'b'; there are"), ("store:a@7", "no such version"),
+    for name, message in (("store:b", "no adapter 'b'; there are: a, a@x$"), ("store:a@7", "no such version"),
                           ("store:a@y", "no adapter 'a@y'")):  # fmt: skip
         with pytest.raises(NotStoredError, match=message):
             open_adapter(name)

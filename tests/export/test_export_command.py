@@ -108,7 +108,11 @@ def test_exit_codes_and_messages(made: Path):
     before = contents(made)
     for words, code, named in (
         ((made / "nola", made / "x", "--to", "peft-lora", "--dtype", "int8"), 2, "dtype must be one of"),
-        ((made / "nola", made / "x", "--to", "onnx"), 2, "to must be one of peft-lora, merged, gguf-lora, got 'onnx'"),
+        (
+            (made / "nola", made / "x", "--to", "onnx"),
+            2,
+            "['peft-lora', 'merged', 'gguf-lora'], got 'onnx'",
+        ),
         (
             (made / "nola", made / "x", "--to", "merged", "--rank", 4),
             2,

@@ -8,6 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from silent_hub import SilentHub
 
 from randbasis import errors
 from randbasis.files import locations
@@ -116,6 +117,17 @@ def test_a_server_that_is_not_there(s3_folder: str, monkeypatch: pytest.MonkeyPa
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(errors.RemoteError, match=r"s3://bucket/a could not be reached.*127.0.0.1:1.*try again"):
         Remote("s3://bucket/a").kind()
+
+
+def test_a_hub_that_is_not_there(silent_hub: SilentHub):
+    import huggingface_hub
+
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    remote = Remote("hf://me/tiny/a")
+    with pytest.raises(errors.RemoteError, match=r"hf://me/tiny/a could not be reached.*try again"):
+        remote.kind()
+    assert 1 <= silent_hub.asked <= 3
+    huggingface_hub.HfFileSystem.clear_instance_cache()
 
 
 def test_a_file_system_that_cannot_write():

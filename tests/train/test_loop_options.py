@@ -253,7 +253,7 @@ def test_a_quantized_base_is_trained_on_and_read_again(
     assert again["metrics"] == pytest.approx(outcome.summary["after"], rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:You have passed exclude_modules")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 def test_merging_says_that_the_base_was_quantized(wide_run: TrainSettings, tmp_path: Path):
     outcome = train(with_loop(wide_run, load_in_4bit=True, max_steps=2, eval_every=2))
     with pytest.warns(UserWarning, match="trained on a base with weights of 4 bits"):

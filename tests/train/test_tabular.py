@@ -90,7 +90,7 @@ def test_bad_files(tmp_path: Path, name: str, content: str, error: type[Exceptio
 
 def test_files_that_are_not_text(tmp_path: Path):
     (tmp_path / "rows.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
-    with pytest.raises(DataFormatError, match="cannot be read as csv"):
+    with pytest.raises(DataFormatError, match=r"line 2 of rows\.csv is not text in UTF-8: byte 0xff"):
         read_table(tmp_path / "rows.csv")
     (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(b"a,b\n" + b"1,2\n" * 1000)[:40])
     with pytest.raises(DataFormatError, match="cannot be read as csv"):
@@ -109,6 +109,30 @@ def test_an_unknown_column_lists_the_columns():
         ColumnError, match=r"'sentense' is not in data; its columns are 'sentence', 'label'.*did you mean sentence"
     ):
         Table(("sentence", "label"), [], "data").column("sentense")
+
+
+def test_columns_are_listed_once():
+    with pytest.raises(ColumnError) as refusal:
+        Table(("sentence", "label"), [], "data").column("zzz")
+    assert str(refusal.value) == "column 'zzz' is not in data; its columns are 'sentence', 'label'"
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "told"),
+    [
+        ("text;label\ngood;1\n", "text", "column 'text' is not in .*separated by semicolons: save it with commas"),
+        ("text;price\ngood;1,5\n", "text", "line 2 .* 2 cells, its header has 1; .* by semicolons"),
+        ("text\tlabel\ngood\t1\n", "text", "by tabs: name its kind with --format tsv"),
+        ("good;1\nbad;0\n", "1", "column '1' is not in .*by semicolons"),
+        ("text|label\ngood|1\n", "text", "by bars"),
+        ("text\ngood; fine\n", "label", "its columns are 'text'$"),
+    ],
+)
+def test_cells_that_are_separated_otherwise(tmp_path: Path, content: str, name: str, told: str):
+    with pytest.raises((ColumnError, DataFormatError), match=told):
+        read_table(write(tmp_path / "rows.csv", content), wanted=(name,)).column(name)
+    if "tsv" in told:
+        read_table(tmp_path / "rows.csv", kind="tsv").column(name)
 
 
 def test_lists_of_lists_as_text():

@@ -191,8 +191,9 @@ def _check_layers(found: SavedAdapter, model: PreTrainedModel, prefix: str) -> N
             ours = "no such layer" if key not in there else f"{there[key][0]}×{there[key][1]}"
             theirs = "a layer" if wanted is None else f"{wanted[0]}×{wanted[1]}"
             raise _mismatch(found, f"{key!r}, {theirs} there and {ours} in {name} (out×in)")
+    inner = under_prefix(model, prefix)
     with torch.device("meta"):
-        adapted = get_peft_model(cast("Any", under_prefix(model, prefix)), found.bare_config()).get_base_model()
+        adapted = get_peft_model(cast("Any", inner), found.bare_config(inner)).get_base_model()
     own = set(found.modules)
     unused = f"{prefix}.pooler."  # a head on the hidden states leaves the encoder's pooler out
     for key, layer in cast("Iterator[tuple[str, nn.Module]]", adapted.named_modules()):

@@ -1,7 +1,7 @@
 """A base model as its ``config.json`` describes it: modules and shapes on the meta device, no weights read."""
 
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging
 
+from randbasis.adapters.hub_reach import within_reach
 from randbasis.errors import BaseMismatchError, DataMissingError, RandbasisError
 from randbasis.tuner.base_weight import layer_shape
 
@@ -69,8 +70,9 @@ def read_config(name: str, *, local: bool = False) -> PreTrainedConfig:
 
     Raises:
         DataMissingError: there is none, or transformers does not know its ``model_type``.
+        RemoteError: it is on a hub that cannot be reached.
     """
-    with model_readable(name, "configuration"):
+    with model_readable(name, "configuration"), nullcontext() if local else within_reach(name):
         return cast("PreTrainedConfig", AutoConfig.from_pretrained(name, local_files_only=local))
 
 

@@ -210,7 +210,7 @@ def _spectrum(layer: RandbasisLinear, one: AdaptedPart, side: int) -> tuple[floa
 def _restored(found: SavedAdapter, model: str | None) -> PeftModel:
     """The adapter with its coefficients, on a model that has only the layers it adapts."""
     hollow = hollow_model(layer_shapes(found, model), _model_config(found, model))
-    adapted = cast("PeftModel", get_peft_model(cast("Any", hollow), found.bare_config()))
+    adapted = cast("PeftModel", get_peft_model(cast("Any", hollow), found.bare_config(hollow)))
     tensors = {name: tensor for name, tensor in found.load().items() if f".{PREFIX}" in name}
     set_peft_model_state_dict(adapted, tensors)
     return adapted

@@ -19,6 +19,7 @@ from transformers.utils.hub import cached_file  # pyright: ignore[reportUnknownV
 
 from randbasis.adapters.base_fit import BaseFit, find_fit, under_prefix
 from randbasis.adapters.base_model import model_readable, quiet_transformers, read_config
+from randbasis.adapters.hub_reach import within_reach
 from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter, paths_of
 from randbasis.adapters.whole_model import load_whole
 from randbasis.defaults import MERGED_DTYPE
@@ -117,8 +118,9 @@ def merge_adapter(
             f"{model}, which differ by the rounding; evaluate what is written",
             stacklevel=2,
         )
-    fit = find_fit(found, read_config(model))
-    base = load_base(model, fit, dtype, head_paths(fit, found.head))
+    with found.on(model):
+        fit = find_fit(found, read_config(model))
+        base = load_base(model, fit, dtype, head_paths(fit, found.head))
     if fit.head:
         base.config = with_answers(base.config, found.task, labels)
     matrices = _merge(base, found, fit)
@@ -241,10 +243,10 @@ def _dequantized(base: PreTrainedModel) -> PreTrainedModel:
 
 def _merge(base: PreTrainedModel, found: SavedAdapter, fit: BaseFit) -> int:
     """Merge in place; returns the number of changed matrices."""
-    config = found.bare_config(head=fit.head)
+    trunk = under_prefix(fit.trunk(base), fit.prefix)
+    config = found.bare_config(trunk, head=fit.head)
     if fit.prefix:  # its words would pick the encoder's pooler too, which a head on the hidden states leaves out
         config.target_modules, config.exclude_modules, config.layers_to_transform = set(found.modules), None, None
-    trunk = under_prefix(fit.trunk(base), fit.prefix)
     adapted = cast("PeftModel", get_peft_model(cast("Any", trunk), config))
     tensors = {name: tensor for name, tensor in found.load().items() if fit.head or f".{PREFIX}" in name}
     set_peft_model_state_dict(adapted, tensors)
@@ -271,9 +273,10 @@ def copy_companions(model: str, stage: Path, first: Path | None) -> None:
 
 
 def _cached(model: str, name: str) -> Path | None:
-    found = cast("Any", cached_file)(
-        model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
+    with within_reach(model):
+        found = cast("Any", cached_file)(
+            model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
     return None if found is None else Path(found)
 
 

@@ -22,6 +22,7 @@ from randbasis.codes import rounded
 from randbasis.defaults import ONE_SCALE, PACKED_BITS
 from randbasis.errors import (
     AdapterFilesError,
+    BaseMismatchError,
     UnsafeNameError,
 )
 from randbasis.files.output_checks import check_output_file, check_output_folder
@@ -186,7 +187,8 @@ def layer_shapes(found: SavedAdapter, model: str | None) -> dict[str, tuple[int,
     """
     if model is not None:
         known = linear_shapes(meta_model(read_config(model)))
-        return {key: shape_of(key, known) for key in found.modules}
+        with found.on(model):
+            return {key: _same_shape(found, key, shape_of(key, known)) for key in found.modules}
     shapes = {key: expected_shape(found.config.base_shapes, key) for key in found.modules}
     unknown = next((key for key, shape in shapes.items() if shape is None), None)
     if unknown is not None:
@@ -195,6 +197,17 @@ def layer_shapes(found: SavedAdapter, model: str | None) -> dict[str, tuple[int,
             "name the base model that it was made for"
         )
     return {key: shape for key, shape in shapes.items() if shape is not None}
+
+
+def _same_shape(found: SavedAdapter, key: str, shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape of a layer in a base, unless the adapter says that it was made for another."""
+    wanted = expected_shape(found.config.base_shapes, key)
+    if wanted is not None and wanted != shape:
+        raise BaseMismatchError(
+            f"the first matrix that differs is {key!r}, {wanted[0]}×{wanted[1]} there and {shape[0]}×{shape[1]} here "
+            "(out×in); give the model that the adapter was made for, or none"
+        )
+    return shape
 
 
 def _parts(found: SavedAdapter, key: str, out: int, model: str | None) -> list[Part]:

@@ -6,7 +6,8 @@ leaves it; the other places hold packed files, which are of this package.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,12 +16,20 @@ from typing import Any, cast
 
 from peft import PeftConfig
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
-from torch import Tensor
+from torch import Tensor, nn
 
 from randbasis.adapter_file import PackedAdapter, read
 from randbasis.adapters.spec_options import config_of, named_tensors
 from randbasis.adapters.store_entry import StoreEntry
-from randbasis.errors import AdapterFilesError, AdapterMissingError, PackedFileMissingError, RandbasisError
+from randbasis.errors import (
+    AdapterFilesError,
+    AdapterMissingError,
+    BaseMismatchError,
+    PackedFileMissingError,
+    PartialModelError,
+    RandbasisError,
+    TargetError,
+)
 from randbasis.files.locations import Location, local_path
 from randbasis.files.output_set import check_finished
 from randbasis.store import StoredAdapter
@@ -37,6 +46,9 @@ from randbasis.tuner.saved_files import (
     natural_order,
     tensor_shapes,
 )
+
+_TOLD = 400
+"""Letters of the reason that an adapter does not fit a base: some list every layer."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +149,27 @@ class SavedAdapter:
         """Folder or hub name of the base that it was made for; empty where it does not say."""
         return str(self.about.get("base_model") or self.options.get("base_model_name_or_path") or "")
 
+    @contextmanager
+    def on(self, base: str) -> Generator[None]:
+        """Around what puts the adapter on a base, or only looks whether it fits: where not, both are named.
+
+        Args:
+            base: folder or hub name of a base, perhaps another than the one that the adapter names.
+
+        Raises:
+            BaseMismatchError: it does not fit.
+        """
+        try:
+            yield
+        except (BaseMismatchError, PartialModelError, TargetError) as error:
+            if base == self.base_model:
+                raise
+            made_for = repr(self.base_model) if self.base_model else "a base that it does not name"
+            told = str(error) if len(str(error)) <= _TOLD else f"{str(error)[:_TOLD]} …"
+            raise BaseMismatchError(
+                f"{self.where} was made for {made_for}, and does not fit {base!r}: {told}"
+            ) from error
+
     # --- its tensors ---
 
     @property
@@ -173,10 +206,12 @@ class SavedAdapter:
         """Size of the file of tensors, or of the packed file."""
         return self.weights.stat().st_size if self.whole is None else len(self.whole.to_bytes())
 
-    def bare_config(self, *, head: bool = False) -> RandbasisConfig:
-        """A copy of the configuration that puts the adapter on any model without a basis being stored or drawn.
+    def bare_config(self, model: nn.Module, *, head: bool = False) -> RandbasisConfig:
+        """A copy of the configuration that puts the adapter on a model without a basis being stored or drawn.
 
         Args:
+            model: it may lack the head, which the configuration keeps out of the targets: PEFT warns of a name to
+                exclude that a model has not.
             head: keep ``modules_to_save``.
         """
         config = deepcopy(self.config)
@@ -186,6 +221,10 @@ class SavedAdapter:
         config.base_model_name_or_path = None
         if not head:
             config.modules_to_save = None
+        if config.exclude_modules is not None and not isinstance(config.exclude_modules, str):
+            paths = [f".{path}" for path, _ in cast("Iterator[tuple[str, nn.Module]]", model.named_modules())]
+            there = [name for name in config.exclude_modules if any(path.endswith(f".{name}") for path in paths)]
+            config.exclude_modules = there or None
         return config
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from randbasis.adapters.base_model import model_readable
+from randbasis.adapters.hub_reach import within_reach
 from randbasis.errors import PartialModelError
 
 POOLER = "pooler"
@@ -37,9 +38,10 @@ def load_whole(
 
     Raises:
         DataMissingError: the model cannot be read.
+        RemoteError: it is on a hub that cannot be reached.
         PartialModelError: the checkpoint lacks weights, has others, or has them in another shape.
     """
-    with model_readable(name, "weights"):
+    with model_readable(name, "weights"), within_reach(name):
         model, report = auto.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **how)
     base = cast("PreTrainedModel", model)
     mismatched = {key: shapes for key, *shapes in report["mismatched_keys"]}

@@ -187,7 +187,7 @@ def _precisions_table(done: "Quantization") -> Table:
         + (f"{done.group} share a scale" if done.group else "one scale a vector"),
         caption=caption,
     )
-    for column in ("bits", "file, bytes", "largest error", "relative error", "relative error of ΔW"):
+    for column in ("bits", "packed, bytes", "largest error", "relative error", "relative error of ΔW"):
         table.add_column(column, justify="right")
     table.add_row("unquantized", f"{done.exact_bytes:,}", "", "", "")
     for one in done.precisions:

@@ -64,9 +64,14 @@ def average(
     For nola, vera and randlora the ΔW of the sum is not the sum of the ΔW; how far it is from it is told.
     """
     with reported(as_json):
+        from randbasis.adapters.saved import open_adapter
         from randbasis.arithmetic import average_adapters
+        from randbasis.arithmetic.average import HEADS
 
-        check_options(context, AVERAGE)
+        def with_heads() -> bool:  # a word that is none of these is refused elsewhere
+            return heads not in HEADS or any(open_adapter(one).head for one in adapters)
+
+        check_options(context, AVERAGE, with_heads=with_heads)
         shares = None if weights is None else _numbers(weights)
         options: dict[str, Any] = {"weights": shares, "heads": heads, "base_name": base_name, "model": base}
         done = average_adapters(adapters, output, **options, overwrite=overwrite, track=tracking("layers"))

@@ -7,7 +7,6 @@ stream. :data:`EXIT_CODES` says how a command ends.
 import json
 import math
 import os
-import sys
 import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -15,11 +14,11 @@ from typing import Any, cast
 
 import typer
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 from randbasis.cli.command import BROKEN_PIPE, in_command_words
 from randbasis.cli.noise import readable_messages
+from randbasis.cli.tables import fitted, unbounded_width
 from randbasis.errors import RandbasisError
 
 TRACEBACK_VARIABLE = "RANDBASIS_TRACEBACK"
@@ -48,9 +47,20 @@ def reported(as_json: bool) -> Generator[None]:
         usage = isinstance(error, RandbasisError) and isinstance(error, USAGE)
         if isinstance(error, RandbasisError) and error.told_elsewhere:
             raise typer.Exit(2 if usage else 1) from error
-        message = in_command_words(str(error))
+        message = in_command_words(str(error) if isinstance(error, RandbasisError) else _of_system(error))
         complain(type(error).__name__, f"error: {message}", message if as_json else None)
         raise typer.Exit(2 if usage else 1) from error
+
+
+def _of_system(error: OSError) -> str:
+    """What the operating system refused, without its number; of a file or folder that it names, with the way out."""
+    if error.strerror is None:
+        return str(error)
+    said = f"{error.strerror[:1].lower()}{error.strerror[1:]}"
+    if error.filename is None:
+        return said
+    way_out = "; give another one, or get the right to it" if isinstance(error, PermissionError) else ""
+    return f"{str(error.filename)!r} could not be opened: {said}{way_out}"
 
 
 def complain(kind: str, text: str, message: str | None) -> None:
@@ -69,9 +79,7 @@ def answer(document: dict[str, Any], as_json: bool) -> None:
     for name, value in document.items():
         if name == "settings":
             continue
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {_shown(item)}" for key, item in cast(dict[str, Any], value).items())
-        table.add_row(name.replace("_", " "), _shown(value))
+        table.add_row(name.replace("_", " "), shown(value))
     _print(table)
 
 
@@ -92,17 +100,24 @@ class _Output(Console):
 
 
 def _print(table: Table) -> None:
-    """Nothing is lost: what does not fit a window is folded, and in a pipe or a file lines are as long as they are."""
+    """Nothing is lost and no word cut: a window may break what does not fit, in a pipe or a file nothing is broken."""
     console = _Output(markup=False)  # which would take the brackets of c_attn[q] for a style
-    for column in table.columns:
-        column.overflow = "fold"
     if not console.is_terminal:
-        unbounded = console.options.update(max_width=sys.maxsize)
-        console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
-    console.print(table)
+        console.width = max(console.width, unbounded_width(console, table))
+    made = fitted(console, table)
+    console.print(made, soft_wrap=isinstance(made, str), highlight=isinstance(made, Table))
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A plain value as a person reads it, and not as Python writes it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(item)}" for key, item in cast("dict[str, Any]", value).items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, cast("list[Any]", value))) or "none"
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 

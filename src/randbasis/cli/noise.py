@@ -47,11 +47,6 @@ NOISE = (
         "`is_gradient_checkpointing` is deprecated",
         "PEFT asks transformers by the old name, which still answers",
     ),
-    Noise(
-        UserWarning,
-        "You have passed exclude_modules=",
-        "heads are kept out of the targets by name, and a base that is read without its head has none",
-    ),
 )
 
 

@@ -226,7 +226,11 @@ QUANTIZE = (
 )
 
 DIFF = (Needs("base", _folder("first", "second"), "an adapter folder; packed files tell their shapes"),)
-AVERAGE = (Needs("base", _folder("adapters"), "an adapter folder; packed files tell their shapes"),)
+AVERAGE = (
+    Needs("base", _folder("adapters"), "an adapter folder; packed files tell their shapes"),
+    Needs("heads", lambda words: words["with_heads"](), "adapters with something that was trained whole beside them"),
+)
+"""Of ``average``; ``with_heads`` tells whether an adapter has a head."""
 
 EXPORT = (Needs("rank", _to("peft-lora", "gguf-lora"), "--to peft-lora or gguf-lora"),)
 """Of ``export``; ``kinds`` are what ``to`` may be."""

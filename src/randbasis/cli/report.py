@@ -1,13 +1,14 @@
 """Plans and inspections as a person reads them: tables on the terminal, a picture in a file."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.table import Table
 
 from randbasis.adapters.inspection import Inspection, MatrixReport
 from randbasis.adapters.plan import Plan, PlannedMatrix
+from randbasis.cli.console import shown
 from randbasis.files.whole_file import whole_file
 from randbasis.optional import needing
 from randbasis.tuner.base_shapes import generic_path
@@ -23,7 +24,7 @@ CURVES = 8
 
 def plan_table(plan: Plan) -> Table:
     """One row for all layers of a kind, and LoRA of rank one beside it."""
-    options = ", ".join(f"{name} {value}" for name, value in plan.options.items())
+    options = _options(plan.options)
     table = Table(
         title=f"{plan.method} on {plan.architecture} ({plan.base_parameters:,} parameters)",
         caption=options,
@@ -52,7 +53,7 @@ def plan_table(plan: Plan) -> Table:
 
 def inspection_table(inspection: Inspection) -> Table:
     """One row for each adapted matrix."""
-    options = ", ".join(f"{name} {value}" for name, value in inspection.hyperparameters.items())
+    options = _options(inspection.hyperparameters)
     table = Table(title=f"{inspection.config.method}: {options}", caption=_totals(inspection), min_width=60)
     table.add_column("matrix")
     for name in ("out × in", "coefficients", "‖ΔW‖", "σ₁", "effective rank"):
@@ -103,6 +104,12 @@ def plot_inspection(inspection: Inspection, path: str | Path, *, overwrite: bool
     figure.suptitle(f"{inspection.config.method}, seed {inspection.config.seed}: {_totals(inspection)}")
     with whole_file(path, overwrite=overwrite) as temporary:
         figure.savefig(temporary, dpi=120, format=Path(path).suffix.removeprefix(".") or None)
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    """Those that have a value."""
+    words = {name: value if isinstance(value, float) else shown(value) for name, value in options.items()}
+    return ", ".join(f"{name} {words[name]}" for name, value in options.items() if value is not None)
 
 
 def _kinds(matrices: Iterable[_Matrix]) -> dict[str, list[_Matrix]]:

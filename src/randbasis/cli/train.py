@@ -183,4 +183,7 @@ def train(
 
         outcome = run(settings, console=None if quiet else Console(stderr=True), check=check)
         if outcome.first:
-            answer({"output": str(output), **outcome.summary}, as_json)
+            told = outcome.summary
+            if not (quiet or as_json):  # which were warnings already
+                told = {name: value for name, value in told.items() if name != "doubts"}
+            answer({"output": str(output), **told}, as_json)

@@ -11,7 +11,7 @@ from randbasis.cli.console import answer, answer_table, reported
 from randbasis.cli.options import EXPORT, IMPORT, PUSH, check_options
 from randbasis.cli.parameters import AsJson, Base, Overwrite, Stored
 from randbasis.defaults import MERGED_DTYPE
-from randbasis.errors import ExportOptionError, ImportOptionError, near
+from randbasis.errors import ExportOptionError, ImportOptionError, not_one_of
 from randbasis.progress import tracking
 from randbasis.train.settings import AdapterSettings
 
@@ -47,7 +47,7 @@ def export(
     """
     with reported(as_json):
         if to not in EXPORTS:
-            raise ExportOptionError(f"to must be one of {', '.join(EXPORTS)}, got {to!r}; {near(to, EXPORTS)}")
+            raise ExportOptionError(not_one_of("to", to, EXPORTS))
         check_options(context, EXPORT, kinds=EXPORTS)
         if to == "merged":
             answer(_merged(source, output, base, dtype, overwrite=overwrite), as_json)
@@ -105,7 +105,7 @@ def import_(
     given: dict[str, Any] = dict(locals())
     with reported(as_json):
         if to not in IMPORTS:
-            raise ImportOptionError(f"to must be one of {', '.join(IMPORTS)}, got {to!r}; {near(to, IMPORTS)}")
+            raise ImportOptionError(not_one_of("to", to, IMPORTS))
         check_options(context, IMPORT, kinds=IMPORTS)
         progress = tracking("layers")
         common: dict[str, Any] = {"model": base, "overwrite": overwrite, "track": progress}

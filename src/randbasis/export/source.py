@@ -82,7 +82,8 @@ def open_source(source: AdapterLocation, base: str | None = None) -> Source:
 
 def _fit(found: SavedAdapter, name: str | None, *, given: bool) -> BaseFit | None:
     if given and name:
-        return find_fit(found, read_config(name))
+        with found.on(name):
+            return find_fit(found, read_config(name))
     if not name:
         check_paths(found)
         return None

@@ -5,6 +5,7 @@ folder is made with those above it.
 """
 
 import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def check_output_file(output: Location, sources: Sources = (), *, overwrite: boo
 
     Raises:
         OutputExistsError: it exists and may not be replaced, is a folder, or is a source or a part of one.
-        SaveError: there is no folder that it could lie in.
+        SaveError: there is no folder that it could lie in, or none that may be written to.
         LocationError: it is a ``Path`` made of a URL, which has lost a slash.
         RemoteError: it is behind a URL that could not be reached.
     """
@@ -66,7 +67,7 @@ def check_output_folder(output: Location, sources: Sources = (), *, overwrite: b
     Raises:
         OutputExistsError: it is a file, or is, contains or lies inside of a source, or holds something that may not be
             replaced.
-        SaveError: it cannot be made, since a file is in the way.
+        SaveError: it cannot be made, since a file is in the way or a right is missing.
         LocationError: it is not of this machine.
     """
     folder = local_output(output)
@@ -74,7 +75,7 @@ def check_output_folder(output: Location, sources: Sources = (), *, overwrite: b
         _check_apart(folder, source)
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"output {str(folder)!r} exists and is a file, not a folder; give another name")
-    _check_above(folder, next((one for one in folder.parents if one.exists()), folder))
+    _check_above(folder, next((one for one in (folder, *folder.parents) if one.exists()), folder))
     if not folder.exists() or not any(folder.iterdir()):
         return folder
     if not overwrite:
@@ -112,6 +113,12 @@ def _check_above(output: Path, folder: Path) -> None:
         raise SaveError(
             errno.ENOTDIR,
             f"output {str(output)!r} could not be written: {str(folder)!r} is a file; give another name",
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SaveError(
+            errno.EACCES,
+            f"output {str(output)!r} could not be written: there is no right to write into the folder "
+            f"{str(folder)!r}; give another name, or get that right",
         )
 
 

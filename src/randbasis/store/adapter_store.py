@@ -32,6 +32,10 @@ GC_NAMES = 500
 """Adapters whose old versions go in one transaction: a writer that waits does not wait long."""
 VACUUM_PAGES = 2_000
 """Pages that are given back to the system in one transaction."""
+_ALIKE = 3
+"""Letters at the beginning of a name that those are believed to have that were meant instead."""
+_LOOKED_AT = 100
+"""Names on each side of such a beginning among which the one that was meant is looked for."""
 
 
 class AdapterStore:
@@ -377,8 +381,8 @@ class AdapterStore:
                     f"{self.path} has {name!r}, but no such version of it ({version}); the newest is {newest.version}, "
                     "`randbasis store history` lists them"
                 )
-            close = tables.page(connection, Selection(), (name[:3], 0), 100, newest=True)
-        raise NotStoredError(f"{self.path} has no adapter {name!r}; {near(name, (one.name for one in close))}")
+            around = tables.names_around(connection, name[:_ALIKE], _LOOKED_AT)
+        raise NotStoredError(f"{self.path} has no adapter {name!r}; {near(name, around)}")
 
 
 def _selection(tag: str | None, base: str | None, method: str | None) -> Selection:

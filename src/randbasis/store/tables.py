@@ -119,6 +119,15 @@ def versions(connection: sqlite3.Connection, name: str, before: int, limit: int)
     return [record_of(row) for row in rows.fetchall()]
 
 
+def names_around(connection: sqlite3.Connection, place: str, limit: int) -> list[str]:
+    """Names that come next before and after a place in their order, as many of each; few names are all of them."""
+    found: list[str] = []
+    for side, order in (("<", "DESC"), (">=", "ASC")):
+        statement = f"SELECT DISTINCT name FROM adapters WHERE name {side} ? ORDER BY name {order} LIMIT ?"
+        found += [name for (name,) in connection.execute(statement, (place, limit)).fetchall()]
+    return found
+
+
 def names_with_more(connection: sqlite3.Connection, keep: int, after: str, limit: int) -> list[str]:
     """Names that have more versions than ``keep``, in order."""
     rows = connection.execute(

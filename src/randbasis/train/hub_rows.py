@@ -8,6 +8,7 @@ from typing import Any, cast
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+from randbasis.adapters.hub_reach import why_unreachable
 from randbasis.errors import DataFormatError, DataMissingError, RemoteError, near
 from randbasis.optional import needing
 from randbasis.train.tabular import Row, Table
@@ -63,7 +64,9 @@ def _parts(name: str) -> tuple[str, str | None, str | None]:
 
 
 def _look(where: str, name: str) -> None:
-    """Ask the hub once whether it has that data set."""
+    """Ask the hub whether it has that data set."""
+    if reason := why_unreachable():
+        raise RemoteError(f"{name}: {reason}; with HF_HUB_OFFLINE=1 what was fetched before is used")
     try:
         HfApi().dataset_info(where, timeout=PATIENCE)
     except RepositoryNotFoundError as error:

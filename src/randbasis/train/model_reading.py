@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from randbasis.adapters.base_model import model_readable, quiet_transformers
+from randbasis.adapters.hub_reach import within_reach
 from randbasis.adapters.whole_model import load_whole
 from randbasis.errors import SettingError
 from randbasis.train.machine import Quantized
@@ -34,8 +35,9 @@ def explained(name: str, part: str) -> Generator[None]:
 
     Raises:
         DataMissingError: the model, or this part of it, is not there.
+        RemoteError: it is on a hub that cannot be reached.
     """
-    with model_readable(name, part), quiet_loading():
+    with model_readable(name, part), within_reach(name), quiet_loading():
         yield
 
 

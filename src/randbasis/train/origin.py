@@ -119,7 +119,8 @@ def put_on(model: nn.Module, origin: SavedAdapter, head: Sequence[str]) -> nn.Mo
                 "adapter that has one, or leave from out"
             )
     base = getattr(model, "name_or_path", None)
-    adapted = load_adapter(model, origin, trainable=True)
+    with origin.on(base or type(model).__name__):
+        adapted = load_adapter(model, origin, trainable=True)
     if isinstance(adapted, PeftModel) and base:
         config = cast(Any, adapted.peft_config[adapted.active_adapters[0]])
         config.base_model_name_or_path = base  # where it lies now

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from randbasis.errors import ColumnError, DataMissingError, SettingError
+from randbasis.files.text_files import read_text
 from randbasis.train.settings import TrainSettings
 from randbasis.train.tabular import Table
 from randbasis.train.templates import Template
@@ -35,6 +36,7 @@ class RowFormat:
 
         Raises:
             DataMissingError: there is no such file.
+            DataFormatError: it is no text in UTF-8.
         """
         chat = None if settings.chat_template is None else Path(settings.chat_template)
         if chat is not None and not chat.is_file():
@@ -44,7 +46,7 @@ class RowFormat:
             "" if own else settings.separator,
             settings.prompt_template,
             settings.target_template,
-            None if chat is None else chat.read_text(encoding="utf-8"),
+            None if chat is None else read_text(chat),
             settings.loss_on,
         )
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -78,9 +79,9 @@ class Prepared:
     trained_on: str = ""
     evaluated_on: str = ""
 
-    def load_model(self, settings: TrainSettings) -> nn.Module:
+    def load_model(self, settings: TrainSettings, origin: SavedAdapter | None = None) -> nn.Module:
         """The frozen base with a fresh head drawn from the seed of the run."""
-        return _base_of(settings, self.task)
+        return _base_of(settings, self.task, origin)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _train(settings: TrainSettings, origin: SavedAdapter | None, ranks: Ranks, c
     if ranks.count > 1 and TASK_CLASSES[settings.task].of_whole_batches:
         raise SettingError(f"{settings.task} compares the rows of a batch, which processes cannot share; start one")
     prepared = ranks.agreed(lambda: prepare(settings, origin))
-    model = ranks.agreed(lambda: prepared.load_model(settings))
+    model = ranks.agreed(lambda: prepared.load_model(settings, origin))
     config = ranks.agreed(lambda: None if origin is not None else _config(settings, prepared.task, model))
     if prepared.packs is not None:
         ranks.agreed(lambda: check_kept_apart(model, prepared.train))
@@ -183,10 +184,11 @@ def _train(settings: TrainSettings, origin: SavedAdapter | None, ranks: Ranks, c
     return TrainOutcome(output, result.model, prepared.task, summary, ranks.first)
 
 
-def _base_of(settings: TrainSettings, task: Task) -> nn.Module:
+def _base_of(settings: TrainSettings, task: Task, origin: SavedAdapter | None = None) -> nn.Module:
     loop = settings.loop
     quantized = Quantized.of(loop.bits, loop.device)
-    return task.load_model(settings.model, dtype=loop.dtype, seed=loop.train_seed, quantized=quantized)
+    with nullcontext() if origin is None else origin.on(settings.model):
+        return task.load_model(settings.model, dtype=loop.dtype, seed=loop.train_seed, quantized=quantized)
 
 
 def _filled(settings: TrainSettings) -> tuple[TrainSettings, dict[str, str]]:

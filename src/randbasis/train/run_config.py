@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from randbasis.errors import DataFormatError, DataMissingError, SettingError
+from randbasis.files.text_files import read_text
 from randbasis.train.settings import TrainSettings
 
 CONFIG_FILE = "run.yaml"
@@ -27,12 +28,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         DataMissingError: there is no such file.
-        DataFormatError: it is not what its name says, or holds no keys.
+        DataFormatError: it is no text in UTF-8, not what its name says, or holds no keys.
         SettingError: a key stands there twice, with dashes and underscores or not.
     """
     if not path.is_file():
         raise DataMissingError(f"config {str(path)!r} is not a file; give the path of a .yaml or .json file")
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
     pairs = _json_pairs(text, path) if path.suffix == ".json" else _yaml_pairs(text, path)
     found: dict[str, Any] = {}
     for key, value in pairs:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from randbasis.errors import ColumnError, DataFormatError, DataMissingError, EmptyDataError, near
+from randbasis.errors import ColumnError, DataFormatError, DataMissingError, EmptyDataError, near, nearest
+from randbasis.files.text_files import not_text, open_text
 from randbasis.optional import needing
 
 Row = dict[str, Any]
@@ -23,6 +24,7 @@ Row = dict[str, Any]
 MISSING_TEXTS = ("nan", "NaN", "<NA>")
 """How pandas writes a text that is not there."""
 
+_OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _CHAT_TEXT = re.compile(r"""\s*\[?\s*\{\s*['"](role|from)['"]\s*:""")
 _STORY_END = "<|endoftext|>"
 
@@ -48,9 +50,10 @@ class Table:
             ColumnError: the column does not exist, or a row has nothing in it.
         """
         if name not in self.columns:
+            hint = _other_separator(self.columns, self.rows) or nearest(name, self.columns)
             raise ColumnError(
                 f"column {name!r} is not in {self.source}; its columns are {', '.join(map(repr, self.columns))}"
-                f" ({near(name, self.columns)})"
+                + (f"; {hint}" if hint else "")
             )
         for number, row in enumerate(self.rows, 1):
             value = row.get(name)
@@ -129,8 +132,10 @@ def read_table(
     if header is None:
         header = not any(name.isdecimal() for name in wanted)
     try:
-        columns, rows = _read_parquet(path) if kind == PARQUET else _READERS[kind](_text(path), path.name, header)
-    except (csv.Error, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        columns, rows = _read_parquet(path) if kind == PARQUET else _READERS[kind](open_text(path), path.name, header)
+    except UnicodeDecodeError as error:
+        raise not_text(path, error) from error
+    except (csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataFormatError(
             f"{path.name} cannot be read as {kind}: {error}; name the right kind with --format"
         ) from error
@@ -186,14 +191,6 @@ def _kind_of(path: Path) -> str:
     return kind
 
 
-def _text(path: Path) -> io.TextIOWrapper:
-    with path.open("rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-    if packed:
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
-
-
 def _read_separated(
     stream: io.TextIOWrapper, name: str, header: bool, *, tab: bool
 ) -> tuple[tuple[str, ...], list[Row]]:
@@ -213,11 +210,25 @@ def _read_separated(
         )
     for number, line in enumerate(cells[1:], 2):
         if len(line) != len(columns):
-            raise DataFormatError(
-                f"line {number} of {name} has {len(line)} cells, its header has {len(columns)}; "
+            hint = _other_separator(columns, ()) or (
                 "is it of another kind (--format), or without a header (columns by index)?"
             )
+            raise DataFormatError(
+                f"line {number} of {name} has {len(line)} cells, its header has {len(columns)}; {hint}"
+            )
     return columns, [dict(zip(columns, line, strict=True)) for line in cells[1:]]
+
+
+def _other_separator(columns: Sequence[str], rows: Sequence[Row]) -> str:
+    """What to say where a table has one column, whose name or first cell holds what others separate cells with."""
+    if len(columns) != 1:
+        return ""
+    held = columns[0] if not (columns[0].isdecimal() and rows) else str(rows[0].get(columns[0], ""))
+    found = next((words for mark, words in _OTHER_SEPARATORS.items() if mark in held), None)
+    if found is None:
+        return ""
+    way_out = "name its kind with --format tsv" if found == "tabs" else "save it with commas"
+    return f"its cells seem to be separated by {found}: {way_out}"
 
 
 def _tab_separated(text: str) -> list[list[str]]:

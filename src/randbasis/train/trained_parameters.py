@@ -19,6 +19,9 @@ from randbasis.train.pooled import PooledClassifier
 from randbasis.train.randomness import confined_randomness
 from randbasis.tuner.saved_files import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, anchored
 
+_TOLD = 300
+"""Letters of a message of PEFT that are passed on: some list every module that there is."""
+
 
 def load_adapter(model: nn.Module, adapter: AdapterLocation, *, trainable: bool = False) -> nn.Module:
     """Put an adapter and its head on a base model.
@@ -69,7 +72,17 @@ def _with_peft(model: nn.Module, where: str, *, trainable: bool) -> nn.Module:
     except (RuntimeError, ValueError) as error:
         if not _is_misfit(error):
             raise
-        raise BaseMismatchError(f"the adapter in {where} does not fit {type(model).__name__}: {error}") from error
+        raise BaseMismatchError(
+            f"the adapter in {where} does not fit {type(model).__name__}: {_first(error)}"
+        ) from error
+
+
+def _first(error: Exception) -> str:
+    """What an error says, of what differs the first and how many more."""
+    head, *lines = (" ".join(line.split()) for line in str(error).splitlines())
+    if not lines:
+        return head[:_TOLD]
+    return lines[0] + (f" And {len(lines) - 1} more" if len(lines) > 1 else "")
 
 
 def _is_misfit(error: Exception) -> bool:

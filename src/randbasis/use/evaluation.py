@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from randbasis.errors import AdapterFilesError, DataMissingError, EmptyDataError
 from randbasis.progress import Track
 from randbasis.train.causal_lm import CausalLanguage, end_token_id
 from randbasis.train.chat import Chat, conversation
-from randbasis.train.classification import allowed_length
+from randbasis.train.classification import TextClassification, allowed_length
 from randbasis.train.images import ImageClassification
 from randbasis.train.machine import Quantized, torch_device
 from randbasis.train.model_reading import read_tokenizer
@@ -50,9 +51,10 @@ class Found:
             BaseMismatchError: the adapter was made for another base.
         """
         quantized = Quantized.of(self.adapter.base_bits if self.adapter else None, settings.device)
-        model = self.task.load_model(self.base, dtype=settings.dtype, seed=0, quantized=quantized)
-        if self.adapter is not None:
-            model = load_adapter(model, self.adapter)
+        with nullcontext() if self.adapter is None else self.adapter.on(self.base):
+            model = self.task.load_model(self.base, dtype=settings.dtype, seed=0, quantized=quantized)
+            if self.adapter is not None:
+                model = load_adapter(model, self.adapter)
         return (model if quantized else model.to(torch_device(settings.device))).eval()
 
 
@@ -77,8 +79,10 @@ def find(settings: UseSettings, track: Track = iter) -> Found:
     try:
         task = described_task(saved, base) if saved and saved.task else _language_task(saved, base, settings)
     except DataMissingError as error:
-        if saved is None or settings.model is not None:
+        if saved is None:
             raise
+        if settings.model is not None:
+            raise DataMissingError(f"{saved.where} was made for {saved.base_model!r}: {error}") from error
         raise DataMissingError(
             f"{saved.where} names {base!r} as its base; where it lies elsewhere, give model: {error}"
         ) from error
@@ -256,6 +260,15 @@ def _undescribed(saved: SavedAdapter | None) -> str:
     return f"nothing describes the task of {saved.where} ({where}), and "
 
 
+def _meaningless(task: TrainedTask, key: str) -> str | None:
+    """Why the rows of a task have no such column, whatever it is called; None where they have."""
+    if isinstance(task, TextClassification) and key == "text_pair" and task.columns[key] is None:
+        return "the adapter was trained on single texts"
+    made = {"prompt": task.format.prompt, "target": task.format.target} if isinstance(task, CausalLanguage) else {}
+    template = made.get(key)
+    return f"the adapter has a template for it, of {', '.join(map(repr, template.fields))}" if template else None
+
+
 def _rename_columns(task: TrainedTask, names: dict[str, str]) -> None:
     if not names:
         return
@@ -263,6 +276,8 @@ def _rename_columns(task: TrainedTask, names: dict[str, str]) -> None:
     if isinstance(task, CausalLanguage) and not task.prompted:
         task.format = replace(task.format, separator="")  # trained on plain text: nothing stands behind a prompt
     for key, value in names.items():
+        if reason := _meaningless(task, key):
+            raise SettingError(f"{key}_column has no meaning here, got {value!r}: {reason}; leave it out")
         if key not in known:
             raise SettingError(f"{task.name} has no {key}_column; {near(key, known)}")
         known[key] = value
