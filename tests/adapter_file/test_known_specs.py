@@ -89,3 +89,13 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(spec_reader, "KNOWN_MATRICES", 4096)
     parse_spec(text_of(), "file")
     assert not spec_reader._KNOWN
+
+
+def test_a_digest_of_the_task_is_not_taken_for_one_that_is_written_otherwise():
+    """A blank after the key hides the spec's own digest, and the one inside the task is equal, at first."""
+    text = text_of(task={"task": "causal-lm", "digest": ONE}).replace(f',"digest":"{ONE}"', f',"digest" :"{ONE}"', 1)
+    assert text.count(f'"digest" :"{ONE}"') == text.count(f'"digest":"{ONE}"') == 1
+    first, digests = parse_spec(text, "file")
+    other, others = parse_spec(text.replace(f'"digest":"{ONE}"', f'"digest":"{TWO}"'), "file")
+    assert (digests.coefficients, others.coefficients) == (ONE, ONE)
+    assert (first.task["digest"], other.task["digest"]) == (ONE, TWO)

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from randbasis.adapter_file.header import parse_object
 from randbasis.adapter_file.paths import Numbers, check_module_path, check_name, parse_ranges
-from randbasis.adapter_file.spec import Base, MatrixGroup, Spec, SpecMatrix
+from randbasis.adapter_file.spec import Base, MatrixGroup, Spec, SpecMatrix, canonical
 from randbasis.errors import RandbasisError, SpecKeyError, SpecSyntaxError, SpecValueError, near
 from randbasis.methods import Method, method_class
 from randbasis.precision import check_precision
@@ -77,7 +77,9 @@ def parse_spec(text: str, where: str) -> tuple[Spec, Digests]:
         return known[0], Digests(found["digest"], found.get("digest_rest"), known[1])
     spec, digests = _parse_spec(text, where)
     said = {"digest": digests.coefficients, "digest_rest": digests.rest}
-    if len(pairs) == len(found) and {"digest_rest": None, **found} == said and spec.size <= KNOWN_MATRICES:
+    # In canonical text the spec's own digests are among the pairs, so that as many as those are no others.
+    own = len(pairs) == len(found) and {"digest_rest": None, **found} == said
+    if own and spec.size <= KNOWN_MATRICES and text.encode() == canonical(parse_object(text)):
         with _KNOWN_LOCK:
             if len(_KNOWN) >= KNOWN_LIMIT:
                 del _KNOWN[next(iter(_KNOWN))]
