@@ -317,7 +317,8 @@ def test_a_merged_one_is_not_replaced_behind_the_weights(road: str, tmp_path: Pa
     adapter = packed(case, tmp_path)
     model = put(case.base(), adapter)
     expected, other = outputs(model, case.batch()), replace(adapter, coefficients=adapter.coefficients + 1)
-    load = put if road == "put" else lambda *given: through_a_folder(*given, tmp_path / "other")
+    write_adapter_dir(other, tmp_path / "other", where="test")
+    load = put if road == "put" else lambda model, _: model.load_adapter(str(tmp_path / "other"), "default")
     model.merge_adapter()
     with pytest.raises(MergeError, match=r"'default' is, into '.*layers\.0.*unmerge_adapter first"):
         load(model, other)

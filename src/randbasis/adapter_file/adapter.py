@@ -109,27 +109,29 @@ class PackedAdapter:
             CoefficientValueError: a value is not finite.
             StreamValueError: streams are none.
         """
-        spec, own = self.spec, not self.spec.method.shares_basis
-        check_count(spec, self.coefficients.numel(), where)
-        if self.coefficients.dtype not in (kinds := _KINDS.get(spec.bits, (torch.int8,))):
+        spec, values = self.spec, self.coefficients
+        if values.dtype not in (kinds := _KINDS.get(spec.bits, (torch.int8,))):
             raise CoefficientTensorError(
                 f"{where}: {COEFFICIENTS} must be {' or '.join(map(str, kinds))} with {spec.bits} bits, got "
-                f"{self.coefficients.dtype}; make the adapter with PackedAdapter.of"
+                f"{values.dtype}; make the adapter with PackedAdapter.of"
             )
         for name, tensor, shape in (
-            (COEFFICIENTS, self.coefficients, (spec.count,)),
+            (COEFFICIENTS, values, (spec.count,)),
             (SCALES, self.scales, (spec.run_count,) if spec.bits in CODED else None),
-            (STREAMS, self.streams, (spec.size, len(spec.method.roles)) if own else None),
+            (STREAMS, self.streams, spec.streams_shape),
         ):
             found = None if tensor is None else tuple(tensor.shape)
             if found != shape:
+                check_count(spec, values.numel(), where)
                 raise CoefficientTensorError(
                     f"{where}: {name} must be {_of_shape(shape)} by the spec, got {_of_shape(found)}; make the adapter "
                     "with PackedAdapter.of"
                 )
         if self.streams is not None:
             check_streams(f"{where}: {STREAMS}", self.streams)
-        _check_finite(self.values(), where)
+        values = values if self.scales is None else self.values()
+        if not bool(torch.isfinite(values).all()):
+            _check_finite(values, where)
         for name, tensor in self.extra.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise CoefficientValueError(f"{where}: {name!r} must be finite; {DIVERGED}")
@@ -239,7 +241,7 @@ def _check_finite(values: Tensor, where: str) -> None:
 
 
 def _of_shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else f"of shape {list(shape)}"
+    return "absent" if shape is None else f"a tensor of shape {list(shape)}"
 
 
 def _raw(tensor: Tensor, name: str) -> RawTensor:

@@ -141,8 +141,8 @@ class Contents:
             check_count(spec, stored.size, self.where)
         elif stored.size != (wanted := -(-spec.count * spec.bits // 8)):
             raise _wrong_count(spec, f"a tensor of {wanted}", stored.size, self.where)
-        if STREAMS in self.tensors:
-            _check_tensor(STREAMS, self.tensors[STREAMS], ("U32",), (spec.size, len(spec.method.roles)), self.where)
+        if spec.streams_shape is not None:
+            _check_tensor(STREAMS, self.tensors[STREAMS], ("U32",), spec.streams_shape, self.where)
         if spec.bits in CODED:
             _check_tensor(SCALES, self.tensors[SCALES], ("F32",), (spec.run_count,), self.where)
 
@@ -263,7 +263,7 @@ def _spec_text(metadata: Mapping[str, str], where: str) -> str:
 def _check_names(spec: Spec, tensors: Mapping[str, RawTensor], where: str) -> None:
     named = {COEFFICIENTS, *(EXTRA + name for name in spec.extra)}
     named |= {SCALES} if spec.bits in CODED else set()
-    named |= set() if spec.method.shares_basis else {STREAMS}
+    named |= set() if spec.streams_shape is None else {STREAMS}
     for name in tensors.keys() - named:
         check_name(name, "the name of a tensor", where)
     unknown, missing = sorted(tensors.keys() - named), sorted(named - tensors.keys())
