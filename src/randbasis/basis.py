@@ -12,7 +12,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from randbasis.errors import BasisShapeError
+from randbasis.errors import BasisShapeError, StreamValueError
 from randbasis.laws import Law, check_seed, parse_law, stream_of
 
 _MASK = 0xFFFFFFFF
@@ -44,6 +44,33 @@ class Basis:
     def key(self) -> tuple[int, int]:
         """The key of the generator, math (2)."""
         return self.seed & _MASK, self.seed >> 32
+
+
+def check_streams(name: str, found: Tensor) -> None:
+    """Raise unless a tensor holds streams, math (4): one rounded bit names another random matrix.
+
+    Args:
+        name: of the tensor, for the message.
+        found: the tensor.
+
+    Raises:
+        StreamValueError: it is of another dtype than int64, or holds what is no unsigned integer of 32 bits.
+    """
+    if found.is_meta:
+        return
+    if found.dtype != torch.int64:
+        raise not_streams(name, f"a tensor of {found.dtype}")
+    if bool(((found < 0) | (found >= 1 << 32)).any()):
+        raise not_streams(name, f"{found.tolist()}")
+
+
+def not_streams(name: str, got: str) -> StreamValueError:
+    """What is said of a tensor ``name`` that should hold streams and holds what it ``got``."""
+    return StreamValueError(
+        f"{name} must be int64 with values of 32 bits, as saved: streams name the random matrices of a basis that is "
+        f"not shared, and are no numbers to be cast or averaged, got {got}; leave integers alone where coefficients "
+        "are cast or averaged (AveragedModel without use_buffers), and load the saved adapter again"
+    )
 
 
 def _multiply(value: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,9 @@ def check_precision(bits: int, group: int) -> None:
     Raises:
         PrecisionError: they cannot.
     """
-    if bits not in BITS:
+    if type(bits) is not int or bits not in BITS:
         raise PrecisionError(f"bits must be one of {list(BITS)}, got {bits!r}; 16 is the usual choice")
-    if group < 0 or (group and bits not in CODED):
+    if type(group) is not int or group < 0 or (group and bits not in CODED):
         raise PrecisionError(
             f"group must be 0 (one scale a vector) or, with {list(CODED)} bits, the number of coefficients that share "
             f"a scale, got group={group!r} with {bits} bits; use group=0"

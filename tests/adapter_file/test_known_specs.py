@@ -89,3 +89,14 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(spec_reader, "KNOWN_MATRICES", 4096)
     parse_spec(text_of(), "file")
     assert not spec_reader._KNOWN
+
+
+@pytest.mark.parametrize("hidden", ['"digest" :', '"digest": ', r'"\u0064igest":'])
+def test_a_digest_of_the_task_is_not_taken_for_one_that_is_written_otherwise(hidden: str):
+    """The spec's own digest is there as JSON allows, and the one inside the task is equal, at first."""
+    text = text_of(task={"task": "causal-lm", "digest": ONE}).replace(f',"digest":"{ONE}"', f',{hidden}"{ONE}"', 1)
+    assert text.count(f'{hidden}"{ONE}"') == text.count(f'"digest":"{ONE}"') == 1
+    first, digests = parse_spec(text, "file")
+    other, others = parse_spec(text.replace(f'"digest":"{ONE}"', f'"digest":"{TWO}"'), "file")
+    assert (digests.coefficients, others.coefficients) == (ONE, ONE)
+    assert (first.task["digest"], other.task["digest"]) == (ONE, TWO)

@@ -8,7 +8,10 @@ from malformed_files import FILES, FOLDER, GOOD, join, split
 from packed_cases import CASES
 
 from randbasis import errors
-from randbasis.adapter_file import PackedAdapter, read, verify
+from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, read, verify
+from randbasis.adapter_file.container import Container, RawTensor, to_bytes
+from randbasis.adapter_file.spec import MatrixGroup, canonical, sha256
+from randbasis.methods import Pranc
 
 
 def test_the_folder_is_what_its_source_writes():
@@ -77,6 +80,29 @@ def test_a_claim_of_many_matrices_takes_no_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
+
+
+@pytest.mark.parametrize("named", ["streams", "scales"])
+def test_a_claim_that_one_tensor_backs_and_another_does_not_is_counted_too(named: str):
+    """Two bits a matrix back a list of a quarter of a million; it is not made where the streams are not as many."""
+    one = Pranc(num_basis=1, share_basis=named == "scales")
+    layers = SpecMatrix("layers.*.up", "", 0, 3, 3, 4, one)
+    spec = Spec(one, Base(), (MatrixGroup(layers, ((range(1 << 18),),)),), 2)
+    spec.__dict__["fingerprint"] = "0" * 64  # not worked out
+    text = canonical(spec.document("0" * 64, "0" * 64)).decode()
+    tensors = {
+        "coefficients": RawTensor("U8", (1 << 16,), bytes(1 << 16)),
+        "scales": RawTensor("F32", (0,), b""),
+        **({"streams": RawTensor("U32", (0,), b"")} if named == "streams" else {}),
+    }
+    metadata = {"format": "randbasis", "version": "1", "spec": text, "sha256": sha256(text.encode())}
+    data = to_bytes(Container(metadata, tensors))
+    tracemalloc.start()
+    with pytest.raises(errors.CoefficientTensorError, match=rf"{named} must be .* of shape \[262144"):
+        PackedAdapter.from_bytes(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000
 
 
 def test_a_header_that_the_file_does_not_back_is_not_read(tmp_path: Path):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -20,6 +21,7 @@ from randbasis.errors import (
     PrecisionError,
     SaveError,
     SpecValueError,
+    StreamValueError,
 )
 from randbasis.files import whole_file
 from randbasis.methods import Method, Nola, Pranc, RandLora, Site, Vera
@@ -254,3 +256,28 @@ def test_bytes_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(whole_file, "flush_directory", lambda path: (calls.append("directory"), flush(path))[1])
     whole_file.write(tmp_path / "a", b"x")
     assert calls == ["fsync", "rename", "directory", "fsync"]
+
+
+@pytest.mark.parametrize("change", [lambda s: s - 1 - s, lambda s: s + 2**32, lambda s: s.float(), lambda s: s.int()])
+def test_streams_that_are_none_are_not_wrapped_into_others(change):
+    adapter = adapter_of(METHODS["nola-own-basis"])
+    with pytest.raises(StreamValueError, match="the adapter to write: streams must be int64 with values of 32 bits"):
+        replace(adapter, streams=change(adapter.streams)).to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("bits", "group"), [(0, 0), (5, 0), (True, 0), (4.0, 0), (None, 0), (4, -1), (4, 2.5), (4, "3")]
+)
+def test_a_precision_that_there_is_not_is_refused_by_its_own_class(bits, group):
+    adapter = adapter_of(METHODS["vera"], 4)
+    with pytest.raises(PrecisionError, match="must be"):
+        adapter.at(bits, group)
+    with pytest.raises(PrecisionError, match=r"the adapter to write: .* must be"):
+        replace(adapter, spec=replace(adapter.spec, bits=bits, group=group)).to_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_what_is_no_real_number_is_not_cut_to_one(dtype):
+    spec = adapter_of(METHODS["vera"]).spec
+    with pytest.raises(PrecisionError, match=f"must be floating, got {dtype}"):
+        PackedAdapter.of(spec, numbers(spec.count).to(dtype))

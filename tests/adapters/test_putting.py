@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ import randbasis
 from randbasis.adapter_file import PackedAdapter, read
 from randbasis.adapters.packed import pack_adapter, write_adapter_dir
 from randbasis.adapters.putting import put
-from randbasis.errors import AdapterFilesError, BaseMismatchError, MeaningError, RandbasisError
+from randbasis.errors import AdapterFilesError, BaseMismatchError, MeaningError, MergeError, RandbasisError
 
 PACKAGE = str(Path(randbasis.__file__).parent)
 #: Of `load_packed` through a folder, with one layer, before `put` was there.
@@ -221,6 +222,17 @@ def test_fewer_than_a_third_of_the_calls(method: str, tmp_path: Path):
     assert calls(lambda: put(base, adapter)) < CALLS_BEFORE / 3
 
 
+def test_over_an_adapter_that_is_there_to_be_trained_further(tmp_path: Path):
+    case = Case("linear", "vera")
+    adapter = packed(case, tmp_path)
+    model = put(case.base(), adapter)
+    put(model, adapter, is_trainable=True)
+    fresh = put(case.base(), adapter, is_trainable=True)
+    assert options_of(model) == options_of(fresh)
+    for (key, mine), (_, theirs) in zip(model.named_parameters(), fresh.named_parameters(), strict=True):
+        assert mine.requires_grad == theirs.requires_grad, key
+
+
 # --- refusals ---
 
 
@@ -261,3 +273,56 @@ def test_a_head_of_another_size_is_refused(tmp_path: Path):
     with pytest.raises(BaseMismatchError, match=r"'classifier.bias' of shape \[3\].*got shape \[5\]"):
         put(base, adapter)
     assert snapshot(base) == before
+
+
+HEAD = "base_model.model.lm_head.weight"
+BY_HAND: dict[str, Callable[[PackedAdapter], dict[str, Any]]] = {
+    "fewer": lambda one: {"coefficients": torch.ones_like(one.coefficients[1:])},
+    "more": lambda one: {"coefficients": torch.ones(len(one.coefficients) + 1)},
+    "integers": lambda one: {"coefficients": torch.ones_like(one.coefficients).long()},
+    "a matrix": lambda one: {"coefficients": torch.ones_like(one.coefficients)[None]},
+    "not finite": lambda one: {"coefficients": one.coefficients * torch.nan},
+    "scales": lambda one: {"scales": torch.ones(3)},
+    "streams": lambda one: {"streams": torch.zeros(6, 2, dtype=torch.int64)},
+    "a head": lambda one: {"extra": {HEAD: torch.full((64, 32), torch.inf)}},
+}
+
+
+@pytest.mark.parametrize("way", BY_HAND)
+@pytest.mark.parametrize("there", [True, False], ids=["over one that is there", "new"])
+def test_one_made_by_hand_is_compared_before_anything_is_written(way: str, there: bool, tmp_path: Path):
+    case = Case("linear", "vera")
+    adapter = packed(case, tmp_path)
+    model = put(case.base(), adapter) if there else case.base()
+    before = snapshot(model)
+    with pytest.raises(RandbasisError):
+        put(model, replace(adapter, **BY_HAND[way](adapter)))
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("change", [lambda s: s[1:], lambda s: s.T, lambda s: s - 2**33, lambda s: s.double()])
+def test_streams_made_by_hand_are_compared_before_anything_is_written(change: Any, tmp_path: Path):
+    case = Case("linear", "nola-own-basis")
+    adapter = packed(case, tmp_path)
+    model = put(case.base(), adapter)
+    before = snapshot(model)
+    with pytest.raises(RandbasisError, match="streams"):
+        put(model, replace(adapter, streams=change(adapter.streams)))
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("road", ["put", "folder"])
+def test_a_merged_one_is_not_replaced_behind_the_weights(road: str, tmp_path: Path):
+    case = Case("linear", "vera")
+    adapter = packed(case, tmp_path)
+    model = put(case.base(), adapter)
+    expected, other = outputs(model, case.batch()), replace(adapter, coefficients=adapter.coefficients + 1)
+    write_adapter_dir(other, tmp_path / "other", where="test")
+    load = put if road == "put" else lambda model, _: model.load_adapter(str(tmp_path / "other"), "default")
+    model.merge_adapter()
+    with pytest.raises(MergeError, match=r"'default' is, into '.*layers\.0.*unmerge_adapter first"):
+        load(model, other)
+    model.unmerge_adapter()
+    assert torch.equal(outputs(model, case.batch()), expected)
+    load(model, other)
+    assert not torch.equal(outputs(model, case.batch()), expected)

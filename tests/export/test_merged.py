@@ -12,7 +12,7 @@ from small_bases import adapted, bert, gpt2, llama, saved
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from randbasis import NolaConfig, RandLoraConfig, VeraConfig
+from randbasis import LoraXsConfig, NolaConfig, RandLoraConfig, VeraConfig
 from randbasis.adapters.packed import pack_adapter
 from randbasis.adapters.putting import load_packed
 from randbasis.errors import AdapterMissingError, ExportBaseError, MergeError, OutputExistsError
@@ -146,3 +146,24 @@ def test_no_base_no_adapter_and_an_output_that_exists_are_refused(tmp_path: Path
     with pytest.raises(OutputExistsError, match="for both"):
         export_merged(tmp_path / "adapter", tmp_path / "adapter", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize("trained", ["float32", "bfloat16"])
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_one_that_is_made_of_the_weights_is_merged_before_they_are_rounded(trained: str, given: str, tmp_path: Path):
+    """Or after, where it was trained on rounded ones, which have another digest."""
+    base = saved(llama(), tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=trained)
+    config = LoraXsConfig(r=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    merged = adapted(model, config, tmp_path / "folder").merge_and_unload().to(torch.bfloat16).state_dict()
+    pack_adapter(tmp_path / "folder", tmp_path / "file", bits=32, base_name="tiny")
+    done = export_merged(tmp_path / given, tmp_path / "merged", base=base, dtype="bfloat16")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert done.dtype == "bfloat16"
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert all(torch.equal(found[name], merged[name]) for name in found)
+    assert not torch.equal(found["model.layers.0.self_attn.q_proj.weight"], rounded(base))
+
+
+def rounded(base: str) -> Tensor:
+    return load_file(Path(base, "model.safetensors"))["model.layers.0.self_attn.q_proj.weight"].bfloat16()

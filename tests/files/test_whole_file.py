@@ -3,6 +3,7 @@
 import os
 import pickle
 import sqlite3
+import stat
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,27 @@ def test_what_exists_is_refused_before_anything_is_written(tmp_path: Path):
         with pytest.raises(OutputExistsError, match=EXISTS):
             attempt(tmp_path / "a", "new")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a", "old")]
+
+
+@pytest.mark.parametrize("by_link", [False, True])
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(by_link: bool, tmp_path: Path):
+    """Whoever may write into /dev would have a file for /dev/null, and all that is written there from then on."""
+    output = pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if by_link:
+        output = tmp_path / "link"
+        output.symlink_to(pipe)
+    with pytest.raises(OutputExistsError, match="a device or a pipe"):
+        write(output, b"new", overwrite=True)
+    assert stat.S_ISFIFO(output.stat().st_mode)
+
+
+def test_a_link_to_nothing_is_something_that_is_there(tmp_path: Path):
+    link = tmp_path / "link"
+    link.symlink_to("absent")
+    with pytest.raises(OutputExistsError, match="give overwrite"):
+        write(link, b"new")
+    assert link.is_symlink()
 
 
 def test_a_url_takes_a_file_whole_or_not_at_all(remote_folder: str):

@@ -40,6 +40,14 @@ def test_a_bad_name_is_refused_as_name_and_as_tag(store: AdapterStore, name: str
     assert [one.name for one in store.list().records] == ["one"]
 
 
+@pytest.mark.parametrize("name", ["one@2", "one@007", "team/one@1@2"])
+def test_a_name_that_is_read_as_another_ones_version_is_refused(store: AdapterStore, name: str):
+    """`store:one@2` is version 2 of `one`; an adapter of that name could not be told from it."""
+    with pytest.raises(errors.StoreNameError, match=r"which store:NAME@VERSION takes for a version"):
+        store.add(name, packed(2))
+    store.add("mail@example", packed(2), ["one@2"])  # a tag is nothing's version
+
+
 def test_tags_are_few_words(store: AdapterStore):
     with pytest.raises(errors.StoreNameError, match="at most 64, got 65"):
         store.add("two", packed(2), [str(number) for number in range(65)])

@@ -11,6 +11,7 @@ from randbasis.adapter_file import container
 from randbasis.adapter_file.container import RawTensor
 from randbasis.adapter_file.contents import (
     COEFFICIENTS,
+    DIVERGED,
     EXTRA,
     SCALES,
     STREAMS,
@@ -19,8 +20,9 @@ from randbasis.adapter_file.contents import (
     not_finite,
 )
 from randbasis.adapter_file.spec import Spec, SpecMatrix
+from randbasis.basis import check_streams
 from randbasis.codes import dequantize, narrowed, quantize
-from randbasis.errors import PrecisionError
+from randbasis.errors import CoefficientTensorError, CoefficientValueError, PrecisionError
 from randbasis.files.locations import Location
 from randbasis.files.whole_file import write
 from randbasis.methods import Delta
@@ -40,6 +42,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 """Name in the header of a file → dtype: what an adapter may hold."""
+_KINDS = {32: (torch.float32,), 16: (torch.float16, torch.bfloat16)}
+"""Bits → dtypes of coefficients; codes are int8."""
 _LABELS = {dtype: label for label, dtype in DTYPES.items()}
 
 
@@ -80,6 +84,8 @@ class PackedAdapter:
             CoefficientValueError: a value is not finite.
         """
         check_precision(spec.bits, spec.group)
+        if not values.is_floating_point():
+            raise PrecisionError(f"coefficients must be floating, got {values.dtype}; convert them to torch.float32")
         check_count(spec, values.numel(), "coefficients to pack")
         _check_finite(values, "coefficients to pack")
         extra = dict(sorted((extra or {}).items()))
@@ -90,6 +96,45 @@ class PackedAdapter:
             values = narrowed(values, torch.float32 if spec.bits == 32 else torch.float16)
         bits = spec.bits if scales is not None else 8 * values.element_size()
         return cls(replace(spec, bits=bits, extra=tuple(extra)), values, scales, streams, extra)
+
+    def check(self, where: str) -> None:
+        """Raise unless the numbers are those of the spec: what was read always is, what was made by hand may not be.
+
+        Args:
+            where: what it was read from, for messages.
+
+        Raises:
+            CoefficientCountError: there are more or fewer coefficients than the spec implies.
+            CoefficientTensorError: coefficients, scales or streams have another shape, or are there or not against it.
+            CoefficientValueError: a value is not finite.
+            StreamValueError: streams are none.
+        """
+        spec, values = self.spec, self.coefficients
+        if values.dtype not in (kinds := _KINDS.get(spec.bits, (torch.int8,))):
+            raise CoefficientTensorError(
+                f"{where}: {COEFFICIENTS} must be {' or '.join(map(str, kinds))} with {spec.bits} bits, got "
+                f"{values.dtype}; make the adapter with PackedAdapter.of"
+            )
+        for name, tensor, shape in (
+            (COEFFICIENTS, values, (spec.count,)),
+            (SCALES, self.scales, (spec.run_count,) if spec.bits in CODED else None),
+            (STREAMS, self.streams, spec.streams_shape),
+        ):
+            found = None if tensor is None else tuple(tensor.shape)
+            if found != shape:
+                check_count(spec, values.numel(), where)
+                raise CoefficientTensorError(
+                    f"{where}: {name} must be {_of_shape(shape)} by the spec, got {_of_shape(found)}; make the adapter "
+                    "with PackedAdapter.of"
+                )
+        if self.streams is not None:
+            check_streams(f"{where}: {STREAMS}", self.streams)
+        values = values if self.scales is None else self.values()
+        if not bool(torch.isfinite(values).all()):
+            _check_finite(values, where)
+        for name, tensor in self.extra.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise CoefficientValueError(f"{where}: {name!r} must be finite; {DIVERGED}")
 
     def values(self) -> Tensor:
         """The coefficients ``[n]`` as numbers: as stored, or float32 where they are codes."""
@@ -124,12 +169,14 @@ class PackedAdapter:
 
         Raises:
             PackedFileError: the adapter is one that no reader would take.
+            StreamValueError: its streams are none.
         """
         where = "the adapter to write"
         tensors = {COEFFICIENTS: self.coefficients, **{EXTRA + name: tensor for name, tensor in self.extra.items()}}
         if self.scales is not None:
             tensors[SCALES] = self.scales
         if self.streams is not None:
+            check_streams(f"{where}: {STREAMS}", self.streams)
             tensors[STREAMS] = self.streams.to(torch.uint32)
         contents = Contents.of(self.spec, {name: _raw(tensor, name) for name, tensor in tensors.items()}, where)
         return contents.to_bytes()
@@ -189,8 +236,12 @@ def read(path: Location) -> PackedAdapter:
 def _check_finite(values: Tensor, where: str) -> None:
     finite = torch.isfinite(values)
     if not bool(finite.all()):
-        index = int((~finite).nonzero()[0])
-        raise not_finite(float(values[index]), index, where)
+        index = int((~finite.reshape(-1)).nonzero()[0])
+        raise not_finite(float(values.reshape(-1)[index]), index, where)
+
+
+def _of_shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"a tensor of shape {list(shape)}"
 
 
 def _raw(tensor: Tensor, name: str) -> RawTensor:

@@ -18,7 +18,7 @@ from randbasis.adapter_file.codec import check_codes, pack_codes, unpack_codes
 from randbasis.adapter_file.container import Container, RawTensor, data_order
 from randbasis.adapter_file.paths import check_name
 from randbasis.adapter_file.spec import Spec, canonical, sha256
-from randbasis.adapter_file.spec_reader import Digests, check_layers, parse_spec
+from randbasis.adapter_file.spec_reader import Digests, check_layers, naming, parse_spec
 from randbasis.errors import (
     CoefficientCountError,
     CoefficientTensorError,
@@ -30,7 +30,7 @@ from randbasis.errors import (
     SpecKeyError,
 )
 from randbasis.files.locations import Location, local_path
-from randbasis.precision import CODED, run_lengths
+from randbasis.precision import CODED, check_precision, run_lengths
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,6 +41,9 @@ VERSION = "1"
 """``__metadata__["version"]``: the version of the format that is written, and the only one that is read."""
 COEFFICIENTS, SCALES, STREAMS, EXTRA = "coefficients", "scales", "streams", "extra."
 """Names of the tensors; :data:`EXTRA` is how the name of what was saved beside the adapter begins."""
+
+DIVERGED = "the training diverged or the file is damaged: use an earlier checkpoint"
+"""Why a number may not be finite, and the way out."""
 
 _BIT_PACKED = (4, 3, 2)
 """Bits of codes that share bytes."""
@@ -74,6 +77,8 @@ class Contents:
         Raises:
             PackedFileError: the adapter is one that no reader would take.
         """
+        with naming(where):
+            check_precision(spec.bits, spec.group)
         _check_names(spec, tensors, where)
         stored, coefficients = dict(tensors), tensors[COEFFICIENTS]
         if spec.bits in _BIT_PACKED:
@@ -129,13 +134,17 @@ class Contents:
     # --- the rules ---
 
     def _check_length(self) -> None:
-        """Dtype and length of the coefficients, before any memory is taken for what the spec says."""
+        """Dtypes and lengths, before any memory is taken for what the spec says."""
         spec, stored = self.spec, self.tensors[COEFFICIENTS]
         _check_tensor(COEFFICIENTS, stored, _STORED[spec.bits], (stored.size,), self.where)
         if spec.bits not in _BIT_PACKED:
             check_count(spec, stored.size, self.where)
         elif stored.size != (wanted := -(-spec.count * spec.bits // 8)):
             raise _wrong_count(spec, f"a tensor of {wanted}", stored.size, self.where)
+        if spec.streams_shape is not None:
+            _check_tensor(STREAMS, self.tensors[STREAMS], ("U32",), spec.streams_shape, self.where)
+        if spec.bits in CODED:
+            _check_tensor(SCALES, self.tensors[SCALES], ("F32",), (spec.run_count,), self.where)
 
     def _check_digests(self, said: Digests) -> None:
         coefficients, rest = _digests(self.tensors)
@@ -149,14 +158,10 @@ class Contents:
 
     def _check_numbers(self) -> None:
         """Everything of which a wrong value would be an adapter that no writer meant."""
-        spec = self.spec
-        if STREAMS in self.tensors:
-            _check_tensor(STREAMS, self.tensors[STREAMS], ("U32",), (spec.size, len(spec.method.roles)), self.where)
-        values = self.coefficients
+        spec, values = self.spec, self.coefficients
         if spec.bits not in CODED:
             _check_finite(_as_floats(values), self.where)
             return
-        _check_tensor(SCALES, self.tensors[SCALES], ("F32",), (spec.run_count,), self.where)
         codes, scales = values.array(), self.tensors[SCALES].array()
         check_codes(codes, spec.bits, self.where)
         if bool((scales < 0).any()):
@@ -231,10 +236,7 @@ def check_count(spec: Spec, found: int, where: str) -> None:
 
 def not_finite(value: float, index: int, where: str) -> CoefficientValueError:
     """What is said of a coefficient that is NaN or infinite."""
-    return CoefficientValueError(
-        f"{where}: coefficients must be finite, got {value} at index {index}; "
-        "the training diverged or the file is damaged: use an earlier checkpoint"
-    )
+    return CoefficientValueError(f"{where}: coefficients must be finite, got {value} at index {index}; {DIVERGED}")
 
 
 def _spec_text(metadata: Mapping[str, str], where: str) -> str:
@@ -261,7 +263,7 @@ def _spec_text(metadata: Mapping[str, str], where: str) -> str:
 def _check_names(spec: Spec, tensors: Mapping[str, RawTensor], where: str) -> None:
     named = {COEFFICIENTS, *(EXTRA + name for name in spec.extra)}
     named |= {SCALES} if spec.bits in CODED else set()
-    named |= set() if spec.method.shares_basis else {STREAMS}
+    named |= set() if spec.streams_shape is None else {STREAMS}
     for name in tensors.keys() - named:
         check_name(name, "the name of a tensor", where)
     unknown, missing = sorted(tensors.keys() - named), sorted(named - tensors.keys())

@@ -209,6 +209,11 @@ class Spec:
         )
 
     @cached_property
+    def streams_shape(self) -> tuple[int, int] | None:
+        """Matrices and roles, of the stored streams; None where all layers share a basis."""
+        return None if self.method.shares_basis else (self.size, len(self.method.roles))
+
+    @cached_property
     def vector_lengths(self) -> list[int]:
         """Entries of each coefficient tensor of each matrix, in the order of the file."""
         return [

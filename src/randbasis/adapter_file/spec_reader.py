@@ -76,13 +76,20 @@ def parse_spec(text: str, where: str) -> tuple[Spec, Digests]:
     if known is not None:
         return known[0], Digests(found["digest"], found.get("digest_rest"), known[1])
     spec, digests = _parse_spec(text, where)
-    said = {"digest": digests.coefficients, "digest_rest": digests.rest}
-    if len(pairs) == len(found) and {"digest_rest": None, **found} == said and spec.size <= KNOWN_MATRICES:
+    if spec.size <= KNOWN_MATRICES and _own_digests(text, len(pairs), found):
         with _KNOWN_LOCK:
             if len(_KNOWN) >= KNOWN_LIMIT:
                 del _KNOWN[next(iter(_KNOWN))]
             _KNOWN[kind] = spec, digests.fingerprint
     return spec, digests
+
+
+def _own_digests(text: str, pairs: int, found: Mapping[str, str]) -> bool:
+    """Whether the pairs that look like digests in a text are those of the spec itself, however it writes them."""
+    if pairs != len(found):
+        return False
+    marked = parse_object(_DIGEST_VALUE.sub('"\\1":"?"', text))
+    return all(marked.get(name) == ("?" if name in found else None) for name in ("digest", "digest_rest"))
 
 
 def _parse_spec(text: str, where: str) -> tuple[Spec, Digests]:

@@ -24,6 +24,7 @@ from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter
 from randbasis.adapters.whole_model import load_whole
 from randbasis.defaults import MERGED_DTYPE
 from randbasis.errors import (
+    BaseMismatchError,
     HyperparameterError,
     MergeError,
     MissingPackageError,
@@ -118,12 +119,13 @@ def merge_adapter(
             f"{model}, which differ by the rounding; evaluate what is written",
             stacklevel=2,
         )
+    needs_base = found.config.method_cls.needs_base
     with found.on(model):
         fit = find_fit(found, read_config(model))
-        base = load_base(model, fit, dtype, head_paths(fit, found.head))
+        base = load_base(model, fit, "auto" if needs_base else dtype, head_paths(fit, found.head))
     if fit.head:
         base.config = with_answers(base.config, found.task, labels)
-    matrices = _merge(base, found, fit)
+    matrices = _merge_and_round(base, found, fit, dtype) if needs_base else _merge(base, found, fit)
     apart = _head_of(found) if found.head and not fit.head else {}
     files, size = write_model(base, output, model, apart, tokenizer=found.folder)
     head = "merged" if fit.head else "apart" if apart else "none"
@@ -239,6 +241,19 @@ def _dequantized(base: PreTrainedModel) -> PreTrainedModel:
         ) from error
     vars(plain).pop("_weight_conversions", None)  # how its file is read: it would be written as quantized weights are
     return cast("Any", plain).to(plain.config.dtype)  # what was not quantized has the dtype of its file
+
+
+def _merge_and_round(base: PreTrainedModel, found: SavedAdapter, fit: BaseFit, dtype: str) -> int:
+    """As :func:`_merge`, of an adapter that is made of weights as they are stored, or else of rounded ones."""
+    rounded = DTYPES[dtype]
+    if not isinstance(rounded, torch.dtype) or rounded == base.dtype:
+        return _merge(base, found, fit)
+    try:
+        count = _merge(base, found, fit)
+    except BaseMismatchError:  # it may have been trained in that dtype
+        return _merge(cast("Any", base).to(rounded), found, fit)
+    cast("Any", base).to(rounded)
+    return count
 
 
 def _merge(base: PreTrainedModel, found: SavedAdapter, fit: BaseFit) -> int:

@@ -17,7 +17,7 @@ from randbasis.adapters.base_model import linear_shapes
 from randbasis.adapters.saved import AdapterLocation, open_packed
 from randbasis.adapters.spec_options import config_of
 from randbasis.tuner.base_weight import layer_shape
-from randbasis.tuner.checked_loading import adapted_layers, held_meaning
+from randbasis.tuner.checked_loading import adapted_layers, check_unmerged, held_meaning
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.filling import fill
 from randbasis.tuner.meaning import meaning_of
@@ -50,6 +50,7 @@ def put(
     Raises:
         BaseMismatchError: the model is not the one that the adapter was made for.
         MeaningError: the adapter of this name has coefficients of another meaning.
+        MergeError: the adapter of this name is merged into the weights.
         AdapterNameError: an adapter cannot have this name.
         RandbasisError: the spec cannot be met on this model; each rule has its class. The model is as it was.
     """
@@ -63,6 +64,9 @@ def put(
         _check_same(model, name, adapter, stored)
         fill(model, name, adapter, where)
         cast("Any", model.base_model)._cast_adapter_dtype(name, autocast_adapter_dtype)
+        if is_trainable:
+            model.peft_config[name].inference_mode = False
+            model.set_requires_grad(name)
         adapted = model
     else:
         adapted = _added(model, config, name, autocast_adapter_dtype)
@@ -96,6 +100,7 @@ def load_packed(model: nn.Module, file: AdapterLocation, adapter_name: str = "de
 
 def _check_model(model: nn.Module, adapter: PackedAdapter, where: str) -> None:
     """Everything that could be refused later is refused before the first layer is touched."""
+    adapter.check(where)
     architecture = cast("Any", BaseTuner).get_model_config(model).get("model_type")
     modules = dict(cast("Iterator[tuple[str, nn.Module]]", model.named_modules()))
     wanted = adapter.spec.shapes
@@ -122,6 +127,7 @@ def _added(model: nn.Module, config: RandbasisConfig, name: str, autocast: bool)
 
 def _check_same(model: PeftModel, name: str, adapter: PackedAdapter, stored: StoredLayers) -> None:
     """As every loader of coefficients for an adapter that is there."""
+    check_unmerged(model, name)
     spec = adapter.spec
     held_meaning(model, name).check(meaning_of(spec.method, None, spec.matrices, spec.base.weights).tensor())
     layers = adapted_layers(model.get_base_model())

@@ -12,7 +12,7 @@ STORE_VARIABLE = "RANDBASIS_STORE"
 """Environment variable that names the file of the store behind ``store:NAME``."""
 STORE_FILE = "adapters.db"
 """The store in the working directory, where the variable is not set."""
-_ENTRY = re.compile(r"store:(?P<name>.*?)(@(?P<version>\d+))?", re.DOTALL)
+_ENTRY = re.compile(r"store:(?P<name>.*?)(@(?P<version>\d{1,19}))?", re.DOTALL)
 _BESIDE = ("", "-wal", "-shm")
 """What SQLite puts behind the name of a store for the files that it keeps beside it."""
 

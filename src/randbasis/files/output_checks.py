@@ -29,7 +29,8 @@ def check_output_file(output: Location, sources: Sources = (), *, overwrite: boo
         Its path on this machine, or None where it is behind a URL.
 
     Raises:
-        OutputExistsError: it exists and may not be replaced, is a folder, or is a source or a part of one.
+        OutputExistsError: it exists and may not be replaced, is a folder, a device or a pipe, or is a source or a part
+            of one.
         SaveError: there is no folder that it could lie in, or none that may be written to.
         LocationError: it is a ``Path`` made of a URL, which has lost a slash.
         RemoteError: it is behind a URL that could not be reached.
@@ -38,7 +39,12 @@ def check_output_file(output: Location, sources: Sources = (), *, overwrite: boo
     if path is None:
         kind = Remote(str(output)).kind()
     else:
-        kind = "directory" if path.is_dir() else "file" if path.exists() else None
+        kind = "directory" if path.is_dir() else "file" if os.path.lexists(path) else None
+        if path.exists() and kind == "file" and not path.is_file():
+            raise OutputExistsError(
+                f"output {str(output)!r} must be a file or a new name, it is a device or a pipe, whose place a "
+                "file would take; name a file"
+            )
         _check_above(path, path.parent)
     if kind == "directory":
         raise OutputExistsError(f"output {str(output)!r} exists and is a folder, not a file; give another name")

@@ -14,6 +14,7 @@ TAG_BYTES = 64
 TAG_LIMIT = 64
 """Most tags of one version."""
 
+_VERSION = re.compile(r"@\d+$")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -22,9 +23,12 @@ def check_adapter_name(name: str) -> str:
 
     Raises:
         StoreNameError: it is empty, too long, an absolute path, climbs with ``..``, or has control characters, blanks
-            around it, empty components, or characters that are not composed (NFC).
+            around it, empty components, characters that are not composed (NFC), or ends as ``NAME@VERSION`` does.
     """
-    return _checked(name, "name", NAME_BYTES)
+    checked = _checked(name, "name", NAME_BYTES)
+    if _VERSION.search(checked):
+        raise _refused("name", "without @ and a number at its end, which store:NAME@VERSION takes for a version", name)
+    return checked
 
 
 def check_tags(tags: Iterable[str]) -> tuple[str, ...]:

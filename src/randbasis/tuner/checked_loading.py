@@ -15,9 +15,15 @@ from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from randbasis.adapter_file import SpecMatrix
-from randbasis.errors import AdapterFilesError, BaseMismatchError, CoefficientCountError, CoefficientValueError
+from randbasis.basis import check_streams
+from randbasis.errors import (
+    AdapterFilesError,
+    BaseMismatchError,
+    CoefficientCountError,
+    CoefficientValueError,
+    MergeError,
+)
 from randbasis.tuner.adapter_names import adapter_of, belongs_to
-from randbasis.tuner.coefficients import check_streams
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.meaning import MEANING, HeldMeaning, holder_of, meaning_of, warn_of_no_meaning
@@ -106,6 +112,7 @@ def check_loaded(model: nn.Module, adapter: str, state_dict: dict[str, Tensor]) 
         adapter: name of the adapter.
         state_dict: keys as in the model; a meaning that it lacks is added, after a warning.
     """
+    check_unmerged(model, adapter)
     with seeing_only(adapter):
         own = {key: tensor for key, tensor in model.state_dict().items() if belongs_to(key, adapter)}
     wanted = {key: tensor for key, tensor in own.items() if f".{MEANING}." not in key}
@@ -158,6 +165,20 @@ def held_meaning(model: nn.Module, adapter: str) -> HeldMeaning:
     """What the coefficients of an adapter of a model mean."""
     found = (layer.randbasis_meaning for _, layer in adapted_layers(model))
     return cast("HeldMeaning", next(one[adapter] for one in found if adapter in one))
+
+
+def check_unmerged(model: nn.Module, adapter: str) -> None:
+    """Raise where other coefficients of an adapter would change nothing, since ΔW of those it has is in the weights.
+
+    Raises:
+        MergeError: it is merged.
+    """
+    for key, layer in adapted_layers(model):
+        if adapter in layer.merged_adapters:
+            raise MergeError(
+                f"an adapter must not be merged when its coefficients are replaced, {adapter!r} is, into {key!r}: the "
+                "model would go on with the old ones; call unmerge_adapter first, or load under another name"
+            )
 
 
 # --- transformers' own loader ---

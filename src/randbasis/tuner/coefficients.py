@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from randbasis.basis import check_streams, not_streams
 from randbasis.codes import nearest_codes, scale_of
-from randbasis.errors import StreamValueError
 from randbasis.tuner.snapshot import Snapshot
 
 
@@ -93,36 +93,10 @@ class Streams(nn.Module):
         return Streams(self.values)
 
 
-def check_streams(name: str, found: Tensor) -> None:
-    """Raise unless a tensor can be stored streams: one rounded bit names another random matrix.
-
-    Args:
-        name: of the tensor, for the message.
-        found: the tensor.
-
-    Raises:
-        StreamValueError: it is of another dtype than int64, or holds what is no unsigned integer of 32 bits.
-    """
-    if found.is_meta:
-        return
-    if found.dtype != torch.int64:
-        raise _other_streams(name, f"a tensor of {found.dtype}")
-    if bool(((found < 0) | (found >= 1 << 32)).any()):
-        raise _other_streams(name, f"{found.tolist()}")
-
-
 def _check_not_rounded(before: list[tuple[int, ...]], found: list[list[int]]) -> None:
     """What averages all tensors of a model writes streams back by way of floating point."""
     for dtype in (torch.float32, torch.bfloat16):
         exact = torch.tensor(before, dtype=torch.float64, device="cpu")
         rounded = cast("list[list[int]]", exact.to(dtype).to(torch.int64).tolist())
         if found == rounded != [list(row) for row in before]:
-            raise _other_streams("the streams of a layer", f"{found}, which are {before} rounded to {dtype}")
-
-
-def _other_streams(name: str, got: str) -> StreamValueError:
-    return StreamValueError(
-        f"{name} must be int64 with values of 32 bits, as saved: streams name the random matrices of a basis that is "
-        f"not shared, and are no numbers to be cast or averaged, got {got}; leave integers alone where coefficients "
-        "are cast or averaged (AveragedModel without use_buffers), and load the saved adapter again"
-    )
+            raise not_streams("the streams of a layer", f"{found}, which are {before} rounded to {dtype}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from randbasis.adapter_file import PackedAdapter
 from randbasis.errors import AdapterFilesError
 from randbasis.tuner.checked_loading import adapted_layers
-from randbasis.tuner.coefficients import Streams, check_streams
+from randbasis.tuner.coefficients import Streams
 from randbasis.tuner.saved_files import SAVED_PREFIX
 
 
@@ -23,20 +23,17 @@ def fill(model: nn.Module, adapter: str, packed: PackedAdapter, where: str) -> N
     Args:
         model: as PEFT wraps it.
         adapter: its name in the model; it has the matrices of the packed one, with the same meaning.
-        packed: what to set.
+        packed: what to set; its numbers are those of its spec (:meth:`PackedAdapter.check`).
         where: what it was read from, for messages.
 
     Raises:
         AdapterFilesError: the adapter in the model has a head that the packed one has not.
-        StreamValueError: stored streams are none.
     """
     places = {
         (key.removeprefix(SAVED_PREFIX), one.part.name): (layer, index, one)
         for key, layer in adapted_layers(model)
         for index, one in enumerate(layer.adapted.get(adapter, ()))
     }
-    if packed.streams is not None:
-        check_streams(f"{where}: the streams", packed.streams)
     heads = _heads(model, adapter, packed.extra, where) if packed.extra else ()
     with torch.no_grad():
         values, done = packed.values(), 0
