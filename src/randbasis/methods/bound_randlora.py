@@ -40,7 +40,7 @@ class BoundRandLora(Bound[RandLora]):
         lam, gamma = coefficients["randlora_lambda"], coefficients["randlora_gamma"]
         if lam.dim() > 2:
             return super().matrix(coefficients, dtype)
-        delta = sandwich(lam * self._scale, gamma, *self.bases, dtype)
+        delta = sandwich(lam * self._scale, gamma, *self.bases, dtype=dtype)
         return delta.T if self._wide_in else delta
 
     def apply(self, x: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:

@@ -39,7 +39,7 @@ class BoundVera(Bound[Vera]):
         d, b = coefficients["vera_d"], coefficients["vera_b"]
         if d.dim() > 1:
             return super().matrix(coefficients, dtype)
-        inner = sandwich(d.unsqueeze(0), None, *self.bases, dtype)
+        inner = sandwich(d.unsqueeze(0), None, *self.bases, dtype=dtype)
         return (self._scale * b).unsqueeze(-1).to(inner.dtype) * inner
 
     def apply(self, x: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
