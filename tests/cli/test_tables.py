@@ -77,7 +77,7 @@ def test_where_words_do_not_fit_beside_each_other_they_stand_below(width: int):
 
 def test_an_answer_keeps_digests_and_paths_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "60")
     digest, path = "ab" * 32, "/some/folder/with/a/name/that/is/longer/than/a/line/of/sixty/letters/model.safetensors"
     answer({"output": path, "digest": digest, "metrics": {"accuracy": 0.5, "loss": 0.25}}, as_json=False)
@@ -85,6 +85,17 @@ def test_an_answer_keeps_digests_and_paths_whole(monkeypatch: pytest.MonkeyPatch
     assert digest in shown
     assert path in re.sub(r"(?<=[./])\s+", "", shown)
     assert "accuracy 0.5000, loss 0.2500" in shown
+
+
+def test_the_longest_column_gives_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    answer({"head_parameters": 3, "trained_on": "some words " * 9}, as_json=False)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert shown[0].split() == ["head", "parameters", "3"]
+    assert shown[1].startswith(" trained on       some words")
+    assert all(len(line) <= 60 for line in shown)
 
 
 def test_values_are_written_as_people_write_them(capsys: pytest.CaptureFixture[str]):

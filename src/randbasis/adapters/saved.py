@@ -48,7 +48,7 @@ from randbasis.tuner.saved_files import (
 )
 
 _TOLD = 400
-"""Letters of the reason that an adapter does not fit a base: some list every layer."""
+"""Letters of a message on targets where a base has none of them: it lists every layer."""
 
 
 @dataclass(frozen=True)
@@ -158,17 +158,19 @@ class SavedAdapter:
 
         Raises:
             BaseMismatchError: it does not fit.
+            PartialModelError: the base is not whole, by the class that the adapter was trained in.
         """
         try:
             yield
         except (BaseMismatchError, PartialModelError, TargetError) as error:
             if base == self.base_model:
                 raise
-            made_for = repr(self.base_model) if self.base_model else "a base that it does not name"
-            told = str(error) if len(str(error)) <= _TOLD else f"{str(error)[:_TOLD]} …"
-            raise BaseMismatchError(
-                f"{self.where} was made for {made_for}, and does not fit {base!r}: {told}"
-            ) from error
+            own = repr(self.base_model) if self.base_model else "a base that it does not name"
+            told = str(error)
+            if isinstance(error, TargetError) and len(told) > _TOLD:
+                told = f"{told[:_TOLD]} …"
+            kind = PartialModelError if isinstance(error, PartialModelError) else BaseMismatchError
+            raise kind(f"{self.where} was made for {own}, and does not fit {base!r}: {told}") from error
 
     # --- its tensors ---
 

@@ -23,8 +23,8 @@ def unbounded_width(console: Console, table: Table) -> int:
 def fitted(console: Console, table: Table) -> Table | str:
     """A table that fits the console's width.
 
-    Names give way before numbers do. Where not even the longest words fit beside each other, it is a text: each name
-    on a line of its own, and its values below.
+    Headers of numbers give way first, then names, the longest first, then numbers. Where not even the longest words fit
+    beside each other, it is a text: each name on a line of its own, and its values below.
 
     Args:
         console: where it is to be shown.
@@ -41,9 +41,12 @@ def fitted(console: Console, table: Table) -> Table | str:
         for texts, at in zip(columns, breaks, strict=True)
     ]
     room = console.width - (total - sum(widths))
-    for names in (True, False):
-        for i in [i for i, at in enumerate(breaks) if (at is _IN_NAMES) is names]:
-            widths[i] = max(least[i], widths[i] - max(sum(widths) - room, 0))
+    names = sorted((i for i, at in enumerate(breaks) if at is _IN_NAMES), key=lambda i: -widths[i])
+    numbers = [i for i in range(len(columns)) if i not in names]
+    whole = [max(least[i], *map(cell_len, columns[i][1:])) for i in numbers]
+    floors = [*zip(numbers, whole, strict=True), *((i, least[i]) for i in (*names, *numbers))]
+    for i, floor in floors:
+        widths[i] = max(floor, widths[i] - max(sum(widths) - room, 0))
     if sum(widths) > room:
         return _stacked(table, console.width)
     return _with_widths(table, widths, breaks)

@@ -111,6 +111,9 @@ def put_on(model: nn.Module, origin: SavedAdapter, head: Sequence[str]) -> nn.Mo
         AdapterFilesError: it has no head, and the task needs one.
         BaseMismatchError: it was made for a base, or a head, of another shape.
     """
+    base = getattr(model, "name_or_path", None)
+    with origin.on(base or type(model).__name__):
+        adapted = load_adapter(model, origin, trainable=True)
     trained = {*map(plain_path, origin.shapes)}
     for name in head:
         if not any(path.startswith(f"{name}.") for path in trained):
@@ -118,9 +121,6 @@ def put_on(model: nn.Module, origin: SavedAdapter, head: Sequence[str]) -> nn.Mo
                 f"{origin.where} has no head {name!r}, which was not trained with it and would be drawn anew; give an "
                 "adapter that has one, or leave from out"
             )
-    base = getattr(model, "name_or_path", None)
-    with origin.on(base or type(model).__name__):
-        adapted = load_adapter(model, origin, trainable=True)
     if isinstance(adapted, PeftModel) and base:
         config = cast(Any, adapted.peft_config[adapted.active_adapters[0]])
         config.base_model_name_or_path = base  # where it lies now
