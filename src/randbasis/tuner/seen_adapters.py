@@ -8,6 +8,7 @@ others, so they are not shown to it.
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import chain
 from typing import Any, cast
 
 from torch import nn
@@ -35,29 +36,29 @@ class ByAdapter(nn.ModuleDict):
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Generator[tuple[str, nn.Module]]:
+    ) -> Iterator[tuple[str, nn.Module]]:
         """As of every module, of the adapters that are to be seen."""
         seen = _SEEN.get()
         if seen is None:
-            yield from super().named_modules(memo, prefix, remove_duplicate)
-            return
+            return super().named_modules(memo, prefix, remove_duplicate)
         memo = set() if memo is None else memo
         if self in memo:
-            return
+            return iter(())
         if remove_duplicate:
             memo.add(self)
-        yield prefix, self
-        for name, child in self._of(seen):
-            yield from child.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
+        path = f"{prefix}." if prefix else ""
+        shown = [child.named_modules(memo, path + name, remove_duplicate) for name, child in self._shown(seen)]
+        return chain([(prefix, self)], *shown)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of every module, of the adapters that are to be seen."""
         seen = _SEEN.get()
         if seen is None or "destination" not in kwargs:
             return cast("Any", super()).state_dict(*args, **kwargs)
-        for name, child in self._of(seen):
+        for name, child in self._shown(seen):
             cast("Any", child).state_dict(**(kwargs | {"prefix": f"{kwargs['prefix']}{name}."}))
         return kwargs["destination"]
 
-    def _of(self, seen: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-        return ((name, self._modules[name]) for name in seen if name in self._modules)
+    def _shown(self, seen: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
+        modules = cast("dict[str, nn.Module]", self._modules)
+        return [(name, modules[name]) for name in seen if name in modules]
