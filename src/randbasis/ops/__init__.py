@@ -522,15 +522,8 @@ def _rows(diagonal: Tensor, tile: Tile) -> Tensor:
 
 
 @_sandwich.register_fake
-def _(
-    diagonal: Tensor,
-    columns: Tensor | None,
-    a_name: list[int],
-    b_name: list[int],
-    law: str,
-    storage: str,
-    dtype: torch.dtype,
-) -> Tensor:
+def _(diagonal: Tensor, columns: Tensor | None, a_name: list[int], b_name: list[int], *others: Any) -> Tensor:
+    *_, dtype = others
     return diagonal.new_empty(b_name[5], a_name[5], dtype=dtype)
 
 
