@@ -127,7 +127,9 @@ def test_against_one_process_with_all_rows(name: str, runs: dict[str, Any], two_
     assert ours.keys() == theirs.keys()
     assert any(float(ours[key].abs().max()) > 1e-3 for key in ours), "nothing was learned"
     for key, expected in ours.items():
-        torch.testing.assert_close(theirs[key], expected, rtol=0, atol=1e-6, msg=key)
+        # Sums of all layers have another order where the rows are halved, and Adam divides what is nearly 0, as the
+        # gradients of keys are, by itself: 1.6e-6 of .02 there, 5e-7 elsewhere.
+        torch.testing.assert_close(theirs[key], expected, rtol=0, atol=4e-6, msg=key)
     summary = json.loads((two_ranks / name / "summary.json").read_text())
     assert summary["steps"] == one.summary["steps"]
     # A correlation of predictions that hardly differ magnifies what is left between coefficients within 1e-6.

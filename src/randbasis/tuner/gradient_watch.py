@@ -79,7 +79,9 @@ class GradientWatch:
         self.start()
 
     def _note(self, parameter: Tensor) -> None:
-        self._reached.add(id(parameter))
+        # Called too where a Function gave None; where others have hooks, they may have taken the gradient away.
+        if parameter.grad is not None or len(cast("Any", parameter)._post_accumulate_grad_hooks) > 1:
+            self._reached.add(id(parameter))
         if not self._queued:
             self._queued = True
             cast("Any", torch.autograd.Variable)._execution_engine.queue_callback(self._finish)
