@@ -5,10 +5,9 @@ more for each layer: the hundredth would take as long as the first fifty togethe
 others, so they are not shown to it.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import chain
 from typing import Any, cast
 
 from torch import nn
@@ -36,19 +35,20 @@ class ByAdapter(nn.ModuleDict):
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
+    ) -> Generator[tuple[str, nn.Module]]:
         """As of every module, of the adapters that are to be seen."""
         seen = _SEEN.get()
         if seen is None:
-            return super().named_modules(memo, prefix, remove_duplicate)
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+            return
         memo = set() if memo is None else memo
         if self in memo:
-            return iter(())
+            return
         if remove_duplicate:
             memo.add(self)
-        path = f"{prefix}." if prefix else ""
-        shown = [child.named_modules(memo, path + name, remove_duplicate) for name, child in self._shown(seen)]
-        return chain([(prefix, self)], *shown)
+        yield prefix, self
+        for name, child in self._shown(seen):
+            yield from child.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of every module, of the adapters that are to be seen."""
@@ -60,5 +60,4 @@ class ByAdapter(nn.ModuleDict):
         return kwargs["destination"]
 
     def _shown(self, seen: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
-        modules = cast("dict[str, nn.Module]", self._modules)
-        return [(name, modules[name]) for name in seen if name in modules]
+        return [(name, self._modules[name]) for name in seen if name in self._modules]
