@@ -40,7 +40,8 @@ class BoundVera(Bound[Vera]):
         if d.dim() > 1:
             return super().matrix(coefficients, dtype)
         inner = sandwich(d.unsqueeze(0), None, *self.bases, dtype=dtype)
-        return (self._scale * b).unsqueeze(-1).to(inner.dtype) * inner
+        scale = (self._scale * b).unsqueeze(-1)
+        return (scale if dtype is None else scale.to(dtype)) * inner
 
     def apply(self, x: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
         """``b ⊙ (B (d ⊙ (A x)))`` by row, math (21): two shared products, whatever the number of adapters."""

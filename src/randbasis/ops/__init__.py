@@ -283,22 +283,21 @@ def weighted_sum(coefficients: Tensor, stored: Stored, factor: float, offset: Te
     Raises:
         BasisShapeError: the coefficients do not end in ``count``.
     """
-    slab = stored.slab
-    plain = stored.plain(coefficients) if coefficients.dim() <= 2 and coefficients.shape[-1] == slab.count else None
+    slab, dims = stored.slab, coefficients.dim()
+    plain = stored.plain(coefficients) if dims <= 2 and coefficients.shape[-1] == slab.count else None
     if plain is None:
         total = combine(coefficients * factor, stored)
         return total if offset is None else total + offset
     lines = plain.view(slab.count, -1)
     # Without an offset the first argument is not read.
     start, beta = (coefficients.new_empty(()), 0) if offset is None else (offset.view(-1), 1)
-    many = coefficients.dim() == 2
-    add, operands = (torch.addmm, (coefficients, lines)) if many else (torch.addmv, (lines.T, coefficients))
+    add, operands = (torch.addmv, (lines.T, coefficients)) if dims == 1 else (torch.addmm, (coefficients, lines))
     if torch.is_autocast_enabled(coefficients.device.type):
         with _no_autocast(coefficients):
             total = add(start, *operands, beta=beta, alpha=factor)
     else:
         total = add(start, *operands, beta=beta, alpha=factor)
-    return total.view(*coefficients.shape[:-1], slab.rows, slab.cols)
+    return total.view(slab.rows, slab.cols) if dims == 1 else total.view(-1, slab.rows, slab.cols)
 
 
 def project(x: Tensor, stored: Stored, *, transpose: bool = False) -> Tensor:
@@ -620,10 +619,12 @@ def sandwich(
     Returns:
         ``[b.cols, a.cols]`` of entries combined, without the real factors.
     """
+    small = diagonal.numel() * a.slab.cols <= SMALL_SANDWICH
+    plain = small and a.plain(diagonal) is not None and b.plain(diagonal) is not None and not traced()
+    if plain or transformed():
+        out = _plain_sandwich(diagonal, columns, a, b)
+        return out if dtype is None else out.to(dtype)
     dtype = diagonal.dtype if dtype is None else dtype
-    plain = a.plain(diagonal) is not None and b.plain(diagonal) is not None and not traced()
-    if transformed() or (plain and diagonal.numel() * a.slab.cols <= SMALL_SANDWICH):
-        return _plain_sandwich(diagonal, columns, a, b).to(dtype)
     if _direct(diagonal):
         return cast("Tensor", _Sandwich.apply(diagonal, columns, a, b, dtype))  # pyright: ignore[reportUnknownMemberType]
     return _sandwich(diagonal, columns, _name(a.slab), _name(b.slab), a.slab.basis.law.name, b.storage, dtype)
