@@ -17,6 +17,7 @@ every dtype, and of unit variance within a factor of two, so that float16 holds 
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -40,7 +41,7 @@ from randbasis.ops.storage import (
     hold,
     weight_digest,
 )
-from randbasis.ops.transforms import check_differentiated_once, outside, recorded, traced, transformed
+from randbasis.ops.transforms import check_differentiated_once, outside, recorded, traced, transformed, watched
 
 __all__ = [
     "Derived",
@@ -56,17 +57,17 @@ __all__ = [
     "hold",
     "inner",
     "inner_each",
+    "no_autocast",
     "project",
     "recorded",
     "sandwich",
     "scaled_entries",
     "traced",
     "transformed",
+    "watched",
     "weight_digest",
     "weighted_sum",
 ]
-
-_C = cast("Any", torch)._C
 
 
 def _name(slab: Slab) -> list[int]:
@@ -108,9 +109,10 @@ def _plain(stored: Stored, like: Tensor) -> Tensor | None:
     return plain
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
-    # An op computes in the dtype of its arguments: what autocast wants was decided before the call.
-    return torch.autocast(x.device.type, enabled=False)
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A block that computes in the dtype of its arguments: what autocast wants was decided before."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _direct(x: Tensor) -> bool:
@@ -118,19 +120,13 @@ def _direct(x: Tensor) -> bool:
 
     The dispatch of an op costs the host several times what a Function does, and both more than a small product.
     """
-    return (
-        type(x) in (Tensor, Parameter)
-        and not x.is_meta
-        and not torch.compiler.is_compiling()
-        and not recorded()
-        and not _C._len_torch_dispatch_stack()
-    )
+    return type(x) in (Tensor, Parameter) and not x.is_meta and not torch.compiler.is_compiling() and not watched()
 
 
 def _linear(x: Tensor, matrix: Tensor) -> Tensor:
     """``x Mᵀ`` in the dtype of both: autocast is kept away, as from the ops."""
     if torch.is_autocast_enabled(x.device.type):
-        with _no_autocast(x):
+        with no_autocast(x):
             return torch.nn.functional.linear(x, matrix)
     return torch.nn.functional.linear(x, matrix)
 
@@ -141,7 +137,7 @@ def _linear(x: Tensor, matrix: Tensor) -> Tensor:
 @torch.library.custom_op("randbasis::product", mutates_args=())
 def _product(x: Tensor, name: list[int], law: str, join_rows: bool, transpose: bool, storage: str) -> Tensor:
     _product_width(x, name, join_rows, transpose)
-    with _no_autocast(x):
+    with no_autocast(x):
         return _multiply(x, _stored(name, law, storage), join_rows, transpose)
 
 
@@ -196,22 +192,16 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, stored: Stored, join_rows: bool, transpose: bool) -> Tensor:
         ctx.arguments = stored, join_rows, not transpose
         _product_width(x, _name(stored.slab), join_rows, transpose)
-        return _undisturbed(x, stored, join_rows, transpose)
+        with no_autocast(x):
+            return _multiply(x, stored, join_rows, transpose)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient = gradient.contiguous()
         if torch.is_grad_enabled() or not _direct(gradient):
             return _multiplied(gradient, *ctx.arguments), None, None, None
-        return _undisturbed(gradient, *ctx.arguments), None, None, None
-
-
-def _undisturbed(x: Tensor, stored: Stored, join_rows: bool, transpose: bool) -> Tensor:
-    """:func:`_multiply`, with autocast kept away where it is on: to enter a context costs as much as the rest."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return _multiply(x, stored, join_rows, transpose)
-    with _no_autocast(x):
-        return _multiply(x, stored, join_rows, transpose)
+        with no_autocast(gradient):
+            return _multiply(gradient, *ctx.arguments), None, None, None
 
 
 def _multiplied(x: Tensor, stored: Stored, join_rows: bool, transpose: bool) -> Tensor:
@@ -293,7 +283,7 @@ def weighted_sum(coefficients: Tensor, stored: Stored, factor: float, offset: Te
     start, beta = (coefficients.new_empty(()), 0) if offset is None else (offset.view(-1), 1)
     add, operands = (torch.addmv, (lines.T, coefficients)) if dims == 1 else (torch.addmm, (coefficients, lines))
     if torch.is_autocast_enabled(coefficients.device.type):
-        with _no_autocast(coefficients):
+        with no_autocast(coefficients):
             total = add(start, *operands, beta=beta, alpha=factor)
     else:
         total = add(start, *operands, beta=beta, alpha=factor)
@@ -353,7 +343,7 @@ def scaled_entries(stored: Stored, factor: float, like: Tensor) -> Tensor:
 def _product_each(x: Tensor, name: list[int], streams: list[int], law: str, transpose: bool, storage: str) -> Tensor:
     width = _product_each_width(x, name, streams, transpose)
     bases = [_stored([*name[:2], stream, *name[3:]], law, storage) for stream in streams]
-    with _no_autocast(x):
+    with no_autocast(x):
         if bases and all(one.storage == "recompute" for one in bases) and backends.launches_together(x):
             return backends.product_each(x, [one.slab for one in bases], transpose=transpose)
         out = x.new_empty(*x.shape[:-1], width)
@@ -460,7 +450,7 @@ def _sandwich(
     storage: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    with _no_autocast(diagonal):
+    with no_autocast(diagonal):
         return _sum_of_terms(diagonal, columns, _stored(a_name, law, storage), _stored(b_name, law, storage), dtype)
 
 
@@ -468,18 +458,19 @@ def _sum_of_terms(diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored
     product = backends.wide(diagonal.device, dtype)
     size = _size(diagonal, columns) if product == torch.float16 else None
     summed = torch.promote_types(product, torch.float32)
-    out = torch.zeros(b.slab.cols, a.slab.cols, dtype=summed, device=diagonal.device)
+    out: Tensor | None = None
     for tile, a_rows, b_rows in _sandwich_tiles(a, b, diagonal, product):
         scaled = a_rows * (_rows(diagonal, tile) if size is None else _rows(diagonal, tile) / size).unsqueeze(-1)
         if columns is not None:
             scaled = scaled * columns[tile.index : tile.index + tile.count].unsqueeze(1)
         lines, scaled = b_rows.flatten(0, 1).T, scaled.flatten(0, 1).to(product)
-        if out.dtype == product:
-            out.addmm_(lines, scaled)
-        elif tile.count * tile.rows == b.slab.count * b.slab.rows:
+        if out is None:
             out = lines @ scaled
+        elif product == summed:
+            out.addmm_(lines, scaled)
         else:
-            out += lines @ scaled
+            out = out.to(summed).add_(lines @ scaled)
+    assert out is not None  # a slab has a tile
     return (out if size is None else out * size).to(dtype)
 
 
@@ -537,7 +528,7 @@ def _sandwich_gradients(
     storage: str,
 ) -> tuple[Tensor, Tensor]:
     a, b = _stored(a_name, law, storage), _stored(b_name, law, storage)
-    with _no_autocast(diagonal):
+    with no_autocast(diagonal):
         for_diagonal, for_columns = _gradients_of_terms(gradient, diagonal, columns, a, b)
     return for_diagonal, diagonal.new_zeros(0) if for_columns is None else for_columns
 
@@ -593,13 +584,13 @@ class _Sandwich(torch.autograd.Function):
     def forward(ctx: Any, diagonal: Tensor, columns: Tensor | None, a: Stored, b: Stored, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(diagonal, columns)
         ctx.bases = a, b
-        with _no_autocast(diagonal):
+        with no_autocast(diagonal):
             return _sum_of_terms(diagonal, columns, a, b, dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         check_differentiated_once()
-        with _no_autocast(gradient):
+        with no_autocast(gradient):
             return *_gradients_of_terms(gradient.contiguous(), *ctx.saved_tensors, *ctx.bases), None, None, None
 
 

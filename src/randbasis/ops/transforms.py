@@ -49,6 +49,11 @@ def recorded() -> bool:
     return level >= 0 or stack is not None or _C._get_tracing_state() is not None
 
 
+def watched() -> bool:
+    """Whether more than autograd looks on: :func:`recorded`, or a dispatch mode such as fake tensors and counters."""
+    return recorded() or bool(_C._len_torch_dispatch_stack())
+
+
 @contextmanager
 def outside() -> Generator[None]:
     """A block whose tensors are plain: not traced, not transformed, not fake, fit for any later use."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from randbasis.methods import Factors
-from randbasis.ops import recorded
+from randbasis.ops import recorded, watched
 from randbasis.tuner.adapted_part import AdaptedPart
 from randbasis.tuner.joint_pass import SERVED, ForwardPass, checkpointed, effective, hooks_on_saved, say_once
 from randbasis.tuner.joint_sums import joint_sums, same_sum
@@ -55,7 +55,7 @@ def factors_of(self: LayerAdapters, adapter: str, one: AdaptedPart) -> Factors |
         return None
     passes: Sequence[ForwardPass] = getattr(_OPEN, "passes", ())
     goes_back = _C._current_graph_task_id() != -1
-    if not (passes or goes_back or hooks_on_saved(False)) or recorded() or _C._len_torch_dispatch_stack():
+    if not (passes or goes_back or hooks_on_saved(False)) or watched():
         return None
     if goes_back:
         return _again(self, adapter, one)

@@ -6,14 +6,13 @@ again saves the same tensors as it did with the sums of a whole model: none, in 
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from randbasis.methods import WeightedSum
-from randbasis.ops import Stored, combine_each, inner_each
+from randbasis.ops import Stored, combine_each, inner_each, no_autocast
 
 
 class Values:
@@ -78,7 +77,7 @@ def same_sum(one: WeightedSum, coefficients: Tensor, made: Tensor) -> Tensor:
 
 def _made(sums: Sequence[WeightedSum], coefficients: Sequence[Tensor]) -> Tensor:
     first = sums[0]
-    with _no_autocast(coefficients[0]):
+    with no_autocast(coefficients[0]):
         if len(coefficients) == 1:  # a vector costs less than a matrix of one row
             return first.of(coefficients[0]).unsqueeze(0)
         stacked = torch.stack(list(coefficients))
@@ -93,15 +92,10 @@ def _made(sums: Sequence[WeightedSum], coefficients: Sequence[Tensor]) -> Tensor
 
 def _gradient(sums: Sequence[WeightedSum], of_sums: Tensor) -> Tensor:
     first = sums[0]
-    with _no_autocast(of_sums):
+    with no_autocast(of_sums):
         if all(one.basis is first.basis for one in sums):
             return first.gradient(of_sums)
         return inner_each(of_sums, [one.basis for one in sums]) * first.factor
-
-
-def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    device = like.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class _JointSums(torch.autograd.Function):
