@@ -34,6 +34,7 @@ from randbasis.files.locations import Location, local_path
 from randbasis.files.output_set import check_finished
 from randbasis.store import StoredAdapter
 from randbasis.tuner.config import RandbasisConfig
+from randbasis.tuner.coverage import names_any
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.saved_files import (
     BASE_BITS,
@@ -224,9 +225,8 @@ class SavedAdapter:
         if not head:
             config.modules_to_save = None
         if config.exclude_modules is not None and not isinstance(config.exclude_modules, str):
-            paths = [f".{path}" for path, _ in cast("Iterator[tuple[str, nn.Module]]", model.named_modules())]
-            there = [name for name in config.exclude_modules if any(path.endswith(f".{name}") for path in paths)]
-            config.exclude_modules = there or None
+            paths = [path for path, _ in cast("Iterator[tuple[str, nn.Module]]", model.named_modules())]
+            config.exclude_modules = [name for name in config.exclude_modules if names_any(name, paths)] or None
         return config
 
 

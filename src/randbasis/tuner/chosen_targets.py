@@ -12,6 +12,7 @@ from randbasis.tuner.base_shapes import expected_shape
 from randbasis.tuner.base_weight import check_derivable, layer_shape
 from randbasis.tuner.bypasses import check_whole
 from randbasis.tuner.config import RandbasisConfig
+from randbasis.tuner.coverage import names_any
 from randbasis.tuner.targets import Part, parts_of, resolve_parts
 
 Target = tuple[Method, list[Part]]
@@ -63,7 +64,7 @@ def _parts(config: RandbasisConfig, key: str, rows: int, model_config: Mapping[s
 def nothing_matched(config: RandbasisConfig, keys: list[str]) -> TargetError:
     """What to say when a configuration names no module of a model."""
     listed = [] if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
-    if config.layers_to_transform is not None and any(f".{key}".endswith(f".{one}") for one in listed for key in keys):
+    if config.layers_to_transform is not None and any(names_any(one, keys) for one in listed):
         numbers = sorted({int(word) for key in keys for word in key.split(".") if word.isdigit()})
         return TargetError(
             f"layers_to_transform must name layers that have one of the modules {listed}, got "
