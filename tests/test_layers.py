@@ -38,6 +38,8 @@ ROWS: dict[str, set[str]] = {
     "files": {"fsspec", "safetensors"},
     "adapter_file": {"torch", "numpy"},
     "store": set(),
+    "batch_rows": {"torch"},
+    "bank": {"torch"},
     "tuner": {"torch", "peft", "transformers", "safetensors", "accelerate"},
     "adapters": {"torch", "peft", "transformers", "safetensors", "huggingface_hub"},
     "peft_import": set(),

@@ -8,6 +8,7 @@ import pytest
 import randbasis
 
 PUBLIC_NAMES = [
+    "AdapterBank",
     "METHODS",
     "Basis",
     "Law",

@@ -6,6 +6,7 @@ The flow, one line a stage:
     BASIS + COEFFICIENTS → ΔW       :mod:`randbasis.methods`, one file each, over :mod:`randbasis.ops`
     ΔW → h                          :mod:`randbasis.contraction`: token order or weight order, by cost
     COEFFICIENTS → FILE → STORE     :mod:`randbasis.adapter_file`, :mod:`randbasis.store`, over :mod:`randbasis.files`
+    STORE → ONE BATCH               :mod:`randbasis.bank`: rows of one table a kind of adapter, shared products; no PEFT
     h inside a model                :mod:`randbasis.tuner`: PEFT configurations, layers, merging, mixed batches
     an adapter at rest              :mod:`randbasis.adapters`: folder, packed file, URL, store entry; put on a model
     leaving, coming, comparing      :mod:`randbasis.export`, ``importing``, ``arithmetic``, ``hub``
@@ -23,6 +24,7 @@ from randbasis.peft_import import register_with_peft
 
 if TYPE_CHECKING:
     from randbasis.adapters import load_packed, open_adapter, put
+    from randbasis.bank import AdapterBank
     from randbasis.basis import Basis, basis_entries
     from randbasis.laws import Law, parse_law, stream_of
     from randbasis.methods import METHODS, LoraXs, Method, Nola, Pranc, RandLora, Vera
@@ -42,6 +44,7 @@ else:
         __name__,
         {
             "randbasis.adapters": "load_packed open_adapter put",
+            "randbasis.bank": "AdapterBank",
             "randbasis.basis": "Basis basis_entries",
             "randbasis.laws": "Law parse_law stream_of",
             "randbasis.methods": "METHODS LoraXs Method Nola Pranc RandLora Vera",
@@ -56,6 +59,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "METHODS",
+    "AdapterBank",
     "Basis",
     "Law",
     "LoraXs",

@@ -302,6 +302,18 @@ class NotStoredError(RandbasisError, LookupError, ValueError):
     """The store has no such adapter, version or digest."""
 
 
+class BankError(RandbasisError, ValueError):
+    """A bank, or an adapter in it, cannot be used in the way asked for."""
+
+
+class BankFullError(BankError):
+    """An adapter does not fit into a bank beside those that are pinned or in use."""
+
+
+class NotResidentError(RandbasisError, LookupError, ValueError):
+    """A bank has no adapter of that name."""
+
+
 class ManifestError(RandbasisError, ValueError):
     """The folder of an export has no manifest, or one that does not fit its format or its files."""
 

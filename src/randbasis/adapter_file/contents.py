@@ -42,6 +42,9 @@ VERSION = "1"
 COEFFICIENTS, SCALES, STREAMS, EXTRA = "coefficients", "scales", "streams", "extra."
 """Names of the tensors; :data:`EXTRA` is how the name of what was saved beside the adapter begins."""
 
+SAVED_PREFIX = "base_model.model."
+"""What PEFT puts before the path of a module in the base model, in the names of what was saved beside the adapter."""
+
 DIVERGED = "the training diverged or the file is damaged: use an earlier checkpoint"
 """Why a number may not be finite, and the way out."""
 

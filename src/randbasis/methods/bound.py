@@ -216,6 +216,22 @@ class Bound(ABC, Generic[M]):
             ``[rows, tokens, out]``.
         """
 
+    def apply_shared(self, x: Tensor, coefficients: Coefficients) -> Tensor:
+        """:meth:`apply` of coefficients that nothing was made of: what is large in it is the same for all rows.
+
+        Args:
+            x: ``[rows, tokens, in]``.
+            coefficients: each tensor with a leading dimension ``rows``, or 1 for all rows alike.
+
+        Returns:
+            ``[rows, tokens, out]``.
+        """
+        return self.apply(x, self.prepare(coefficients))
+
+    def shared_cost(self, tokens: int) -> float:
+        """Multiply-adds of :meth:`apply_shared`, one coefficient set a row."""
+        return self.token_cost(tokens, training=False)
+
     # --- cost ---
 
     def token_cost(self, tokens: int, *, training: bool) -> float:

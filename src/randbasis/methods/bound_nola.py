@@ -7,6 +7,7 @@ from torch import Tensor
 
 from randbasis.methods.bound import Bound, Coefficients, Factors, Site, WeightedSum, matmul_rows
 from randbasis.methods.nola import Nola
+from randbasis.ops import project
 
 
 class BoundNola(Bound[Nola]):
@@ -50,6 +51,23 @@ class BoundNola(Bound[Nola]):
     def apply(self, x: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
         """``B (A x)`` by row, math (24)."""
         return matmul_rows(matmul_rows(x, prepared["down"]), prepared["up"])
+
+    def apply_shared(self, x: Tensor, coefficients: Coefficients) -> Tensor:
+        """``Σⱼ bⱼ Bⱼ (A⁰ x + Σᵢ aᵢ (Aᵢ x))`` by row, math (23): products with the basis, whatever the adapters."""
+        r, (a, b) = self.method.r, self.bases[:2]
+        of_a, of_b = self.sums.values()
+        # The smallest of the real factors goes with the coefficients, which float16 holds; the sums are near 1 in size.
+        weights = (coefficients["nola_a"] * of_a.factor).to(x.dtype)[:, None, :, None]
+        down = (project(x, a).view(*x.shape[:-1], -1, r) * weights).sum(-2)
+        if of_a.offset is not None:
+            down = down + project(x, of_a.offset) * of_a.offset_factor
+        weights = (coefficients["nola_b"] * of_b.factor).to(x.dtype)[:, None, :, None]
+        return project((down.unsqueeze(-2) * weights).flatten(-2), b, transpose=True)
+
+    def shared_cost(self, tokens: int) -> float:
+        """Every matrix of the basis instead of one sum."""
+        k, basis_b = self.method.num_basis, self.method.basis_b
+        return tokens * self.rank * (k * self.in_features + basis_b * self.out_features)
 
     def token_cost(self, tokens: int, *, training: bool) -> float:
         """As the contract's, plus in training the gradient of the factors themselves."""

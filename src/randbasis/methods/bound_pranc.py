@@ -8,6 +8,7 @@ from torch import Tensor
 
 from randbasis.methods.bound import Bound, Coefficients, Factors, Site, WeightedSum, matmul_rows
 from randbasis.methods.pranc import Pranc
+from randbasis.ops import project
 
 
 class BoundPranc(Bound[Pranc]):
@@ -43,6 +44,16 @@ class BoundPranc(Bound[Pranc]):
     def apply(self, x: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
         """``ΔW x`` by row."""
         return matmul_rows(x, prepared["delta"])
+
+    def apply_shared(self, x: Tensor, coefficients: Coefficients) -> Tensor:
+        """``Σᵢ aᵢ (Wᵢ x)`` by row: one product with the basis, whatever the adapters."""
+        (basis,) = self.bases
+        weights = (coefficients["pranc_a"] * self.sums["pranc_a"].factor).to(x.dtype)[:, None, :, None]
+        return (project(x, basis).view(*x.shape[:-1], -1, self.out_features) * weights).sum(-2)
+
+    def shared_cost(self, tokens: int) -> float:
+        """A product with every matrix of the basis."""
+        return self.method.num_basis * self.token_cost(tokens, training=False)
 
     def token_cost(self, tokens: int, *, training: bool) -> float:
         """One product with ΔW, two more for its gradients."""

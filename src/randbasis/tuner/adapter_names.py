@@ -7,8 +7,8 @@ from typing import Any, cast
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from randbasis.batch_rows import BASE
 from randbasis.errors import AdapterNameError
-from randbasis.tuner.mixed_batch import BASE
 from randbasis.tuner.registration import PREFIX
 
 _OURS = re.compile(rf"(.*\.)?{PREFIX}[^.]*\.(?P<adapter>[^.]+)\.weight")

@@ -23,6 +23,7 @@ from peft.utils.other import _set_adapter  # pyright: ignore[reportPrivateUsage,
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from randbasis.batch_rows import BASE, given_rows, rows_of_a_prompt
 from randbasis.contraction import check_order
 from randbasis.errors import AdapterNameError, RandbasisError, TargetError, near
 from randbasis.tuner.adapted_part import AdapterOptions
@@ -47,7 +48,7 @@ from randbasis.tuner.joint_factors import JointFactors, take_hooks_off
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.layer_adapters import frozen_weight
 from randbasis.tuner.made_for import made_for
-from randbasis.tuner.mixed_batch import BASE, MixedBatch, given_rows, layout_of, pass_names, rows_of_a_prompt, sending
+from randbasis.tuner.mixed_batch import MixedBatch, layout_of, pass_names, sending
 from randbasis.tuner.pickles import refuse_pickles
 from randbasis.tuner.places import check_places
 from randbasis.tuner.registration import PREFIX, TYPE_NAME

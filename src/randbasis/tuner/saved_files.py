@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
+from randbasis.adapter_file.contents import SAVED_PREFIX
 from randbasis.errors import AdapterFilesError
 from randbasis.files.output_set import check_finished
 
@@ -27,8 +28,6 @@ BASE_CONFIG = "base-config"
 BASE_BITS = "base_bits"
 """Key in the description of a task: how many bits the weights of the base had in training, where it was quantized."""
 MODEL_FILE = "config.json"
-SAVED_PREFIX = "base_model.model."
-"""What PEFT puts before the path of a module in the base model."""
 _PLACES = frozenset({"base_layer", "original_module", "modules_to_save"})
 """What PEFT puts into the path of a parameter that an adapter, or a copy that is trained whole, stands around."""
 

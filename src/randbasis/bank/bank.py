@@ -1,0 +1,470 @@
+"""Adapters of one base model in memory, and batches in which each row uses another one."""
+
+import inspect
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from types import MethodType
+from typing import Any, Literal, cast, get_args
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from randbasis.adapter_file import PackedAdapter, read
+from randbasis.bank.linear_layers import architecture_of
+from randbasis.bank.plan import BatchPlan
+from randbasis.bank.planner import Planner, Run
+from randbasis.bank.prepared import PreparedAdapters
+from randbasis.bank.profile import ROW_DTYPES, Profile
+from randbasis.bank.resident import Lease, Resident
+from randbasis.batch_rows import BASE, TOKENS_FIRST, given_rows, rows_of_a_prompt
+from randbasis.errors import AdapterNameError, BankError, BankFullError, NotResidentError, near, not_one_of
+from randbasis.files.locations import Location
+from randbasis.store import StoredAdapter
+
+Source = Location | bytes | PackedAdapter | StoredAdapter
+"""A packed file (path or URL), its bytes, what was read of it, or an entry of a store."""
+Form = Literal["auto", "coefficients", "factors"]
+"""In which form a batch takes its adapters."""
+Who = str | Lease | None
+"""The adapter of a row: its name, or the lease on it; ``"__base__"`` or None for the base model."""
+
+ROW_BYTES, EXPANDED_BYTES = 1 << 30, 1 << 28
+
+
+class AdapterBank:
+    """Many adapters on one model: rows of tables in memory, and a batch whose rows each use another one.
+
+    The model stays as it is: forward hooks on the layers that adapters name add ``ΔW x`` where a batch asks for it, and
+    ``adapter_names`` of a call of the model or of ``generate`` gives each row its adapter, ``"__base__"`` for none.
+    :meth:`close` takes all of that off again.
+
+    One lock guards tables, names and plans. :meth:`load` changes a free row and then what the name means; who has a
+    lease keeps the version that it began with, and its row is free after the last lease. Where ``row_bytes`` are used
+    up, the adapter that was used longest ago and is neither pinned nor leased goes.
+
+    Args:
+        model: plain, in evaluation mode; any that its adapters can be put on.
+        row_bytes: that adapters may take in all, coefficients and heads.
+        expanded_bytes: that factors of adapters in use may take in all, math (24).
+        form: ``"coefficients"`` forces math (23) for NOLA and PRANC, ``"factors"`` (24); ``"auto"`` takes what costs
+            less, batch by batch.
+
+    Raises:
+        BankError: an argument is out of range, or the model has adapters of PEFT on it or is in a bank already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        row_bytes: int = ROW_BYTES,
+        expanded_bytes: int = EXPANDED_BYTES,
+        form: Form = "auto",
+    ) -> None:
+        _check_arguments(model, row_bytes, expanded_bytes, form)
+        self.model = model
+        self._row_bytes = row_bytes
+        self._modules = dict(cast("Any", model.named_modules()))
+        self._profiles: dict[tuple[Any, ...], Profile] = {}
+        self._residents: OrderedDict[str, Resident] = OrderedDict()  # used longest ago first
+        self._counts = {"loads": 0, "hits": 0, "misses": 0, "evictions": 0}
+        self._used_bytes = 0
+        self._lock = threading.RLock()
+        self._calls = threading.local()
+        self._handles: dict[str, Any] = {}
+        self._plain: dict[str, Any] = {}  # methods that were put on the instance before
+        parameter = next((one for one in model.parameters() if one.is_floating_point()), None)
+        dtype = torch.float32 if parameter is None else parameter.dtype
+        device = torch.device("cpu") if parameter is None else parameter.device
+        self._prepared = PreparedAdapters(expanded_bytes)
+        self._planner = Planner(self._prepared, dtype, device, None if form == "auto" else form)
+        self._attach_model()
+
+    # --- adapters ---
+
+    def load(self, name: str, source: Source, *, version: int | None = None, pin: bool = False) -> Resident:
+        """Read and check an adapter, and put it under a name; the next batch that names it uses it.
+
+        Args:
+            name: what rows call it; one that is there is replaced, and whoever has a lease on it keeps it.
+            source: path, URL or bytes of a packed file, a packed adapter, or an entry of a store.
+            version: for those who ask; None takes that of the store entry, else one more than the last of this name.
+            pin: whether it may not be evicted.
+
+        Raises:
+            AdapterNameError: no adapter can have this name.
+            PackedFileMissingError: there is no file.
+            PackedFileError: it breaks a rule of the format; each rule has its class.
+            BaseMismatchError: it was made for another model.
+            BankError: its method makes its matrices of the base weights.
+            BankFullError: it does not fit beside what is pinned or in use. The bank is as it was after any of these.
+        """
+        _check_name(name)
+        adapter, digest, stored = _opened(source)
+        where = f"adapter {name!r}"
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            profile = self._profile(adapter, where)
+            dtype = adapter.coefficients.dtype
+            table = profile.table(dtype if dtype in ROW_DTYPES else torch.float32)
+            heads = profile.heads_of(adapter.extra)
+            extra = sum(one.numel() * one.element_size() for one in adapter.extra.values())
+            before = self._residents.get(name)
+            self._make_room(name, table.row_bytes + extra, before)
+            if version is None:
+                version = stored if stored is not None else 1 if before is None else before.version + 1
+            slot = table.put(adapter.values())
+            made = Resident(
+                name, version, digest, adapter.spec, profile, table, slot, heads, table.row_bytes + extra, pin
+            )
+            self._used_bytes += made.nbytes
+            if before is not None:
+                self._drop(before)
+            self._residents[name] = made
+            self._counts["loads"] += 1
+        return made
+
+    def unload(self, name: str) -> None:
+        """Take an adapter out; batches that use it now end with it.
+
+        Raises:
+            NotResidentError: there is none of this name.
+        """
+        with self._lock:
+            self._drop(self._resident(name))
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Keep an adapter from being evicted, or let it be.
+
+        Raises:
+            NotResidentError: there is none of this name.
+        """
+        with self._lock:
+            self._resident(name).pinned = pinned
+
+    def lease(self, name: str) -> Lease:
+        """The right to use the version that a name means now, until it is released.
+
+        Raises:
+            NotResidentError: there is none of this name.
+        """
+        with self._lock:
+            found = self._residents.get(name)
+            if found is None:
+                self._counts["misses"] += 1
+            else:
+                self._counts["hits"] += 1
+            resident = self._resident(name)
+            self._residents.move_to_end(name)
+            resident.leases += 1
+        return Lease(resident, self._end)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._residents
+
+    def __len__(self) -> int:
+        return len(self._residents)
+
+    def residents(self) -> tuple[Resident, ...]:
+        """All adapters, the one that was used longest ago first."""
+        with self._lock:
+            return tuple(self._residents.values())
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start (loads, hits, misses and evictions; adapters expanded, and the seconds of that), and
+        what is there now: adapters, profiles, bytes of their rows and heads, bytes of expanded factors.
+        """
+        with self._lock:
+            return {
+                **self._counts,
+                "expanded": self._prepared.made,
+                "expansion_seconds": self._prepared.seconds,
+                "adapters": len(self._residents),
+                "profiles": len(self._profiles),
+                "resident_bytes": self._used_bytes,
+                "expanded_bytes": self._prepared.nbytes,
+            }
+
+    # --- batches ---
+
+    @contextmanager
+    def rows(self, adapters: Sequence[Who], *, repeats: int = 1) -> Generator[BatchPlan]:
+        """A block in which a batch of this thread has an adapter for each row.
+
+        Args:
+            adapters: name of, or lease on, the adapter of each row.
+            repeats: rows that generation makes of each (beams, returned sequences), one after the other.
+
+        Raises:
+            NotResidentError: there is no adapter of a name.
+            AdapterNameError: a layer saw another number of rows, or, at the end, no layer was called.
+        """
+        with self._leased(adapters) as residents:
+            with self._lock:
+                plans = [self._planner.rows(residents)]
+                if repeats > 1:
+                    plans.append(self._planner.rows([one for one in residents for _ in range(repeats)]))
+            with self._sending(plans):
+                yield plans[-1]
+
+    @contextmanager
+    def tokens(self, runs: Sequence[tuple[Who, int]]) -> Generator[BatchPlan]:
+        """A block in which a batch of this thread is requests packed into one row, each a run of tokens.
+
+        Args:
+            runs: name of, or lease on, an adapter, and how many tokens it has, in the order of the tokens.
+
+        Raises:
+            NotResidentError: there is no adapter of a name.
+            AdapterNameError: a layer saw another number of tokens, or, at the end, no layer was called.
+        """
+        with self._leased([who for who, _ in runs]) as residents:
+            found: list[Run] = [(one, count) for one, (_, count) in zip(residents, runs, strict=True)]
+            with self._lock:
+                plan = self._planner.tokens(found)
+            with self._sending([plan]):
+                yield plan
+
+    # --- on and off ---
+
+    def close(self) -> None:
+        """Take hooks and ``adapter_names`` off the model; adapters are gone."""
+        with self._lock:
+            for handle in self._handles.values():
+                handle.remove()
+            self._handles.clear()
+            for name, method in self._plain.items():
+                if method is None:
+                    delattr(self.model, name)
+                else:
+                    setattr(self.model, name, method)
+            self._plain.clear()
+            self._residents.clear()
+            _BANKS.pop(self.model, None)
+
+    def __enter__(self) -> "AdapterBank":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AdapterBank":
+        return self
+
+    # --- inside ---
+
+    def _resident(self, name: str) -> Resident:
+        if name not in self._residents:
+            raise NotResidentError(
+                f"an adapter must be loaded before a batch names it, got {name!r}; {near(name, self._residents)}: "
+                "bank.load(name, source)"
+            )
+        return self._residents[name]
+
+    def _profile(self, adapter: PackedAdapter, where: str) -> Profile:
+        key = Profile.key(adapter)
+        if key not in self._profiles:
+            profile = Profile(adapter, self.model, self._modules, where)
+            for name in (*profile.places, *profile.heads):
+                if name not in self._handles:
+                    hook = _LayerHook(self._calls, name)
+                    self._handles[name] = self._modules[name].register_forward_hook(hook)
+            self._profiles[key] = profile
+        return self._profiles[key]
+
+    def _make_room(self, name: str, wanted: int, before: Resident | None) -> None:
+        """Evict until an adapter fits; nothing where it cannot."""
+        free = self._row_bytes - self._used_bytes
+        if before is not None and not before.leases:
+            free += before.nbytes
+        victims: list[Resident] = []
+        for one in self._residents.values():
+            if free >= wanted:
+                break
+            if one is not before and not one.pinned and not one.leases:
+                victims.append(one)
+                free += one.nbytes
+        if free < wanted:
+            raise BankFullError(
+                f"adapter {name!r} needs {wanted} bytes and the bank has {max(0, free)} of row_bytes={self._row_bytes} "
+                "beside what is pinned or in use; unpin or unload adapters, or make the bank with more row_bytes"
+            )
+        for one in victims:
+            self._drop(one)
+            self._counts["evictions"] += 1
+
+    def _drop(self, resident: Resident) -> None:
+        if self._residents.get(resident.name) is resident:
+            del self._residents[resident.name]
+        resident.replaced = True
+        if not resident.leases:
+            self._free(resident)
+
+    def _free(self, resident: Resident) -> None:
+        resident.table.free(resident.slot)
+        self._prepared.forget(resident)
+        self._used_bytes -= resident.nbytes
+
+    def _end(self, resident: Resident) -> None:
+        with self._lock:
+            resident.leases -= 1
+            if resident.replaced and not resident.leases:
+                self._free(resident)
+
+    @contextmanager
+    def _leased(self, adapters: Sequence[Who]) -> Generator[list[Resident | None]]:
+        """The resident of each row, in use for the block: a name counts as one lease however often it is there."""
+        own: dict[str, Lease] = {}
+        try:
+            for who in adapters:
+                if isinstance(who, str) and who != BASE and who not in own:
+                    own[who] = self.lease(who)
+            yield [
+                who.resident if isinstance(who, Lease) else None if who is None or who == BASE else own[who].resident
+                for who in adapters
+            ]
+        finally:
+            for lease in own.values():
+                lease.release()
+
+    @contextmanager
+    def _sending(self, plans: list[BatchPlan]) -> Generator[None]:
+        before = getattr(self._calls, "plans", None)
+        for plan in plans:
+            plan.reached = False
+        self._calls.plans = plans
+        try:
+            yield
+        finally:
+            self._calls.plans = before
+        if not any(plan.reached for plan in plans):
+            plans[0].check_reached()
+
+    def _attach_model(self) -> None:
+        """Methods of the instance, so that a copy of the model is called as itself."""
+        for name in ("forward", "generate"):
+            if hasattr(type(self.model), name):
+                own = self._plain[name] = vars(self.model).get(name)
+                setattr(self.model, name, MethodType(_with_names(self, name, own), self.model))
+        _BANKS[self.model] = self
+
+
+class _LayerHook:
+    """A forward hook: what this thread's batch adds in one layer, or what replaces its result."""
+
+    def __init__(self, calls: threading.local, name: str) -> None:
+        self._calls, self._name = calls, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor | None:
+        plans: list[BatchPlan] | None = getattr(self._calls, "plans", None)
+        if plans is None:
+            return None
+        plan = next((one for one in plans if one.fits(args[0])), None)
+        if plan is None:
+            raise _wrong_rows(plans[0], self._name, args[0])
+        if plan.terms:
+            result = plan.add(self._name, args[0], result)
+        return plan.replace(self._name, module, args[0], result) if self._name in plan.heads else result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_LayerHook":
+        return self
+
+    def __reduce__(self) -> Any:
+        raise BankError(
+            "a model in a bank cannot be pickled, since what its layers add is in the bank; close the bank first: "
+            "bank.close()"
+        )
+
+
+_BANKS: WeakKeyDictionary[nn.Module, AdapterBank] = WeakKeyDictionary()
+"""Model → its bank."""
+
+
+def _with_names(bank: AdapterBank, name: str, own: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A method of a model that takes ``adapter_names`` too."""
+
+    def called(model: nn.Module, *args: Any, adapter_names: Sequence[Who] | None = None, **kwargs: Any) -> Any:
+        plain = own if own is not None else getattr(type(model), name).__get__(model)
+        if adapter_names is None:
+            return plain(*args, **kwargs)
+        _check_rows(adapter_names, given_rows(args, kwargs))
+        repeats = rows_of_a_prompt(model, kwargs) if name == "generate" else 1
+        with bank.rows(adapter_names, repeats=repeats):
+            return plain(*args, **kwargs)
+
+    plain = getattr(bank.model, name)
+    called.__doc__, called.__name__ = plain.__doc__, name
+    # The library asks for the arguments that a method takes.
+    seen = inspect.signature(getattr(type(bank.model), name))
+    extra = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = [*seen.parameters.values()]
+    at = next((at for at, one in enumerate(parameters) if one.kind is one.VAR_KEYWORD), len(parameters))
+    called.__signature__ = seen.replace(parameters=[*parameters[:at], extra, *parameters[at:]])  # pyright: ignore[reportFunctionMemberAccess]
+    return called
+
+
+def _opened(source: Source) -> tuple[PackedAdapter, str, int | None]:
+    """What is to be loaded, its digest, and its version where a store gave it one."""
+    if isinstance(source, StoredAdapter):
+        return source.packed(), source.record.digest, source.record.version
+    if isinstance(source, bytes):
+        return PackedAdapter.from_bytes(source), sha256(source).hexdigest(), None
+    if not isinstance(source, PackedAdapter):
+        source = read(source)
+    else:
+        source.check("the adapter to load")
+    return source, sha256(source.to_bytes()).hexdigest(), None
+
+
+def _check_arguments(model: nn.Module, row_bytes: int, expanded_bytes: int, form: str) -> None:
+    for name, value, least in (("row_bytes", row_bytes, 1), ("expanded_bytes", expanded_bytes, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise BankError(
+                f"{name} must be a number of bytes, {least} or more, got {value!r}; use for example 1 << 30"
+            )
+    if form not in get_args(Form):
+        raise BankError(not_one_of("form", form, get_args(Form)))
+    if hasattr(model, "peft_config"):
+        raise BankError(
+            f"a bank stands on a plain model, got a {type(model).__name__} with adapters of PEFT on it; give the base "
+            "model (PeftModel.unload), and load the adapters into the bank"
+        )
+    if model in _BANKS:
+        raise BankError(
+            "a model is in one bank at a time, got one that is in a bank already; use that one, or close it first"
+        )
+    kind = architecture_of(model)
+    if kind in TOKENS_FIRST:
+        raise BankError(
+            f"layers of a model in a bank must see the rows of a batch first, got a {kind!r}, some of whose layers see "
+            "tokens first; use adapter_names on a PeftModel, or one batch for each adapter"
+        )
+    if model.training:
+        raise BankError("a model in a bank must be in evaluation mode, got one in training mode; call model.eval()")
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not name or name == BASE:
+        raise AdapterNameError(
+            f"an adapter in a bank must have a name that is not empty and not {BASE!r}, which stands for the base "
+            f"model, got {name!r}; use for example 'user-1'"
+        )
+
+
+def _check_rows(names: Sequence[Who], rows: int | None) -> None:
+    if rows is not None and rows != len(names):
+        raise AdapterNameError(
+            f"adapter_names must have one name for each row of the batch, got {len(names)} for {rows} rows; "
+            f"give {BASE!r} for rows of the base model"
+        )
+
+
+def _wrong_rows(plan: BatchPlan, name: str, x: Tensor) -> AdapterNameError:
+    unit = "tokens" if plan.packed else "rows"
+    return AdapterNameError(
+        f"layer {name!r} must see the {plan.count} {unit} of the batch first, got an input of shape {list(x.shape)}; "
+        "give one adapter for each row, and leave layers that see no rows out of target_modules"
+    )

@@ -1,0 +1,177 @@
+"""BATCH → PLAN: which rows go through which product, in which form, at the least cost."""
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from randbasis.bank.forms import Form, FormName
+from randbasis.bank.plan import SHORT_RUN, BatchPlan, HeadRows, Placement, Term
+from randbasis.bank.prepared import Prepared, PreparedAdapters
+from randbasis.bank.profile import Profile
+from randbasis.bank.resident import Resident
+
+LEAST_BYTES = 1 << 20
+"""That the adapters of a batch may always have side by side."""
+
+Run = tuple[Resident | None, int]
+"""An adapter, or None for the base, and how many tokens it has."""
+
+
+@dataclass(slots=True)
+class _Mine:
+    """What one thread keeps from a plan to the next.
+
+    Attributes:
+        placements: by profile, form and dtype; the next packed batch finds most of its adapters in place.
+        last: the plan of the last batch of rows, and the adapter of each.
+    """
+
+    placements: dict[tuple[int, FormName, torch.dtype], Placement] = field(
+        default_factory=dict[tuple[int, FormName, torch.dtype], Placement]
+    )
+    last: tuple[tuple[Resident | None, ...], BatchPlan] | None = None
+
+
+class Planner:
+    """Makes plans. Nothing is locked here: the bank calls under its own lock.
+
+    Args:
+        prepared: adapters in the forms that batches take them in.
+        dtype: that the model computes in.
+        device: of the model.
+        form: that every batch takes, where a profile has it; None chooses by cost.
+    """
+
+    def __init__(
+        self, prepared: PreparedAdapters, dtype: torch.dtype, device: torch.device, form: FormName | None
+    ) -> None:
+        self._prepared, self._dtype, self._device = prepared, dtype, device
+        self._form: FormName | None = form
+        self._threads = threading.local()
+
+    def rows(self, adapters: Sequence[Resident | None]) -> BatchPlan:
+        """The plan of a batch with an adapter for each row; the thread's last one, where they are the same.
+
+        Args:
+            adapters: of each row; None for the base.
+        """
+        mine, wanted = self._mine(), tuple(adapters)
+        if mine.last is not None and mine.last[0] == wanted:
+            return mine.last[1]
+        terms: list[Term] = []
+        for profile, rows in _by_profile(enumerate(adapters)).items():
+            users = [adapters[row] for row in rows]
+            terms += self._of_rows(profile, rows, [one for one in users if one is not None], len(adapters))
+        plan = BatchPlan(len(adapters), False, terms, self._heads([(one, 1) for one in adapters]))
+        mine.last = wanted, plan
+        return plan
+
+    def tokens(self, runs: Sequence[Run]) -> BatchPlan:
+        """The plan of packed requests, each a run of tokens.
+
+        Args:
+            runs: in the order of the tokens.
+        """
+        count = sum(tokens for _, tokens in runs)
+        starts = _starts(runs)
+        terms: list[Term] = []
+        for profile, places in _by_profile((at, one) for at, (one, _) in enumerate(runs)).items():
+            terms += self._of_runs(profile, [(runs[at], starts[at]) for at in places])
+        return BatchPlan(count, True, terms, self._heads(runs))
+
+    def _of_rows(self, profile: Profile, rows: list[int], users: list[Resident], count: int) -> list[Term]:
+        distinct = list(dict.fromkeys(users))
+        form, prepared = self._in_form(profile, distinct, {one: users.count(one) for one in distinct})
+        if len(distinct) == 1:
+            return [Term(profile, form, prepared[distinct[0]].views, self._index(rows, count))]
+        if len(users) * form.row_bytes(self._dtype) > max(self._prepared.limit, LEAST_BYTES):
+            mine: dict[Resident, list[int]] = {}
+            for row, one in zip(rows, users, strict=True):
+                mine.setdefault(one, []).append(row)
+            return [Term(profile, form, prepared[one].views, self._index(at, count)) for one, at in mine.items()]
+        placement = Placement(form)
+        placement.rows(users, prepared)
+        return [Term(profile, form, placement.views, self._index(rows, count))]
+
+    def _of_runs(self, profile: Profile, runs: list[tuple[Run, int]]) -> list[Term]:
+        tokens: dict[Resident, int] = {}
+        for (one, size), _ in runs:
+            assert one is not None
+            tokens[one] = tokens.get(one, 0) + size
+        form, prepared = self._in_form(profile, list(tokens), tokens)
+        short = 1 if form.kept else SHORT_RUN
+        terms: list[Term] = []
+        users: list[Resident] = []
+        places: list[int] = []
+        for (one, size), start in runs:
+            assert one is not None
+            if size > short:
+                terms.append(Term(profile, form, prepared[one].views, run=(start, start + size)))
+            else:
+                users += [one] * size
+                places += range(start, start + size)
+        if users:
+            placement = self._mine().placements.setdefault((id(profile), form.name, self._dtype), Placement(form))
+            at = placement.arrange(users, prepared)
+            rows = [0] * len(users)
+            for token, place in zip(places, at, strict=True):
+                rows[place] = token
+            terms.append(Term(profile, form, placement.views, torch.tensor(rows, device=self._device)))
+        return terms
+
+    def _in_form(
+        self, profile: Profile, distinct: list[Resident], tokens: dict[Resident, int]
+    ) -> tuple[Form, dict[Resident, Prepared]]:
+        form = None if self._form is None else profile.forms.get(self._form)
+        if form is None:
+            factors = profile.forms.get("factors")
+            new, room = 0, 0
+            if factors is not None:
+                new = self._prepared.missing(distinct, factors, self._dtype, self._device)
+                room = self._prepared.limit // factors.row_bytes(self._dtype)
+            counts = [tokens[one] for one in distinct]
+            form = profile.choose_form(counts, new, room, self._dtype, self._device)
+        made = self._prepared.get(distinct, form, self._dtype, self._device)
+        return form, dict(zip(distinct, made, strict=True))
+
+    def _heads(self, runs: Sequence[Run]) -> dict[str, list[HeadRows]]:
+        found: dict[Resident, list[int]] = {}
+        start = 0
+        for one, tokens in runs:
+            if one is not None and one.extra:
+                found.setdefault(one, []).extend(range(start, start + tokens))
+            start += tokens
+        heads: dict[str, list[HeadRows]] = {}
+        for one, rows in found.items():
+            index = torch.tensor(rows, device=self._device)
+            for name in one.extra:
+                heads.setdefault(name, []).append(HeadRows(one, index))
+        return heads
+
+    def _index(self, rows: list[int], count: int) -> torch.Tensor | None:
+        return None if len(rows) == count else torch.tensor(rows, device=self._device)
+
+    def _mine(self) -> _Mine:
+        mine = getattr(self._threads, "mine", None)
+        if mine is None:
+            mine = self._threads.mine = _Mine()
+        return mine
+
+
+def _by_profile(adapters: Iterable[tuple[int, Resident | None]]) -> dict[Profile, list[int]]:
+    found: dict[Profile, list[int]] = {}
+    for at, one in adapters:
+        if one is not None:
+            found.setdefault(one.profile, []).append(at)
+    return found
+
+
+def _starts(runs: Sequence[Run]) -> list[int]:
+    starts: list[int] = []
+    total = 0
+    for _, tokens in runs:
+        starts.append(total)
+        total += tokens
+    return starts
