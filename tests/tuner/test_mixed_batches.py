@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from mixed_cases import BASE, each_alone, many_adapters
 from peft import PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, GenerationConfig, XLNetConfig, XLNetModel
@@ -29,24 +30,6 @@ from tuner_cases import (
 )
 
 from randbasis.errors import AdapterNameError
-
-BASE = "__base__"
-
-
-def each_alone(model: PeftModel, batch: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor:
-    """Every row by itself, with its adapter set as the only one."""
-    before = model.active_adapter
-    rows = []
-    for row, name in enumerate(names):
-        alone = {key: value[row : row + 1] for key, value in batch.items()}
-        if name == BASE:
-            with model.disable_adapter():
-                rows.append(outputs(model, alone))
-        else:
-            model.set_adapter(name)
-            rows.append(outputs(model, alone))
-    model.set_adapter(before)
-    return torch.cat(rows)
 
 
 def three_adapters(case: Case) -> PeftModel:
@@ -365,13 +348,6 @@ class CountedOps(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += 1
         return func(*args, **(kwargs or {}))
-
-
-def many_adapters(case: Case, count: int) -> PeftModel:
-    model = case.adapted()
-    for seed in range(1, count):
-        add_adapter(model, f"number_{seed}", case.config(), seed + 1)
-    return model
 
 
 @pytest.mark.parametrize("case", PLAIN_CASES)

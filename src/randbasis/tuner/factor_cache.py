@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from randbasis.tuner.row_plan import RowPlan, RowPlans
 from randbasis.tuner.snapshot import Snapshot, watched
 
 LEAST_BYTES = 1 << 20
@@ -43,6 +44,8 @@ class FactorCache:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.nbytes = 0
+        self.rows = RowPlans()
+        """The plan of a mixed batch that each thread keeps; it may take as many bytes again as the results."""
         self._kept: dict[Hashable, _Kept] = {}
         self._lock = threading.Lock()
 
@@ -122,11 +125,29 @@ class FactorCache:
         old = self._kept.pop(key, None)
         self.nbytes -= old.nbytes if old is not None else 0
 
+    def keep_rows(self, plan: RowPlan, *, decoding: bool) -> None:
+        """Keep a plan for this thread in the place of the one before, or none where it may not be kept.
+
+        Args:
+            plan: of the rows of a mixed batch.
+            decoding: as of :meth:`get_all`.
+        """
+        seen = plan.seen
+        usable = seen is not None and (seen.weights.by_value or decoding) and plan.nbytes <= self.limit
+        self.rows.plan = plan if usable else None
+
+    def end_rows(self, *, decoding: bool) -> None:
+        """A pass without names: a plan that is not compared by value outlasts steps of decoding alone."""
+        plan = self.rows.plan
+        if plan is not None and plan.seen is not None and not (decoding or plan.seen.weights.by_value):
+            self.rows.plan = None
+
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
             self._kept.clear()
             self.nbytes = 0
+            self.rows = RowPlans()  # those of all threads go
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FactorCache":
         return FactorCache(self.limit)

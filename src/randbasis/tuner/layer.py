@@ -31,6 +31,7 @@ from randbasis.tuner.joint_factors import factors_of
 from randbasis.tuner.mergeable_layer import MergeableLayer
 from randbasis.tuner.mixed_batch import BatchGroup, MixedBatch, batch_groups, batch_of
 from randbasis.tuner.prepared_pass import Place, PreparedPass, Term, decodes
+from randbasis.tuner.row_plan import RowGroup, RowPlan, SeenRows, plannable
 from randbasis.tuner.snapshot import Snapshot
 from randbasis.tuner.targets import Part
 
@@ -67,6 +68,8 @@ class RandbasisLinear(MergeableLayer):
                 return prepared.add_to(self._base_result(x), x)
             if not prepared.snapshot.by_value and not decodes(x, rows_first=self.rows_first):
                 self._forget()
+        if mixed is None and not (x.is_cpu or torch.compiler.is_compiling()):
+            self._cache.end_rows(decoding=decodes(x, rows_first=self.rows_first))
         if plain:
             return self._forward_active(x)
         adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
@@ -75,7 +78,7 @@ class RandbasisLinear(MergeableLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            mixed = MixedBatch(adapter_names, 1, "rows first", frozenset())
+            mixed = MixedBatch(tuple(adapter_names), 1, "rows first", frozenset())
         if mixed is not None:
             return self._forward_mixed(x, mixed, *args, **kwargs)
         if self.merged:
@@ -315,21 +318,35 @@ class RandbasisLinear(MergeableLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
                 f"Merged are {self.merged_adapters}."
             )
+        plan = self._row_plan(x, batch)
+        return plan.add_to(self._base_result(x, *args, **kwargs), self._cast_input_dtype(x, plan.dtype))
+
+    def _row_plan(self, x: Tensor, batch: MixedBatch) -> RowPlan:
+        """The one that this thread keeps, or a new one."""
+        dtype, decoding = _compute_dtype(x), decodes(x, rows_first=self.rows_first)
+        if self.training or not plannable():
+            dimension, groups = self._row_groups(x, batch, dtype, decoding)
+            return RowPlan(None, {}, dimension, dtype, groups)
+        batch.reached = True
+        containers, plan = self.adapter_layer_names, self._cache.rows.plan
+        asked = batch.names, batch.repeats, batch.layout, x.shape, x.dtype, x.device, dtype, containers
+        if plan is None or not plan.fits(asked, self.options):
+            seen = SeenRows.of(self, ("randbasis_streams", *containers), batch.distinct)  # before the values are used
+            dimension, groups = self._row_groups(x, batch, dtype, decoding)
+            plan = RowPlan(asked, dict(self.options), dimension, dtype, groups, seen)
+            self._cache.keep_rows(plan, decoding=decoding)
+        return plan
+
+    def _row_groups(
+        self, x: Tensor, batch: MixedBatch, dtype: torch.dtype, decoding: bool
+    ) -> tuple[int, list[RowGroup]]:
         dimension, names = batch.rows_of(x, x.dim() - 1)
-        result = self._base_result(x, *args, **kwargs)
-        if dimension:
-            result, x = result.transpose(0, dimension), x.transpose(0, dimension)
-        dtype = _compute_dtype(x)
-        rows = self._cast_input_dtype(x, dtype).reshape(x.shape[0], -1, self.in_features)
+        groups: list[RowGroup] = []
         for group in batch_groups(names, self.matrices):
-            one = group.like
-            index = torch.tensor(group.rows, device=x.device)
-            everyone = len(group.rows) == len(names)
-            gathered = self._gathered(group, dtype, decoding=decodes(x, rows_first=self.rows_first))
-            h = one.bound.apply(rows if everyone else rows[index], gathered)
-            h = self._embed(h, one.part).to(result.dtype).view(len(group.rows), *result.shape[1:])
-            result = result + h if everyone else result.index_add(0, index, h)
-        return result.transpose(0, dimension) if dimension else result
+            index = None if len(group.rows) == len(names) else torch.tensor(group.rows, device=x.device)
+            gathered = self._gathered(group, dtype, decoding=decoding)
+            groups.append(RowGroup(group.like.bound, group.like.part, index, gathered))
+        return dimension, groups
 
     def _gathered(self, group: BatchGroup, dtype: torch.dtype, *, decoding: bool) -> dict[str, Tensor]:
         """What the method prepares of the coefficients of the adapter of each row, ``[rows, ...]``; 1 where all agree.

@@ -5,7 +5,7 @@ their number; where two dimensions have that number and the model is not known t
 """
 
 import threading
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -21,11 +21,17 @@ Layout = Literal["rows first", "either", "unknown"]
 """Where the layers of a model have the rows of a batch: in dimension 0, some in 0 and some in 1, or nobody knows."""
 
 
-def layout_of(model: nn.Module) -> Layout:
-    """Where the layers of a model have the rows: known for the architectures of transformers, and for no others."""
+def layout_of(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Layout:
+    """Where the layers of a model have the rows: known for the architectures of transformers, and for no others.
+
+    Args:
+        model: which.
+        modules: all of its modules, for whoever has walked through them.
+    """
     if not isinstance(model, PreTrainedModel):
         return "unknown"
-    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    everything = model.modules() if modules is None else modules
+    parts = [module for module in everything if isinstance(module, PreTrainedModel)]
     if any(not type(part).__module__.startswith("transformers.models.") for part in parts):
         return "unknown"
     return "either" if any(part.config.model_type in TOKENS_FIRST for part in parts) else "rows first"
@@ -43,11 +49,19 @@ class MixedBatch:
         reached: whether one of them was called in the thread of the call.
     """
 
-    names: Sequence[str]
+    names: tuple[str, ...]
     repeats: int
     layout: Layout
     modules: frozenset[int]
     reached: bool = field(default=False)
+    _distinct: tuple[str, ...] | None = field(default=None)
+
+    @property
+    def distinct(self) -> tuple[str, ...]:
+        """The adapters among the names; every layer asks."""
+        if self._distinct is None:
+            self._distinct = tuple(name for name in dict.fromkeys(self.names) if name != BASE)
+        return self._distinct
 
     def rows_of(self, x: Tensor, dimensions: int) -> tuple[int, list[str]]:
         """The dimension of ``x`` that has the rows, and the adapter of each.
@@ -164,6 +178,7 @@ def batch_groups(adapter_names: Sequence[str], parts: Callable[[str], Sequence[A
             groups.setdefault((one.bound, one.part), (one, []))[1].append(name)
     result: list[BatchGroup] = []
     for one, names in groups.values():
-        rows = [row for row, name in enumerate(adapter_names) if name in names]
-        result.append(BatchGroup(one, names, rows, [names.index(adapter_names[row]) for row in rows]))
+        slot_of = {name: slot for slot, name in enumerate(names)}
+        rows = [row for row, name in enumerate(adapter_names) if name in slot_of]
+        result.append(BatchGroup(one, names, rows, [slot_of[adapter_names[row]] for row in rows]))
     return result

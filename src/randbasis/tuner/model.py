@@ -255,13 +255,14 @@ class RandbasisModel(BaseTuner):
             yield
 
     def _mixed_batch(self, adapter_names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> MixedBatch:
-        self._check_adapter_names(adapter_names)
-        modules = [m for m in self.modules() if isinstance(m, (RandbasisLinear, AuxiliaryTrainingWrapper))]
-        for module in modules:
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                _let_names_pass(module)
+        everything = list(self.modules())  # the one walk of a call; what is cut out or copied in meanwhile is seen
+        layers = [module for module in everything if isinstance(module, RandbasisLinear)]
+        self._check_adapter_names(adapter_names, layers)
+        wrappers = [module for module in everything if isinstance(module, AuxiliaryTrainingWrapper)]
+        for wrapper in wrappers:
+            _let_names_pass(wrapper)
         rows = given_rows(args, kwargs)
-        layout = layout_of(self.model)
+        layout = layout_of(self.model, everything)
         if layout != "unknown" and rows is not None and rows != len(adapter_names):
             raise AdapterNameError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -269,9 +270,9 @@ class RandbasisModel(BaseTuner):
             )
         # PEFT hands the inputs over to generation, but not to every forward pass, which repeats no rows.
         repeats = rows_of_a_prompt(self.model, kwargs) if rows is not None or "pixel_values" in kwargs else 1
-        return MixedBatch(tuple(adapter_names), repeats, layout, frozenset(map(id, modules)))
+        return MixedBatch(tuple(adapter_names), repeats, layout, frozenset(map(id, (*layers, *wrappers))))
 
-    def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
+    def _check_adapter_names(self, adapter_names: Sequence[str], layers: Sequence[RandbasisLinear]) -> None:
         if self.training:
             raise AdapterNameError(
                 "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first."
@@ -281,9 +282,10 @@ class RandbasisModel(BaseTuner):
                 f"adapter_names must be a list with one name for each row, got the string {adapter_names!r}; "
                 f"write [{adapter_names!r}] * batch_size"
             )
-        known = {name for layer in self._layers() for name in layer.adapted}
-        unknown = sorted(set(adapter_names) - known - {BASE})
+        asked = set(adapter_names) - {BASE}
+        unknown = sorted(name for name in asked if not any(name in layer.adapted for layer in layers))
         if unknown:
+            known = {name for layer in layers for name in layer.adapted}
             raise AdapterNameError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; "
                 f"{near(unknown[0], known | {BASE})}"

@@ -7,6 +7,7 @@ time in which nobody is expected to write: a step of decoding one token further.
 """
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -141,3 +142,56 @@ class Snapshot:
         return len(tensors) == len(self.seen) and all(
             one.is_of(tensor) for one, tensor in zip(self.seen, tensors, strict=True)
         )
+
+
+_VERSION = attrgetter("_version")
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes of a number: numpy does not know every dtype of torch."""
+
+
+class Together:
+    """A snapshot of many small tensors, compared in few operations: their number is that of the users of a batch.
+
+    It keeps the tensors, but tells only of what they hold; that they still lie where they lay is for the caller.
+
+    Args:
+        tensors: some that :func:`watched` has an answer for.
+        by_value: whether it is by their values.
+    """
+
+    __slots__ = ("_addresses", "_alike", "_steps", "_versions", "by_value", "tensors")
+
+    def __init__(self, tensors: Sequence[Tensor], *, by_value: bool) -> None:
+        self.tensors = tensors
+        self.by_value = by_value
+        by_shape: dict[Any, list[Tensor]] = {}
+        for tensor in tensors if by_value else ():
+            by_shape.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
+        self._alike = [(alike, _held(alike)) for alike in by_shape.values()]
+        self._versions, self._addresses, self._steps = self._now()
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "Together | None":
+        """One of these tensors; None where :func:`watched` says that a later change could not be seen."""
+        how = watched(tensors)
+        return None if how is None else cls(tensors, by_value=how == "by value")
+
+    def _now(self) -> tuple[list[int], list[int], int]:
+        if self.by_value:
+            return [], [], 0
+        return [*map(_VERSION, self.tensors)], [*map(Tensor.data_ptr, self.tensors)], _STEPS.taken
+
+    def stand(self) -> bool:
+        """Whether they hold the same still."""
+        if transformed():
+            return False
+        if not self.by_value:
+            return self._now() == (self._versions, self._addresses, self._steps)
+        return all(_held(alike) == kept for alike, kept in self._alike)
+
+
+def _held(alike: Sequence[Tensor]) -> tuple[torch.dtype, torch.Size, bytes]:
+    """What they hold, one after the other. The bytes, so that not even the sign of a zero goes unseen."""
+    stacked = torch.stack([*alike])
+    plain = stacked if stacked.dtype is torch.float32 else stacked.view(_INTEGERS[stacked.element_size()])
+    return stacked.dtype, stacked.shape, plain.numpy().tobytes()
