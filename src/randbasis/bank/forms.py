@@ -1,7 +1,7 @@
 """In which form the rows of a batch take their adapters: coefficients, math (21)-(23), or factors, math (24).
 
-A form makes tensors of the coefficients of some adapters, ``[adapters, …]`` each, and shows any such tensors as what
-each adapted matrix needs. All layers are made in one call for each sum that they share.
+A form makes tensors of the coefficients of some adapters, and shows any such tensors as what each adapted matrix needs.
+All layers are made in one call for each sum that they share.
 """
 
 from abc import ABC, abstractmethod
@@ -25,14 +25,16 @@ class Form(ABC):
     Attributes:
         name: of the form.
         kept: whether making it of coefficients costs enough to be kept from one batch to the next.
+        axis: the dimension of its tensors that has the adapters.
     """
 
     name: ClassVar[FormName]
     kept: ClassVar[bool]
+    axis: ClassVar[int]
 
     @abstractmethod
     def make(self, coefficients: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Of the coefficients ``[adapters, count]`` float32 of a whole adapter, tensors with a leading ``adapters``.
+        """Of the coefficients ``[adapters, count]`` float32 of whole adapters, tensors with a dimension of adapters.
 
         Args:
             coefficients: on the device of the model.
@@ -57,6 +59,7 @@ class CoefficientForm(Form):
 
     name = "coefficients"
     kept = False
+    axis = 0
 
     def __init__(self, spec: Spec) -> None:
         self._shapes = [one.shapes for one in spec.matrices]
@@ -100,16 +103,12 @@ class _SumOfMany:
         self._index: Tensor | None = None
 
     def of(self, coefficients: Tensor) -> Tensor:
-        """``[adapters, matrices, rows, cols]`` of ``[adapters, count]``."""
-        first = self.columns[0]
-        if len(self.columns) == 1:
-            mine = coefficients[:, first.start : first.stop].unsqueeze(1)
-        else:
-            if self._index is None or self._index.device != coefficients.device:
-                self._index = torch.tensor([list(one) for one in self.columns], device=coefficients.device)
-            mine = coefficients[:, self._index]
+        """``[matrices, adapters, rows, cols]`` of ``[adapters, count]``."""
+        if self._index is None or self._index.device != coefficients.device:
+            self._index = torch.tensor([list(one) for one in self.columns], device=coefficients.device)
+        mine = coefficients[:, self._index].transpose(0, 1)
         made = self.wanted.of(mine.flatten(0, 1))
-        return made.view(coefficients.shape[0], len(self.columns), *made.shape[-2:])
+        return made.view(*mine.shape[:2], *made.shape[-2:])
 
 
 class FactorForm(Form):
@@ -117,6 +116,9 @@ class FactorForm(Form):
 
     name = "factors"
     kept = True
+    # So the adapters of one matrix lie side by side: a batched product reads them 1.5 times as fast as strides apart
+    # (32 of r=8 and 512 columns, one thread, 2026-11-27).
+    axis = 1
 
     def __init__(self, spec: Spec, bounds: Sequence[Bound[Any]]) -> None:
         self._bounds = bounds
@@ -155,7 +157,7 @@ class FactorForm(Form):
     def views(self, tensors: Sequence[Tensor]) -> list[View]:
         """The factors of each matrix."""
         split = cast("Callable[[Tensor, int], tuple[Tensor, ...]]", torch.unbind)
-        layers = [split(one, 1) for one in tensors]
+        layers = [split(one, 0) for one in tensors]
         return [
             bound.prepared(bound.factors_of([layers[at][place] for at, place in places]))
             for bound, places in zip(self._bounds, self._places, strict=True)

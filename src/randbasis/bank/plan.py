@@ -71,22 +71,26 @@ class Placement:
         """What each matrix needs, of all places."""
         count = len(self._order)
         if count not in self._views:
-            self._views[count] = self._form.views([one[:count] for one in self._whole])
+            self._views[count] = self._form.views([one.narrow(self._form.axis, 0, count) for one in self._whole])
         return self._views[count]
 
     def _copy(self, count: int, changed: Sequence[tuple[int, Resident]], prepared: Mapping[Resident, Prepared]) -> None:
         # As in the forms that are copied: what an earlier pass without inference mode made is written in any.
         with torch.inference_mode(False), torch.no_grad():
-            if not self._whole or self._whole[0].shape[0] < count:
-                groups = zip(*(prepared[one].tensors if one in prepared else () for one in self._order), strict=True)
-                self._whole, self._views = tuple([torch.cat(group) for group in groups]), {}
+            axis = self._form.axis
+            if not self._whole or self._whole[0].shape[axis] < count:
+                self._whole, self._views = self._side_by_side(prepared), {}
             elif 2 * len(changed) > count:
-                for at, whole in enumerate(self._whole):
-                    torch.cat([prepared[one].tensors[at] for one in self._order], out=whole[:count])
+                for whole, made in zip(self._whole, self._side_by_side(prepared), strict=True):
+                    whole.narrow(axis, 0, count).copy_(made)
             else:
                 for place, one in changed:
                     for whole, tensor in zip(self._whole, prepared[one].tensors, strict=True):
-                        whole[place].copy_(tensor[0])
+                        whole.narrow(axis, place, 1).copy_(tensor)
+
+    def _side_by_side(self, prepared: Mapping[Resident, Prepared]) -> tuple[Tensor, ...]:
+        groups = zip(*(prepared[one].tensors for one in self._order), strict=True)
+        return tuple([torch.cat(group, self._form.axis) for group in groups])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

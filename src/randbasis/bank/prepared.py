@@ -17,7 +17,7 @@ class Prepared:
     """One adapter in one form.
 
     Attributes:
-        tensors: of :meth:`Form.make`, with a leading dimension of 1.
+        tensors: of :meth:`Form.make`, of this adapter alone.
         views: what each matrix needs.
     """
 
@@ -89,7 +89,7 @@ class PreparedAdapters:
             tensors = form.make(rows.clone() if rows.is_inference() else rows, dtype)
         made: list[Prepared] = []
         for at in range(len(residents)):
-            mine = [one[at : at + 1] for one in tensors]
+            mine = [one.narrow(form.axis, at, 1) for one in tensors]
             # Each is dropped by itself, and so must not hold the others' memory.
             own = tuple([one.clone() for one in mine] if form.kept and len(residents) > 1 else mine)
             made.append(Prepared(own, form.views(own)))

@@ -21,6 +21,10 @@ ROW_DTYPES = (torch.float16, torch.bfloat16)
 """Dtypes in which a row is kept as it is stored; all else becomes float32."""
 
 
+PASSES = 16
+"""Passes that factors are expected to serve once they are made: a short answer's tokens."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """One adapted matrix of a profile on a layer of the model.
@@ -121,7 +125,7 @@ class Profile:
         number = work_of_a_number(device, dtype) / 2  # read, not written
         by_basis = sum(bound.shared_cost(total) for bound in self._bounds)
         by_factors = sum(bound.token_cost(total, training=False) for bound in self._bounds)
-        by_factors += new * factors.work + len(tokens) * factors.numbers * number
+        by_factors += new * factors.work / PASSES + len(tokens) * factors.numbers * number
         return factors if by_factors <= by_basis else shared
 
     def heads_of(self, extra: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
