@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from randbasis.adapter_file import PackedAdapter, read
+from randbasis.adapter_file import PackedAdapter, Spec, read
 from randbasis.bank.linear_layers import architecture_of
 from randbasis.bank.plan import BatchPlan
 from randbasis.bank.planner import Planner, Run
@@ -33,6 +33,8 @@ Who = str | Lease | None
 """The adapter of a row: its name, or the lease on it; ``"__base__"`` or None for the base model."""
 
 ROW_BYTES, EXPANDED_BYTES = 1 << 30, 1 << 28
+KNOWN_SPECS = 256
+"""Of how many specs the profile is remembered."""
 
 
 class AdapterBank:
@@ -70,6 +72,7 @@ class AdapterBank:
         self._row_bytes = row_bytes
         self._modules = dict(cast("Any", model.named_modules()))
         self._profiles: dict[tuple[Any, ...], Profile] = {}
+        self._known: dict[int, tuple[Spec, Profile]] = {}
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # used longest ago first
         self._counts = {"loads": 0, "hits": 0, "misses": 0, "evictions": 0}
         self._used_bytes = 0
@@ -265,6 +268,9 @@ class AdapterBank:
         return self._residents[name]
 
     def _profile(self, adapter: PackedAdapter, where: str) -> Profile:
+        known = self._known.get(id(adapter.spec))
+        if known is not None and known[0] is adapter.spec and adapter.streams is None:
+            return known[1]
         key = Profile.key(adapter)
         if key not in self._profiles:
             profile = Profile(adapter, self.model, self._modules, where)
@@ -273,6 +279,11 @@ class AdapterBank:
                     hook = _LayerHook(self._calls, name)
                     self._handles[name] = self._modules[name].register_forward_hook(hook)
             self._profiles[key] = profile
+        if adapter.streams is None:
+            # Files of one kind share their spec, and hashing one costs as much as copying the row.
+            while len(self._known) >= KNOWN_SPECS:
+                del self._known[next(iter(self._known))]
+            self._known[id(adapter.spec)] = adapter.spec, self._profiles[key]
         return self._profiles[key]
 
     def _make_room(self, name: str, wanted: int, before: Resident | None) -> None:
@@ -365,9 +376,13 @@ class _LayerHook:
         plan = next((one for one in plans if one.fits(args[0])), None)
         if plan is None:
             raise _wrong_rows(plans[0], self._name, args[0])
-        if plan.terms:
-            result = plan.add(self._name, args[0], result)
-        return plan.replace(self._name, module, args[0], result) if self._name in plan.heads else result
+        if self._name in plan.heads:
+            self._calls.plans = None  # the module is called again, with other parameters
+            try:
+                result = plan.replace(self._name, module, args[0], result)
+            finally:
+                self._calls.plans = plans
+        return plan.add(self._name, args[0], result) if plan.terms else result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_LayerHook":
         return self
