@@ -16,7 +16,7 @@ FUZZ_SECONDS ?= 60
 CLI_PAGE := $(BIN)/python -m typer randbasis.cli utils docs --name randbasis --title "The command"
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo first-hour test test-newest test-oldest check bench bench-gpu conformance results results-sst2 results-vision results-e2e results-quantization sweep-defaults fuzz mutants crash docs clean
+.PHONY: help install lock demo first-hour test test-newest test-oldest check bench bench-gpu bench-serving conformance results results-sst2 results-vision results-e2e results-quantization sweep-defaults fuzz mutants crash docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -73,6 +73,9 @@ test-oldest: ## the test suite on the oldest of what the ranges allow (requireme
 # The page is made from what was measured, also when a case failed; the exit code is that of the run.
 bench: $(INSTALLED) ## check, then time every case (ARGS="--only step --tokens 2048 --rounds 7 --threads 4"); writes the tables in docs/
 	$(BIN)/python -m benchmarks run $(ARGS); code=$$?; $(BIN)/python -m benchmarks report && exit $$code
+
+bench-serving: $(INSTALLED) ## the bank: mixed batches beside PEFT's adapter_names, loading, memory of up to 100,000 adapters
+	$(BIN)/python -m benchmarks run --only bank "bank load" "bank cold" "bank memory" $(ARGS); code=$$?; $(BIN)/python -m benchmarks report && exit $$code
 
 # Nine minutes are left for all: no case begins after eight, and the next run goes on where this one stopped.
 bench-gpu: $(INSTALLED) ## the same for the cases that need a CUDA device, and one table of targets (ARGS="--only step decode" picks parts)

@@ -1,7 +1,7 @@
 """Adapters by name, put on a base model: ours, PEFT's, and NOLA as it was published.
 
 A name says everything: ``PEFT LoRA r=4``, ``NOLA r=8 k=256``, ``NOLA r=8 k=256 unique``, ``VeRA r=256``,
-``PEFT VeRA r=256``, ``RandLoRA r=32``, ``PEFT RandLoRA r=32``, ``published NOLA r=8 k=1000``.
+``PEFT VeRA r=256``, ``RandLoRA r=32``, ``PEFT RandLoRA r=32``, ``published NOLA r=8 k=1000``, ``PRANC k=16``.
 """
 
 import re
@@ -19,8 +19,8 @@ from benchmarks.published_nola import put_published_nola
 FLOOR = "PEFT LoRA r=1"
 """What overheads are counted from: the same graph, next to no work of its own."""
 _NAME = re.compile(
-    r"(?P<kind>PEFT LoRA|(PEFT )?VeRA|(PEFT )?RandLoRA|(published )?NOLA)"
-    r" r=(?P<r>\d+)( k=(?P<k>\d+))?(?P<unique> unique)?"
+    r"(?P<kind>PEFT LoRA|(PEFT )?VeRA|(PEFT )?RandLoRA|(published )?NOLA|PRANC(?! r))"
+    r"( r=(?P<r>\d+))?( k=(?P<k>\d+))?(?P<unique> unique)?"
 )
 
 
@@ -41,14 +41,14 @@ class Adapter:
             ValueError: it is no such name.
         """
         found = _NAME.fullmatch(name)
-        if found is None:
+        if found is None or (found["r"] is None) != (found["kind"] == "PRANC"):
             raise ValueError(f"an adapter's name must look like 'NOLA r=8 k=256' or 'PEFT LoRA r=4', got {name!r}")
-        return cls(found["kind"], int(found["r"]), int(found["k"] or 0), found["unique"] is not None)
+        return cls(found["kind"], int(found["r"] or 0), int(found["k"] or 0), found["unique"] is not None)
 
     @property
     def is_ours(self) -> bool:
         """Whether this package makes it."""
-        return self.kind in ("NOLA", "VeRA", "RandLoRA")
+        return self.kind in ("NOLA", "VeRA", "RandLoRA", "PRANC")
 
     def config(self, base: Base, *, started: bool = False, **options: Any) -> peft.PeftConfig:
         """Its PEFT configuration.
@@ -66,6 +66,9 @@ class Adapter:
         options["init_weights"] = not started
         if self.kind == "NOLA":
             return randbasis.NolaConfig(num_basis=self.k, share_basis=not self.unique, **options)
+        if self.kind == "PRANC":
+            del options["r"]
+            return randbasis.PrancConfig(num_basis=self.k, **options)
         if self.kind == "VeRA":
             return randbasis.VeraConfig(**options)
         if self.kind == "RandLoRA":

@@ -33,7 +33,7 @@ TOLERANCE = 4e-2
 def cases(*, tiny: bool = False, everything: bool = False) -> Iterator[Case]:
     """One adapter for all rows, then 1, 8 and 32 adapters among them."""
     del everything
-    base = _llama(2, 64, 160) if tiny else _llama(22, 2048, 5632)
+    base = small_llama(2, 64, 160) if tiny else small_llama(22, 2048, 5632)
     rows = 4 if tiny else ROWS
     one = ONE[:2] if tiny else ONE
     mixed = (f"{NOLA}, 1 distinct", f"{NOLA}, 4 distinct") if tiny else MIXED
@@ -52,7 +52,8 @@ def cases(*, tiny: bool = False, everything: bool = False) -> Iterator[Case]:
         )
 
 
-def _llama(layers: int, width: int, inner: int) -> Base:
+def small_llama(layers: int, width: int, inner: int) -> Base:
+    """A model like Llama in bfloat16, with random weights."""
     return Base(f"Llama {layers}×{width}, bfloat16", partial(_model, width, inner), layers, 1024, TARGETS)
 
 
@@ -77,7 +78,7 @@ def _words(base: Base, rows: int) -> Tensor:
 def _build_one(base: Base, rows: int, sides: Sequence[str]) -> Built:
     frozen, words = frozen_model(base), _words(base, rows)
     models = {name: put(name, bases.twin(frozen), base, started=True).eval().requires_grad_(False) for name in sides}
-    steps = {name: _step(model, words, {}) for name, model in models.items()}
+    steps = {name: token_of(model, words, {}) for name, model in models.items()}
 
     def check() -> str:
         wanted = {name: _last(model, words, {}) for name, model in models.items()}
@@ -95,7 +96,7 @@ def _build_mixed(base: Base, rows: int, sides: Sequence[str]) -> Built:
         for kind in dict.fromkeys(kinds.values())
     }
     named = {side: {"adapter_names": [_adapter(row % counts[side]) for row in range(rows)]} for side in sides}
-    steps = {side: _step(models[kinds[side]], words, named[side]) for side in sides}
+    steps = {side: token_of(models[kinds[side]], words, named[side]) for side in sides}
 
     def check() -> str:
         wanted = {side: _alone(models[kinds[side]], words, named[side]["adapter_names"]) for side in sides}
@@ -115,7 +116,7 @@ def _adapter(number: int) -> str:
     return f"a{number}" if number else "default"
 
 
-def _step(model: nn.Module, words: Tensor, named: dict[str, Any]) -> Callable[[], Tensor]:
+def token_of(model: nn.Module, words: Tensor, named: dict[str, Any]) -> Callable[[], Tensor]:
     """One token a row after all but the last of some words are in the cache, again and again."""
     length = words.shape[1] - 1
     with torch.no_grad():

@@ -8,10 +8,11 @@ from benchmarks.case import Case
 
 FAMILIES = (
     "basis_rate", "training_step", "step_parts", "peak_memory", "inference", "kept_factors", "expansion", "switching",
-    "growth", "host_time", "packed_sizes", "adding",
+    "growth", "host_time", "packed_sizes", "adding", "bank",
 )  # fmt: skip
 GPU_FAMILIES = (
-    "gpu_step", "gpu_model", "gpu_decode", "gpu_host", "gpu_expansion", "gpu_adding", "gpu_basis", "gpu_project",
+    "gpu_step", "gpu_model", "gpu_decode", "gpu_bank", "gpu_host", "gpu_expansion", "gpu_adding", "gpu_basis",
+    "gpu_project",
 )  # fmt: skip
 """In the order of what is asked first: where the time is used up, the last are left."""
 

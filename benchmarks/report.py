@@ -13,7 +13,7 @@ from benchmarks.rows import Run
 from benchmarks.tables import tables
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = tuple(DOCS / name for name in ("performance.md", "kernels.md", "store.md", "adapter-file.md"))
+PAGES = tuple(DOCS / name for name in ("performance.md", "kernels.md", "store.md", "adapter-file.md", "serving.md"))
 PICTURES = DOCS / "performance"
 END = "<!-- end of table -->"
 _BLOCK = re.compile(rf"<!-- table: (?P<name>[^\n]+?) -->\n.*?^{re.escape(END)}$", re.DOTALL | re.MULTILINE)

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks import adding, gpu_decode, gpu_host, host_time
+from benchmarks import adding, bank, gpu_decode, gpu_host, host_time
 from benchmarks.adapters import FLOOR, Adapter
 from benchmarks.basis_rate import PACKED
 from benchmarks.gpu_expansion import GRAPH, OWN, REDRAWN
@@ -251,6 +251,38 @@ def _adding(family: str) -> Callable[[Run], Iterator[tuple[str, Figure, int]]]:
     return find
 
 
+def _bank_rate(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    for side in [side for side in run.timings if run.family == "bank" and side.endswith(", 32 distinct")]:
+        one = side.replace("32 distinct", "1 distinct")
+        if side != f"{bank.LORA}, 32 distinct" and _present(run, one):
+            yield _ratio(run, one, side)  # times, so that the quotient is that of the rates
+
+
+def _bank_against_peft(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    peft = f"{bank.LORA}, 32 distinct"
+    for side in [side for side in run.timings if run.family == "bank" and side.endswith(", 32 distinct")]:
+        if side != peft and _present(run, peft):
+            yield _ratio(run, peft, side)
+
+
+def _bank_loads(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    if run.family == bank.LOADED:
+        ((side, timing),) = run.timings.items()
+        yield side, lambda rounds: 1000 / statistics.median(timing.values[i] for i in rounds), len(timing.values)
+
+
+def _bank_cold(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    if run.family == bank.COLD and _present(run, bank.COLD_SIDES[0]):
+        values = run.timings[bank.COLD_SIDES[0]].values
+        yield bank.COLD_SIDES[0], lambda rounds: 1e3 * statistics.median(values[i] for i in rounds), len(values)
+
+
+def _bank_memory(run: Run) -> Iterator[tuple[str, Figure, int]]:
+    if run.family == bank.MEMORY and run.parameters.get("adapters") == 100_000:
+        values = run.timings["resident in a bank"].values
+        yield "resident in a bank", lambda rounds: statistics.median(values[i] for i in rounds) / 1e9, len(values)
+
+
 TARGETS = (
     Target("step of NOLA, k ≤ 256, 2,048 tokens or more, to that of PEFT LoRA of the same rank", 1.03, _nola_steps),
     Target("overhead of NOLA, k = 1000, to that of the published algorithm", 0.2, _published),
@@ -270,6 +302,13 @@ TARGETS = (
     Target("GPU: expanding an adapter of LLaMA-2 7B, k = 128", 2, _gpu_expansion("LLaMA-2 7B"), unit="ms"),
     Target("GPU: expanding an adapter of LLaMA-2 70B, k = 512", 60, _gpu_expansion("LLaMA-2 70B"), unit="ms"),
     Target("putting on or loading many adapters to PEFT LoRA", 1.0, _adding("add")),
+    Target(
+        "bank: tokens a second of 32 users of their own to one adapter for all rows", 0.95, _bank_rate, at_least=True
+    ),
+    Target("bank: tokens a second to PEFT's LoRA, 32 users of their own", 2.5, _bank_against_peft, at_least=True),
+    Target("bank: adapters loaded from bytes", 10_000, _bank_loads, at_least=True, unit="a second"),
+    Target("bank: an adapter from the store, ready for a batch", 5, _bank_cold, unit="ms"),
+    Target("bank: memory of 100,000 adapters of about 5 KB", 0.7, _bank_memory, unit="GB"),
     Target(
         "GPU: step of NOLA r=16 k=128, 8 layers or more, 4,096 tokens, to PEFT LoRA r=16",
         1.02,

@@ -331,6 +331,54 @@ def test_a_plan_is_made_once_for_the_same_names(tmp_path: Path) -> None:
     assert first is second
 
 
+@pytest.mark.parametrize("method", OF_SEEDS)
+def test_a_held_plan_changes_in_place(method: str, tmp_path: Path) -> None:
+    """What a CUDA graph needs: the same tensors at the same addresses, whoever the rows are."""
+    case = Case("linear", method)
+    users = [packed(case, tmp_path, seed) for seed in (1, 2)]
+    base, batch = case.base(), case.batch(3)
+    bank = AdapterBank(base)
+    bank.load("a", users[0])
+    bank.load("b", users[1])
+    plan = bank.hold(["a", "__base__", "b"])
+    places = [view for term in plan.terms for view in term.views]
+    addresses = [{name: tensor.data_ptr() for name, tensor in view.items()} for view in places]
+    for names in (["a", "__base__", "b"], ["b", "a", "__base__"], ["b", "b", "b"]):
+        bank.assign(plan, names)
+        with bank.using(plan):
+            found = outputs(base, batch)
+        assert_rows(found, case, [{"a": users[0], "b": users[1]}.get(name) for name in names], batch)
+    assert [{name: tensor.data_ptr() for name, tensor in view.items()} for view in places] == addresses
+    with pytest.raises(BankError, match="2 rows"):
+        bank.assign(plan, ["a", "b"])
+    with pytest.raises(BankError, match="one profile"):
+        bank.hold(["__base__"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", OF_SEEDS)
+def test_a_step_in_a_cuda_graph_serves_other_users(method: str, tmp_path: Path) -> None:
+    case = Case("linear", method)
+    users = [packed(case, tmp_path, seed) for seed in (1, 2)]
+    base = case.base().cuda()
+    bank = AdapterBank(base)
+    bank.load("a", users[0])
+    bank.load("b", users[1])
+    layer, x = base.model.layers[0].mlp.down_proj, torch.randn(2, 1, 48, device="cuda")
+    plan = bank.hold(["a", "b"])
+    with bank.using(plan), torch.no_grad():
+        layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = layer(x)
+    for names in (["a", "b"], ["b", "a"], ["b", "__base__"]):
+        bank.assign(plan, names)
+        graph.replay()
+        with bank.rows(names), torch.no_grad():
+            torch.testing.assert_close(found, layer(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", OF_SEEDS)
 def test_half_precision(method: str, dtype: torch.dtype, tmp_path: Path) -> None:

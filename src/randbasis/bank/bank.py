@@ -231,6 +231,59 @@ class AdapterBank:
             with self._sending([plan]):
                 yield plan
 
+    def hold(self, adapters: Sequence[Who]) -> BatchPlan:
+        """A plan of rows whose tensors stay where they are when its rows get other adapters: for a CUDA graph.
+
+        Every row takes part, those of the base by adding zeros. Send it with :meth:`using`, change it with
+        :meth:`assign`.
+
+        Args:
+            adapters: name of, or lease on, the adapter of each row; all of one profile, without heads of their own.
+
+        Raises:
+            NotResidentError: there is no adapter of a name.
+            BankError: adapters are of several profiles, or none is named, or one has a head.
+        """
+        with self._leased(adapters) as residents, self._lock:
+            profiles = {one.profile for one in residents if one is not None}
+            if len(profiles) != 1:
+                raise BankError(
+                    f"a plan that is held must be of adapters of one profile (method, options, seed, targets), got "
+                    f"{len(profiles)}; hold one plan a profile, or send batches with bank.rows"
+                )
+            (profile,) = profiles
+            _check_headless(residents)
+            return self._planner.held(profile, residents)
+
+    def assign(self, plan: BatchPlan, adapters: Sequence[Who]) -> None:
+        """Give the rows of a plan of :meth:`hold` other adapters of its profile, in place.
+
+        Raises:
+            NotResidentError: there is no adapter of a name.
+            BankError: the plan is not held, or has another number of rows, or an adapter is of another profile.
+        """
+        with self._leased(adapters) as residents, self._lock:
+            if plan.placement is None or plan.count != len(adapters):
+                raise BankError(
+                    f"a plan of bank.hold with {len(adapters)} rows must be given, got "
+                    + (f"one with {plan.count} rows" if plan.placement is not None else "one that is not held")
+                )
+            other = next((one for one in residents if one is not None and one.profile is not plan.profile), None)
+            if other is not None:
+                raise BankError(f"adapter {other.name!r} is of another profile than the plan; hold a plan for it")
+            _check_headless(residents)
+            self._planner.assign(plan, residents)
+
+    @contextmanager
+    def using(self, plan: BatchPlan) -> Generator[BatchPlan]:
+        """A block in which batches of this thread go by a plan of :meth:`hold`.
+
+        Raises:
+            AdapterNameError: a layer saw another number of rows, or, at the end, no layer was called.
+        """
+        with self._sending([plan]):
+            yield plan
+
     # --- on and off ---
 
     def close(self) -> None:
@@ -474,6 +527,15 @@ def _check_rows(names: Sequence[Who], rows: int | None) -> None:
         raise AdapterNameError(
             f"adapter_names must have one name for each row of the batch, got {len(names)} for {rows} rows; "
             f"give {BASE!r} for rows of the base model"
+        )
+
+
+def _check_headless(residents: Sequence[Resident | None]) -> None:
+    whole = next((one for one in residents if one is not None and one.extra), None)
+    if whole is not None:
+        raise BankError(
+            f"a plan that is held cannot replace modules that were trained whole, got {whole.name!r} with "
+            f"{', '.join(sorted(whole.extra))}; send such adapters with bank.rows"
         )
 
 

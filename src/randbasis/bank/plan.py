@@ -24,12 +24,12 @@ SHORT_RUN = 16
 class Placement:
     """The adapters of the rows of one product, side by side. Rows that keep their adapter are not copied again.
 
-    Args:
+    Attributes:
         form: of a profile.
     """
 
     def __init__(self, form: Form) -> None:
-        self._form = form
+        self.form = form
         self._order: list[Resident] = []
         self._whole: tuple[Tensor, ...] = ()
         self._views: dict[int, list[View]] = {}
@@ -71,13 +71,13 @@ class Placement:
         """What each matrix needs, of all places."""
         count = len(self._order)
         if count not in self._views:
-            self._views[count] = self._form.views([one.narrow(self._form.axis, 0, count) for one in self._whole])
+            self._views[count] = self.form.views([one.narrow(self.form.axis, 0, count) for one in self._whole])
         return self._views[count]
 
     def _copy(self, count: int, changed: Sequence[tuple[int, Resident]], prepared: Mapping[Resident, Prepared]) -> None:
         # As in the forms that are copied: what an earlier pass without inference mode made is written in any.
         with torch.inference_mode(False), torch.no_grad():
-            axis = self._form.axis
+            axis = self.form.axis
             if not self._whole or self._whole[0].shape[axis] < count:
                 self._whole, self._views = self._side_by_side(prepared), {}
             elif 2 * len(changed) > count:
@@ -90,7 +90,7 @@ class Placement:
 
     def _side_by_side(self, prepared: Mapping[Resident, Prepared]) -> tuple[Tensor, ...]:
         groups = zip(*(prepared[one].tensors for one in self._order), strict=True)
-        return tuple([torch.cat(group, self._form.axis) for group in groups])
+        return tuple([torch.cat(group, self.form.axis) for group in groups])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,6 +135,8 @@ class BatchPlan:
         terms: the products.
         heads: rows with heads of their own, by module path.
         reached: whether a layer asked.
+        placement: the adapters of its rows, where they may be changed in place.
+        profile: of all of them then.
     """
 
     count: int
@@ -142,6 +144,8 @@ class BatchPlan:
     terms: list[Term]
     heads: dict[str, list[HeadRows]] = field(default_factory=dict[str, list[HeadRows]])
     reached: bool = False
+    placement: Placement | None = None
+    profile: Profile | None = None
 
     def fits(self, x: Tensor) -> bool:
         """Whether the input of a layer has the rows of this batch."""

@@ -68,6 +68,29 @@ class Planner:
         mine.last = wanted, plan
         return plan
 
+    def held(self, profile: Profile, adapters: Sequence[Resident | None]) -> BatchPlan:
+        """A plan of rows that keeps its tensors when its adapters change: every row takes part, the base's with zeros.
+
+        Args:
+            profile: of all adapters.
+            adapters: of each row; None for the base.
+        """
+        form = self._form_of(profile) or profile.forms.get("factors") or profile.forms["coefficients"]
+        placement = Placement(form)
+        plan = BatchPlan(len(adapters), False, [], placement=placement, profile=profile)
+        self.assign(plan, adapters)
+        plan.terms.append(Term(profile, form, placement.views))
+        return plan
+
+    def assign(self, plan: BatchPlan, adapters: Sequence[Resident | None]) -> None:
+        """Give the rows of a held plan other adapters, in place."""
+        assert plan.placement is not None
+        assert plan.profile is not None
+        users = [plan.profile.base if one is None else one for one in adapters]
+        distinct = list(dict.fromkeys(users))
+        made = self._prepared.get(distinct, plan.placement.form, self._dtype, self._device)
+        plan.placement.rows(users, dict(zip(distinct, made, strict=True)))
+
     def tokens(self, runs: Sequence[Run]) -> BatchPlan:
         """The plan of packed requests, each a run of tokens.
 
@@ -124,7 +147,7 @@ class Planner:
     def _in_form(
         self, profile: Profile, distinct: list[Resident], tokens: dict[Resident, int]
     ) -> tuple[Form, dict[Resident, Prepared]]:
-        form = None if self._form is None else profile.forms.get(self._form)
+        form = self._form_of(profile)
         if form is None:
             factors = profile.forms.get("factors")
             new, room = 0, 0
@@ -135,6 +158,10 @@ class Planner:
             form = profile.choose_form(counts, new, room, self._dtype, self._device)
         made = self._prepared.get(distinct, form, self._dtype, self._device)
         return form, dict(zip(distinct, made, strict=True))
+
+    def _form_of(self, profile: Profile) -> Form | None:
+        """The one that every batch takes."""
+        return None if self._form is None else profile.forms.get(self._form)
 
     def _heads(self, runs: Sequence[Run]) -> dict[str, list[HeadRows]]:
         found: dict[Resident, list[int]] = {}
