@@ -302,10 +302,8 @@ TARGETS = (
     Target("GPU: expanding an adapter of LLaMA-2 7B, k = 128", 2, _gpu_expansion("LLaMA-2 7B"), unit="ms"),
     Target("GPU: expanding an adapter of LLaMA-2 70B, k = 512", 60, _gpu_expansion("LLaMA-2 70B"), unit="ms"),
     Target("putting on or loading many adapters to PEFT LoRA", 1.0, _adding("add")),
-    Target(
-        "bank: tokens a second of 32 users of their own to one adapter for all rows", 0.95, _bank_rate, at_least=True
-    ),
-    Target("bank: tokens a second to PEFT's LoRA, 32 users of their own", 2.5, _bank_against_peft, at_least=True),
+    Target("bank: tokens a second of 32 users to one for all rows", 0.95, _bank_rate, at_least=True),
+    Target("bank: tokens a second to PEFT's LoRA, 32 users", 2.5, _bank_against_peft, at_least=True),
     Target("bank: adapters loaded from bytes", 10_000, _bank_loads, at_least=True, unit="a second"),
     Target("bank: an adapter from the store, ready for a batch", 5, _bank_cold, unit="ms"),
     Target("bank: memory of 100,000 adapters of about 5 KB", 0.7, _bank_memory, unit="GB"),
