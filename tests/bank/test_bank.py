@@ -14,6 +14,7 @@ from support.tuner_cases import (
     outputs,
 )
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from randbasis import put
 from randbasis.adapter_file import PackedAdapter
@@ -396,19 +397,21 @@ def test_half_precision(method: str, dtype: torch.dtype, tmp_path: Path) -> None
         assert (found[row] - exact[user][row]).abs().max() < 0.06 * size
 
 
-def test_under_the_compiler(tmp_path: Path) -> None:
-    case = Case("linear", "nola")
+@pytest.mark.parametrize("method", OF_SEEDS)
+def test_one_graph_of_the_compiler_serves_other_users(method: str, tmp_path: Path) -> None:
+    case = Case("linear", method)
     users = [packed(case, tmp_path, seed) for seed in (1, 2, 3)]
-    base = case.base()
+    base, batch = case.base(), case.batch(3)
     bank = AdapterBank(base)
     for at, user in enumerate(users):
         bank.load(f"u{at}", user)
-    layer = base.model.layers[0].self_attn.q_proj
-    x = torch.randn(3, 4, layer.in_features)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    for names in (["u0", "u1", None], ["u2", "u0", None]):
-        with bank.rows(names), torch.no_grad():
-            torch.testing.assert_close(compiled(x), layer(x))
+    torch.compiler.reset()
+    counted = CompileCounter()
+    compiled = torch.compile(base, backend=counted, fullgraph=True)
+    for names in (["u0", "u1", None], ["u2", "u0", None], ["u1", "u2", None]):
+        with bank.rows(names):
+            torch.testing.assert_close(outputs(compiled, batch), outputs(base, batch))
+    assert counted.frame_count == 1
 
 
 def test_refusals(tmp_path: Path) -> None:
