@@ -13,6 +13,8 @@ from benchmarks.rows import RESULTS
 from studies.defaults_page import write_page
 from studies.pool import run_study
 from studies.report import write_report
+from studies.rounding import ROUNDING, run_cells
+from studies.rounding_page import write_rounding
 from studies.studies import STUDIES, study_named
 from studies.sweep import DEFAULTS, SETS, grid, rivals, run_sweep
 from studies.sweep_rows import read_rows
@@ -40,7 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
     sweep.add_argument("--seconds", type=float, help="begin no run after that many")
     defaults = commands.add_parser("defaults", help="write the page of defaults from those runs", epilog=EXAMPLE)
     defaults.add_argument("--page", type=Path, default=Path("docs/defaults.md"), help="the page to write")
-    for command in (run, report, sweep, defaults):
+    rounding = commands.add_parser("rounding", help="make the runs that fuse_rounding is judged by", epilog=EXAMPLE)
+    rounding.add_argument("--data", type=Path, help="folder of data sets and models; none: write the page alone")
+    rounding.add_argument("--seeds", type=int, default=3, help="of each method on each set")
+    rounding.add_argument("--seconds", type=float, help="begin no cell after that many")
+    rounding.add_argument("--page", type=Path, default=Path("docs/precision.md"), help="the page to write")
+    for command in (run, report, sweep, defaults, rounding):
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of the raw rows and comments")
     given = parser.parse_args(arguments)
     console = Console(stderr=True)
@@ -54,6 +61,13 @@ def main(arguments: list[str] | None = None) -> None:
         run_sweep(cells, given.data, path, seconds=given.seconds, console=console)
         left = None if given.seconds is None else given.seconds - (time.monotonic() - began)
         run_sweep(rivals(read_rows(path)), given.data, path, seconds=left, console=console)
+        return
+    if given.command == "rounding":
+        path = given.results / ROUNDING
+        if given.data is not None:
+            run_cells(given.data, path, seeds=given.seeds, seconds=given.seconds, console=console)
+        write_rounding(read_rows(path), given.page)
+        console.print(f"wrote {given.page}")
         return
     if given.command == "defaults":
         write_page(read_rows(given.results / DEFAULTS), given.page)

@@ -31,6 +31,7 @@ ROWS: dict[str, set[str]] = {
     "ops": {"torch", "numpy", "numba"},
     "codes": {"torch"},
     "methods": {"torch"},
+    "rounding": {"torch"},
     "contraction": {"torch"},
     "low_rank": {"torch"},
     "optional": set(),

@@ -7,7 +7,7 @@ is trained ("pair"). All give the same h and the same gradients; they differ in 
 the user forces an order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -17,6 +17,10 @@ from torch.nn import functional
 from randbasis.errors import ContractionError, not_one_of
 from randbasis.methods import Bound
 from randbasis.ops import check_differentiated_once, recorded
+
+Summed = Callable[[Tensor, Tensor], Tensor]
+"""``W0 + ΔW`` of both, where it has to be rounded: :class:`randbasis.rounding.RoundedSum`. Called again it is the same.
+"""
 
 Order = Literal["token", "weight", "pair"]
 OrderChoice = Literal["auto", "token", "weight"]
@@ -33,6 +37,8 @@ _WORK_OF_A_NUMBER_ON_CUDA_IN_HALF = 450.0
 """The same on an NVIDIA H100, 2026-11-27. In half precision: two products of 16,384 tokens with 4096 × 4096 in 1.58
 ms, 348 T/s, beside 0.18 GB written in 58 µs, 3.1 TB/s. In float32, without tensor cores, by three quarters of what the
 card's maker states for products."""
+
+HALF = torch.bfloat16, torch.float16
 
 SMALL_WORK = 1 << 21
 """Multiply-adds of a product below which a backward pass of our own costs more than it saves: a call of a Function of
@@ -122,7 +128,9 @@ def weight_order(x: Tensor, delta: Tensor) -> Tensor:
     return functional.linear(x, delta)
 
 
-def fused_weight_order(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor) -> Tensor:
+def fused_weight_order(
+    x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, summed: Summed | None = None
+) -> Tensor:
     """``(W0 + ΔW) x + bias``, math (20).
 
     Args:
@@ -130,21 +138,24 @@ def fused_weight_order(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Te
         weight: ``W0``, ``[out, in]``.
         bias: ``[out]`` or None.
         delta: ``ΔW``, ``[out, in]``.
+        summed: how the two are added, where that is not exact; the gradients are those of a plain sum.
 
     Raises:
         DifferentiationError: in the backward pass, when a graph of it is wanted.
     """
-    if x.numel() * weight.shape[0] <= SMALL_WORK or recorded():
+    if summed is None and (x.numel() * weight.shape[0] <= SMALL_WORK or recorded()):
         return functional.linear(x, weight + delta, bias)
-    return cast("Tensor", _FusedSum.apply(x, weight, bias, delta))  # pyright: ignore[reportUnknownMemberType]
+    return cast("Tensor", _FusedSum.apply(x, weight, bias, delta, summed))  # pyright: ignore[reportUnknownMemberType]
 
 
 class _FusedSum(torch.autograd.Function):
     """``(W0 + ΔW) x + bias``, with the gradient of ΔW in the layout that is made fastest."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor) -> Tensor:
-        total = weight + delta
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, summed: Summed | None
+    ) -> Tensor:
+        total = weight + delta if summed is None else summed(weight, delta)
         ctx.save_for_backward(x, total)
         return functional.linear(x, total, bias)
 
@@ -158,7 +169,7 @@ class _FusedSum(torch.autograd.Function):
         # A product of many tokens runs up to an eighth faster with the longer axis last.
         long = total.shape[0] > total.shape[1]
         for_sum = (tokens.T @ for_output).T if long else for_output.T @ tokens
-        return for_x, for_sum, for_bias, for_sum
+        return for_x, for_sum, for_bias, for_sum, None
 
 
 class _FusedPairs(torch.autograd.Function):
@@ -170,17 +181,23 @@ class _FusedPairs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, starts: tuple[int, ...], *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        starts: tuple[int, ...],
+        summed: Summed | None,
+        *factors: Tensor,
     ) -> Tensor:
-        total = _summed(weight, starts, factors)
+        total = _summed(weight, starts, factors, summed)
         rank, ranges = 0, list[tuple[int, int]]()
         for start, up, down in zip(starts, factors[::2], factors[1::2], strict=True):
             rank += down.shape[0]
             ranges.append((start, start + up.shape[0]))
         again = rank <= WORK_OF_A_NUMBER
-        ctx.formed_again, ctx.starts, ctx.ranges = again, starts, ranges
+        ctx.formed_again, ctx.starts, ctx.ranges, ctx.summed = again, starts, ranges, summed
         kept: list[Tensor | None] = []
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[5:]
         for place, factor in enumerate(factors):
             partner = place + 1 - 2 * (place % 2)  # the gradient of a factor is made with the other one of its pair
             kept.append(factor if again or wanted[partner] else None)
@@ -193,22 +210,25 @@ class _FusedPairs(torch.autograd.Function):
         x, weight, *factors = ctx.saved_tensors
         for_x = None
         if ctx.needs_input_grad[0]:
-            for_x = gradient @ (_summed(weight, ctx.starts, factors) if ctx.formed_again else weight)
+            total = _summed(weight, ctx.starts, factors, ctx.summed) if ctx.formed_again else weight
+            for_x = gradient @ total
         tokens = x.reshape(-1, x.shape[-1])
         for_output = gradient.reshape(-1, gradient.shape[-1])
         found: list[Tensor | None] = []
         for place, (start, stop) in enumerate(ctx.ranges):
             part = for_output[:, start:stop]
             up, down = factors[2 * place : 2 * place + 2]
-            up_trained, down_trained = ctx.needs_input_grad[4 + 2 * place : 6 + 2 * place]
+            up_trained, down_trained = ctx.needs_input_grad[5 + 2 * place : 7 + 2 * place]
             # Thin products run several times faster with the long axis last.
             found.append(((tokens @ down.T).T @ part).T if up_trained else None)
             found.append((part @ up).T @ tokens if down_trained else None)
-        return for_x, None, None, None, *found
+        return for_x, None, None, None, None, *found
 
 
-def _summed(weight: Tensor, starts: Sequence[int], factors: Sequence[Tensor]) -> Tensor:
+def _summed(weight: Tensor, starts: Sequence[int], factors: Sequence[Tensor], summed: Summed | None) -> Tensor:
     """``W0 + Σ Bₚ Aₚ`` in the layout of the weight, each pair in the rows from its start."""
+    if summed is not None:
+        return summed(weight, _summed(torch.zeros_like(weight), starts, factors, None))
     if len(starts) == 1 and factors[0].shape[0] == weight.shape[0]:
         up, down = factors
         if weight.is_contiguous():
@@ -233,7 +253,11 @@ def _plain_sum(weight: Tensor, pairs: Sequence[tuple[int, Tensor, Tensor]]) -> T
 
 
 def fused_pair_order(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[tuple[int, Tensor, Tensor]]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pairs: Sequence[tuple[int, Tensor, Tensor]],
+    summed: Summed | None = None,
 ) -> Tensor:
     """``(W0 + Σ Bₚ Aₚ) x + bias``, math (20), with the gradient of the factors taken from the tokens.
 
@@ -242,29 +266,33 @@ def fused_pair_order(
         weight: ``W0``, ``[out, in]``, frozen.
         bias: ``[out]``, frozen, or None.
         pairs: first output row, ``B`` of ``[rows, q]`` and ``A`` of ``[q, in]`` of each.
+        summed: as of :func:`fused_weight_order`.
 
     Raises:
         DifferentiationError: in the backward pass, when a graph of it is wanted.
     """
-    if len(pairs) == 1 and pairs[0][1].shape[0] == weight.shape[0] and x.numel() * weight.shape[0] <= SMALL_WORK:
+    small = x.numel() * weight.shape[0] <= SMALL_WORK
+    if summed is None and len(pairs) == 1 and pairs[0][1].shape[0] == weight.shape[0] and small:
         return functional.linear(x, torch.addmm(weight, *pairs[0][1:]), bias)
-    if recorded():
+    if summed is None and recorded():
         return functional.linear(x, _plain_sum(weight, pairs), bias)
     starts, factors = list[int](), list[Tensor]()
     for start, up, down in pairs:
         starts.append(start)
         factors += up, down
-    return cast("Tensor", _FusedPairs.apply(x, weight, bias, tuple(starts), *factors))  # pyright: ignore[reportUnknownMemberType]
+    return cast("Tensor", _FusedPairs.apply(x, weight, bias, tuple(starts), summed, *factors))  # pyright: ignore[reportUnknownMemberType]
 
 
-def fusing_refusal(weight: Tensor, dtype: torch.dtype) -> str | None:
+def fusing_refusal(weight: Tensor, dtype: torch.dtype, *, rounded: bool = False) -> str | None:
     """Why ``W0 + ΔW`` may not be formed as one matrix; None when it may.
 
     Args:
         weight: the base weight.
         dtype: dtype that the product is computed in.
+        rounded: whether the sum may be rounded to half precision.
     """
-    if weight.dtype not in (torch.float32, torch.float64):
+    exact = torch.float32, torch.float64
+    if weight.dtype not in (*exact, *(HALF if rounded else ())):
         return f"the base weight is {weight.dtype}: adding ΔW would round most of it away"
     if dtype != weight.dtype:
         return f"the product is computed in {dtype}, the base weight is {weight.dtype}"

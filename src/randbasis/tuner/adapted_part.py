@@ -5,6 +5,7 @@ from typing import Any
 
 from randbasis.contraction import OrderChoice
 from randbasis.methods import Bound
+from randbasis.rounding import RoundingChoice
 from randbasis.tuner.targets import Part
 
 
@@ -31,3 +32,4 @@ class AdapterOptions:
     contraction: OrderChoice
     init_weights: bool
     quantize_coefficients: int | None = None
+    fuse_rounding: RoundingChoice = "none"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from randbasis.rounding import Rounding
 from randbasis.tuner.adapted_part import AdaptedPart
 
 ByAdapter = Mapping[str, Sequence[AdaptedPart]]
@@ -22,6 +23,7 @@ class ChosenOrders:
         state: all that they depend on; None where it cannot be told, so that the next pass decides anew.
         dtype: that the products are computed in.
         fused: whether ΔW may be added to the base weight for a pass.
+        rounding: how that sum is rounded, where it is not exact.
         thin: whether this is a step of decoding, in which a sum of weights costs more than a second product.
         decoding: whether one token a row is decoded further, and it is known which dimension is that.
         token: what is multiplied in token order.
@@ -32,6 +34,7 @@ class ChosenOrders:
     state: tuple[Any, ...] | None
     dtype: torch.dtype
     fused: bool
+    rounding: Rounding | None
     thin: bool
     decoding: bool
     token: ByAdapter

@@ -11,6 +11,7 @@ from randbasis.contraction import check_order
 from randbasis.errors import HyperparameterError, TargetError, UnknownMethodError, near
 from randbasis.methods import LoraXs, Method, Nola, Pranc, RandLora, Vera, method_class
 from randbasis.precision import check_training_precision
+from randbasis.rounding import check_rounding
 from randbasis.tuner.registration import PEFT_TYPE
 from randbasis.tuner.run_state import RunState
 from randbasis.tuner.targets import check_expression, split_slices
@@ -41,6 +42,10 @@ class RandbasisConfig(PeftConfig):
         init_weights: False starts from random coefficients drawn from the seed, so that ΔW is not 0 (for tests).
         basis_storage: ``"auto"``, ``"packed"``, ``"dense"`` or ``"recompute"``; changes cost, never values.
         contraction: ``"auto"``, ``"token"`` (19) or ``"weight"`` (20); changes cost, never values.
+        fuse_rounding: on a base in half precision, whether training may make ``W0 + ΔW`` one matrix, rounded: it saves
+            a product of the tokens forward and one back, and changes what is computed. ``"none"``: exact;
+            ``"nearest"``: what is below half of the last bit of W0 has no effect; ``"stochastic"``: right in the mean.
+            Evaluation and merging stay exact, so they see another ΔW than training did.
         quantize_coefficients: 8, 4, 3 or 2: compute with coefficients of so many bits, one scale a vector (11), in
             training as afterwards, and train the full-precision ones straight through; those are what is saved, so
             that training can go on. None computes with them as they are.
@@ -72,6 +77,7 @@ class RandbasisConfig(PeftConfig):
     init_weights: bool = True
     basis_storage: str = "auto"
     contraction: str = "auto"
+    fuse_rounding: str = "none"
     quantize_coefficients: int | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict[str, int])
     target_slices: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
@@ -135,6 +141,7 @@ class RandbasisConfig(PeftConfig):
 
     def _check_common(self) -> None:
         check_order(self.contraction)
+        check_rounding(self.fuse_rounding)
         check_training_precision(self.quantize_coefficients)
         if not 0.0 <= self.dropout < 1.0:
             raise HyperparameterError(f"dropout must be in [0, 1), got {self.dropout}; use 0.0 for none")

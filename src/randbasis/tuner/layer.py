@@ -26,7 +26,8 @@ from randbasis.errors import AdapterNameError, ContractionError
 from randbasis.ops import traced
 from randbasis.tuner.adapted_part import AdaptedPart
 from randbasis.tuner.base_weight import forward_of_its_own
-from randbasis.tuner.chosen_orders import ByAdapter, ChosenOrders
+from randbasis.tuner.chosen_orders import ChosenOrders
+from randbasis.tuner.fused_rounding import rounded_sum, rounding_of, say_exact
 from randbasis.tuner.joint_factors import factors_of
 from randbasis.tuner.mergeable_layer import MergeableLayer
 from randbasis.tuner.mixed_batch import BatchGroup, MixedBatch, batch_groups, batch_of
@@ -99,7 +100,7 @@ class RandbasisLinear(MergeableLayer):
         if chosen.weight and chosen.fused and not chosen.thin:
             result = self._fused(x, chosen)
         elif chosen.pair:
-            result = self._fused_pairs(x, chosen.pair)
+            result = self._fused_pairs(x, chosen)
         else:
             result = self._base_result(x, *args, **kwargs)
             for name, parts in chosen.weight.items():
@@ -146,7 +147,11 @@ class RandbasisLinear(MergeableLayer):
     def _choose(self, x: Tensor, state: tuple[Any, ...] | None, *, extra_arguments: bool) -> ChosenOrders:
         dtype = _compute_dtype(x)
         active = [name for name in self.active_adapters if name in self.adapted]
-        fused = self._fusing_refusal(dtype, extra_arguments, active) is None
+        rounding = rounding_of(self, active)
+        refusal = self._fusing_refusal(dtype, extra_arguments, active, rounded=rounding is not None)
+        fused = refusal is None
+        if rounding is not None and refusal is not None:
+            say_exact(refusal)
         by: dict[Order, dict[str, list[AdaptedPart]]] = {"token": {}, "weight": {}, "pair": {}}
         for name in active:
             for one in self.matrices(name):
@@ -156,7 +161,8 @@ class RandbasisLinear(MergeableLayer):
                 together = [*by["weight"].get(name, []), *parts]
                 by["weight"][name] = sorted(together, key=lambda one: one.part.start)
         decoding = decodes(x, rows_first=self.rows_first)
-        return ChosenOrders(state, dtype, fused, self._thin(x), decoding, by["token"], by["weight"], by.get("pair", {}))
+        orders = by["token"], by["weight"], by.get("pair", {})
+        return ChosenOrders(state, dtype, fused, rounding if fused else None, self._thin(x), decoding, *orders)
 
     def _thin(self, x: Tensor) -> bool:
         """Whether this is a step of decoding: the sum W0 + ΔW would cost more than a second product."""
@@ -164,7 +170,9 @@ class RandbasisLinear(MergeableLayer):
             return False
         return x.numel() < WORK_OF_A_NUMBER * self.in_features
 
-    def _fusing_refusal(self, dtype: torch.dtype, extra_arguments: bool, active: list[str]) -> str | None:
+    def _fusing_refusal(
+        self, dtype: torch.dtype, extra_arguments: bool, active: list[str], *, rounded: bool
+    ) -> str | None:
         base = self.base_layer
         if self.quantization_backend is not None:
             return f"the base weight is quantized by {self.quantization_backend.backend_name}"
@@ -180,7 +188,7 @@ class RandbasisLinear(MergeableLayer):
             return "the adapter drops some of its inputs, the base layer none"
         if any(parameter.requires_grad for parameter in base.parameters()):
             return "the base layer is trained too"
-        return fusing_refusal(cast("Tensor", base.weight), dtype)
+        return fusing_refusal(cast("Tensor", base.weight), dtype, rounded=rounded)
 
     def _order(self, adapter: str, one: AdaptedPart, x: Tensor, *, fused: bool) -> Order:
         wanted = self.options[adapter].contraction
@@ -256,21 +264,28 @@ class RandbasisLinear(MergeableLayer):
 
     def _fused(self, x: Tensor, chosen: ChosenOrders) -> Tensor:
         weight, bias = self._linear_parts()
-        deltas = [self._delta(name, parts, decoding=chosen.decoding) for name, parts in chosen.weight.items()]
+        by_weight, dtype = chosen.weight.items(), chosen.dtype if chosen.rounding else None
+        deltas = [self._delta(name, parts, decoding=chosen.decoding, dtype=dtype) for name, parts in by_weight]
         total = deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(0)
-        return fused_weight_order(x, weight, bias, total.to(weight.dtype))
+        summed = None
+        if chosen.rounding is not None:
+            x, summed = x.to(weight.dtype), rounded_sum(self, chosen.rounding, chosen.weight)
+        return fused_weight_order(x, weight, bias, total.to(weight.dtype), summed)
 
-    def _fused_pairs(self, x: Tensor, by_pair: ByAdapter) -> Tensor:
+    def _fused_pairs(self, x: Tensor, chosen: ChosenOrders) -> Tensor:
         weight, bias = self._linear_parts()
         pairs: list[tuple[int, Tensor, Tensor]] = []
-        for name, parts in by_pair.items():
+        for name, parts in chosen.pair.items():
             for one in parts:
                 factors = self._joint(name, one) if one.bound.sums else None
                 if factors is None:
                     factors = one.bound.factors(self._widened(name, one))
                 assert factors.up is not None
                 pairs.append((one.part.start, factors.up.to(weight.dtype), factors.down.to(weight.dtype)))
-        return fused_pair_order(x, weight, bias, pairs)
+        summed = None
+        if chosen.rounding is not None:
+            x, summed = x.to(weight.dtype), rounded_sum(self, chosen.rounding, chosen.pair)
+        return fused_pair_order(x, weight, bias, pairs, summed)
 
     def _dropped(self, x: Tensor, adapter: str, dtype: torch.dtype) -> Tensor:
         x = self._cast_input_dtype(x, dtype)

@@ -72,6 +72,8 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         self.adapter_layer_names: tuple[str, ...] = ()
         self.adapted: dict[str, list[AdaptedPart]] = {}
         self.options: dict[str, AdapterOptions] = {}
+        self.path = ""
+        """Module path in the model, once there is an adapter."""
         self.randbasis_streams = ByAdapter()
         self.randbasis_meaning = ByAdapter()
         self.merged_adapters: list[str] = []
@@ -101,7 +103,7 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         streams = [method.streams(path) for path in paths]
         if not method.shares_basis:
             self.randbasis_streams[adapter] = Streams(streams)
-        self.options[adapter] = options
+        self.options[adapter], self.path = options, key
         self.adapted[adapter] = [
             self._adapt(adapter, method, part, path, stream, options)
             for part, path, stream in zip(parts, paths, streams, strict=True)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from randbasis.batch_rows import BASE, given_rows, rows_of_a_prompt
 from randbasis.contraction import check_order
 from randbasis.errors import AdapterNameError, RandbasisError, TargetError, near
+from randbasis.rounding import check_rounding
 from randbasis.tuner.adapted_part import AdapterOptions
 from randbasis.tuner.adapter_names import adapter_of, belongs_to, check_name, path_words, without_adapter
 from randbasis.tuner.base_weight import check_weights
@@ -158,7 +159,11 @@ class RandbasisModel(BaseTuner):
         checked = self._checked.pop(current_key, None)
         method, parts = checked or check_target(config, current_key, target, self._model_config())
         options = AdapterOptions(
-            config.dropout, check_order(config.contraction), config.init_weights, config.quantize_coefficients
+            config.dropout,
+            check_order(config.contraction),
+            config.init_weights,
+            config.quantize_coefficients,
+            check_rounding(config.fuse_rounding),
         )
         adds_to_ours = isinstance(target, RandbasisLinear)
         layer = target if adds_to_ours else RandbasisLinear(target, get_quantization_kwargs(cast("Any", self)))
