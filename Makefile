@@ -16,7 +16,7 @@ FUZZ_SECONDS ?= 60
 CLI_PAGE := $(BIN)/python -m typer randbasis.cli utils docs --name randbasis --title "The command"
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo first-hour test test-newest test-oldest check bench bench-gpu bench-serving conformance results results-sst2 results-vision results-e2e results-quantization sweep-defaults fuzz mutants crash docs clean
+.PHONY: help install lock demo first-hour test test-newest test-oldest check bench bench-gpu bench-serving conformance results results-sst2 results-vision results-e2e results-quantization sweep-defaults rounded-sums fuzz mutants crash docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -98,6 +98,9 @@ results-sst2 results-vision results-e2e results-quantization: results-%: $(INSTA
 sweep-defaults: $(INSTALLED) ## the missing runs of the sweep that default learning rates are chosen from (hours; may be stopped), and docs/defaults.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies sweep --data $(RANDBASIS_DATA) $(ARGS)
 	$(BIN)/python -m studies defaults
+
+rounded-sums: $(INSTALLED) ## the missing runs that fuse_rounding is judged by (half an hour; may be stopped), and docs/rounding.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies rounding --data $(RANDBASIS_DATA) $(ARGS)
 
 mutants: $(INSTALLED) ## small faults in modules that hold promises: each must fail a test (ARGS="--module tuner/targets.py --each 10 --seed 1")
 	$(BIN)/python tests/mutants/run_mutants.py $(ARGS)

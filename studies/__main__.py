@@ -1,6 +1,7 @@
 """Studies on real data: ``run`` makes the runs that are missing, ``report`` writes the page of results.
 
-``sweep`` and ``defaults`` do the same for the learning rates that ``randbasis train`` takes where none is given.
+``sweep`` and ``defaults`` do the same for the learning rates that ``randbasis train`` takes where none is given, and
+``rounding`` for ``fuse_rounding``.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     rounding.add_argument("--data", type=Path, help="folder of data sets and models; none: write the page alone")
     rounding.add_argument("--seeds", type=int, default=3, help="of each method on each set")
     rounding.add_argument("--seconds", type=float, help="begin no cell after that many")
-    rounding.add_argument("--page", type=Path, default=Path("docs/precision.md"), help="the page to write")
+    rounding.add_argument("--page", type=Path, default=Path("docs/rounding.md"), help="the page to write")
     for command in (run, report, sweep, defaults, rounding):
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of the raw rows and comments")
     given = parser.parse_args(arguments)

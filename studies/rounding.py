@@ -2,8 +2,8 @@
 
 A cell is one method on one set with one seed. It is trained four times on a base in bfloat16, alike but for the
 product, and always evaluated exactly: ``exact`` (a product of ΔW's own), ``token order`` (as exact, in another order:
-how far runs part by nothing but the last bits), ``nearest`` and ``stochastic`` (one matrix, rounded). The four rows of a
-cell are written together, since the distances are to its exact run; a rerun makes the cells that are missing.
+how far runs part by nothing but the last bits), ``nearest`` and ``stochastic`` (one matrix, rounded). The four rows of
+a cell are written together, since the distances are to its exact run; a rerun makes the cells that are missing.
 """
 
 import csv
@@ -33,10 +33,11 @@ from studies.sweep_rows import read_rows
 
 ROUNDING = "rounding.csv"
 """The rows, in the folder of results."""
-COLUMNS = ("set", "method", "seed", "product", "steps", "rate", "metric", "score", "eval_loss", "train_loss", "distance",
-           "seconds", "date", "revision")  # fmt: skip
+COLUMNS = ("set", "method", "seed", "product", "steps", "rate", "metric", "score", "eval_loss", "train_loss",
+           "distance", "seconds", "date", "revision")  # fmt: skip
 KEY = COLUMNS[:3]
-STEPS: Mapping[str, int] = {"sst2": 150, "e2e": 150}
+STEPS: Mapping[str, int] = {"sst2": 120, "e2e": 120}
+TARGETS: Mapping[str, tuple[str, ...]] = {"sst2": ("query", "value"), "e2e": ("all-linear",)}
 BATCH = 8
 TRAINED = ("randlora", "nola", "vera")
 PRODUCTS: Mapping[str, tuple[str, str]] = {
@@ -149,7 +150,7 @@ def _fit(cell: RoundingCell, product: str, setting: Setting, rows: Cell, steps: 
     )
     model = rows.task.load_model(setting.base.model, dtype="bfloat16", seed=cell.seed)
     basis = METHODS[cell.method].basis_for.get(task)
-    adapter = AdapterSettings(method=cell.method, basis=basis, seed=cell.seed, targets=setting.targets)
+    adapter = AdapterSettings(method=cell.method, basis=basis, seed=cell.seed, targets=TARGETS[cell.set])
     config = peft_config(adapter, task_type=rows.task.peft_task_type, head=rows.task.head_modules(model))
     assert isinstance(config, RandbasisConfig)
     config.contraction, config.fuse_rounding = PRODUCTS[product]
