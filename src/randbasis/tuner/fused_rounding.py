@@ -13,7 +13,7 @@ import torch
 
 from randbasis.contraction import HALF
 from randbasis.ops import watched
-from randbasis.rounding import RoundedSum, Rounding
+from randbasis.rounding import RoundedSum, Rounding, RoundingChoice
 from randbasis.tuner.chosen_orders import ByAdapter
 from randbasis.tuner.layer_adapters import LayerAdapters
 
@@ -27,7 +27,8 @@ def rounding_of(layer: LayerAdapters, active: Sequence[str]) -> Rounding | None:
     """
     if not active or not layer.training or torch.compiler.is_compiling():
         return None
-    kind, *others = dict.fromkeys(layer.options[name].fuse_rounding for name in active)
+    kinds: list[RoundingChoice] = [layer.options[name].fuse_rounding for name in active]
+    kind, *others = dict.fromkeys(kinds)
     if kind == "none" and not others:
         return None
     if getattr(getattr(layer.base_layer, "weight", None), "dtype", None) not in HALF:
