@@ -29,6 +29,15 @@ class Coefficients(nn.Module):
         """Shape, for ``print(model)``."""
         return f"shape={list(self.weight.shape)}"
 
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        # Where one adapter is loaded, the state dict has nothing for all the others, of which there may be many.
+        if state_dict or self._load_state_dict_pre_hooks or "weight" not in self._parameters:
+            cast("Any", super())._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        elif strict:
+            missing.append(f"{prefix}weight")
+
 
 def straight_through(values: Tensor, bits: int) -> Tensor:
     """Math (11) in the forward pass, the identity in the backward pass (Bengio et al., arXiv 1308.3432).
@@ -84,10 +93,12 @@ class Streams(nn.Module):
         return self._values
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if (found := state_dict.get(f"{prefix}weight")) is not None:
+        found = state_dict.get(f"{prefix}weight")
+        if found is not None:
             check_streams(f"{prefix}weight", found)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._read_from = None  # for a compiler, under which no values are compared
+        if found is not None:
+            self._read_from = None  # for a compiler, under which no values are compared
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Streams":
         return Streams(self.values)

@@ -8,7 +8,7 @@ others, so they are not shown to it.
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from torch import nn
 
@@ -58,6 +58,17 @@ class ByAdapter(nn.ModuleDict):
         for name, child in self._shown(seen):
             cast("Any", child).state_dict(**(kwargs | {"prefix": f"{kwargs['prefix']}{name}."}))
         return kwargs["destination"]
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; what it holds has nothing that depends on the mode, and there may be much of it."""
+        self.training = mode
+        for child in self._modules.values():
+            if child is not None:
+                if child._modules:  # a parametrization, say
+                    child.train(mode)
+                else:
+                    vars(child)["training"] = mode
+        return self
 
     def _shown(self, seen: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
         return [(name, self._modules[name]) for name in seen if name in self._modules]
