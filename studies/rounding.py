@@ -118,9 +118,9 @@ def run_cell(cell: RoundingCell, data: Path, steps: int | None = None) -> list[d
         changes = _changes(result.model)
         exact = exact or changes
         losses = [float(one["loss"]) for one in result.history if "loss" in one]
-        values: dict[str, object] = dict(zip(KEY, cell.key(), strict=True)) | {
+        values = dict(zip(KEY, cell.key(), strict=True)) | {
             "product": product,
-            "steps": result.steps,
+            "steps": f"{result.steps}",
             "rate": f"{default_rate(cell.set, cell.method):g}",
             "metric": rows.task.metric,
             "score": f"{scores[rows.task.metric]:.4f}",
@@ -131,7 +131,7 @@ def run_cell(cell: RoundingCell, data: Path, steps: int | None = None) -> list[d
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "revision": revision(),
         }
-        found.append({name: str(values[name]) for name in COLUMNS})
+        found.append({name: values[name] for name in COLUMNS})
     return found
 
 

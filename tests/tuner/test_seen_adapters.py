@@ -72,37 +72,12 @@ def test_deleting_costs_the_same_beside_one_and_beside_many() -> None:
     assert all("a2" not in layer.adapted for layer in adapted_layers(many).values())
 
 
-def test_switching_asks_one_question_of_each_tensor_of_the_others() -> None:
-    few, many = plain(), plain()
-    for number in range(2, 17):
-        add(many, f"a{number}")
-    add(few, "a2")
-    tensors = 2 * len(adapted_layers(few))  # of an adapter
-    for adapted in (few, many):
-        adapted.set_adapter("a2")
-    assert calls(lambda: many.set_adapter("first")) - calls(lambda: few.set_adapter("first")) <= 14 * (tensors + 12)
-    assert {name for name, p in many.named_parameters() if p.requires_grad} == {
-        name for name, p in few.named_parameters() if p.requires_grad
-    }
-
-
 @pytest.mark.parametrize("mode", [True, False])
 def test_a_mode_reaches_every_module(mode: bool) -> None:
     adapted = plain(share=False).train(not mode)
     layer = next(iter(adapted_layers(adapted).values()))
     torch.nn.utils.parametrize.register_parametrization(layer.randbasis_nola_a["first"], "weight", torch.nn.Identity())
     assert {module.training for module in adapted.train(mode).modules()} == {mode}
-
-
-def test_what_a_state_dict_lacks_is_missing_as_ever() -> None:
-    adapted = plain(share=False)
-    add(adapted, "second", share_basis=False)
-    state = adapted.state_dict()
-    gone = [key for key in state if key.endswith(".second.weight") and "meaning" not in key]
-    kept = {key: tensor for key, tensor in state.items() if key not in gone}
-    assert sorted(adapted.load_state_dict(kept, strict=False).missing_keys) == sorted(gone)
-    with pytest.raises(RuntimeError, match="Missing key"):
-        adapted.load_state_dict(kept)
 
 
 def test_a_load_grows_by_half_of_what_it_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

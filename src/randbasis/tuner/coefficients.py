@@ -29,15 +29,6 @@ class Coefficients(nn.Module):
         """Shape, for ``print(model)``."""
         return f"shape={list(self.weight.shape)}"
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
-    ) -> None:
-        # Where one adapter is loaded, the state dict has nothing for all the others, of which there may be many.
-        if state_dict or self._load_state_dict_pre_hooks or "weight" not in self._parameters:
-            cast("Any", super())._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        elif strict:
-            missing.append(f"{prefix}weight")
-
 
 def straight_through(values: Tensor, bits: int) -> Tensor:
     """Math (11) in the forward pass, the identity in the backward pass (Bengio et al., arXiv 1308.3432).

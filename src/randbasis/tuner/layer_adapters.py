@@ -194,13 +194,9 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's, several times quicker."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        trained = () if inference_mode else names
         for attribute in self.adapter_layer_names:
             for name, coefficients in _held(self, attribute).items():
-                wanted = name in trained
-                for parameter in coefficients._parameters.values():  # of all adapters: next to nothing for each
-                    if parameter is not None and parameter.requires_grad is not wanted:
-                        _let_train(coefficients, wanted)
+                _let_train(coefficients, name in names and not inference_mode)
         self._active_adapter = names
 
     def let_train(self, adapter: str, wanted: bool) -> None:

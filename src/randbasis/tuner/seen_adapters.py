@@ -63,11 +63,10 @@ class ByAdapter(nn.ModuleDict):
         """As of every module; what it holds has nothing that depends on the mode, and there may be much of it."""
         self.training = mode
         for child in self._modules.values():
-            if child is not None:
-                if child._modules:  # a parametrization, say
-                    child.train(mode)
-                else:
-                    vars(child)["training"] = mode
+            if child._modules:  # a parametrization, say
+                child.train(mode)
+            else:
+                vars(child)["training"] = mode
         return self
 
     def _shown(self, seen: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
