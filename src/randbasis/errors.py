@@ -382,6 +382,26 @@ class WeightsError(RandbasisError, ValueError):
     """The weights of an average are not one finite number for each adapter."""
 
 
+class KeysError(RandbasisError, ValueError):
+    """A key of the server, or the file of keys, cannot be what it is said to be."""
+
+
+class AnswerError(RandbasisError, ValueError):
+    """What a client of the server asks for cannot be answered."""
+
+
+class AdapterRefusedError(RandbasisError, ValueError):
+    """An adapter that is there cannot be served on this base."""
+
+
+class QueueFullError(RandbasisError, RuntimeError):
+    """As many requests wait as the server takes."""
+
+
+class EngineStoppedError(RandbasisError, RuntimeError):
+    """The server answers no more: it is shutting down, or its loop ended with an error."""
+
+
 def near(name: str, known: Iterable[str], limit: int = 5) -> str:
     """The names closest to ``name``, for the way out of an error message.
 

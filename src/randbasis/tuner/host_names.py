@@ -7,7 +7,7 @@ moves, and a missing one is an error at import. `docs/host-names.md` shows the s
 
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, cast
@@ -63,8 +63,12 @@ class HostName:
         return f"has a {self.module}.{self.name} without parameter {missing[0]!r}" if missing else None
 
 
-def check_names(names: Iterable[HostName]) -> None:
+def check_names(names: Iterable[HostName], ranges: Mapping[str, str] = TESTED) -> None:
     """Check that every name is there, with the parameters that are relied on.
+
+    Args:
+        names: to check.
+        ranges: package → the range in which they were tested, for the message.
 
     Raises:
         RegistrationError: one is not; the message names it, the version, what would break, and what to install.
@@ -74,7 +78,7 @@ def check_names(names: Iterable[HostName]) -> None:
         if fault is not None:
             raise RegistrationError(
                 f"{one.package} {version(one.package)} {fault}, which randbasis needs: {one.breaks}; "
-                f"install '{TESTED[one.package]}', or a newer randbasis"
+                f"install '{ranges[one.package]}', or a newer randbasis"
             )
 
 
