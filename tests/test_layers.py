@@ -54,6 +54,7 @@ ROWS: dict[str, set[str]] = {
     "use": {"torch"},
     "__init__": set(),
     "hub": {"huggingface_hub"},
+    "serve": {"torch", "transformers", "fastapi", "uvicorn", "prometheus_client", "pydantic"},
     "cli": {"typer", "rich", "matplotlib"},
     "__main__": set(),
 }  # fmt: skip

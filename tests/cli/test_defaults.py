@@ -18,6 +18,8 @@ from randbasis.arithmetic import average_adapters
 from randbasis.export import export_gguf_lora, export_merged, export_peft_lora
 from randbasis.hub import build_hub_folder, push_to_hub
 from randbasis.importing import import_as_lora, import_as_merged, import_as_nearest
+from randbasis.serve.keys import make_key
+from randbasis.serve.settings import ServeSettings
 from randbasis.store import AdapterStore
 from randbasis.train.loop_settings import LoopSettings
 from randbasis.train.settings import AdapterSettings, DataSettings, GenerationSettings, TrainSettings
@@ -39,6 +41,8 @@ LIBRARY: dict[str, tuple[Callable[..., Any], ...]] = {
     "import": (AdapterSettings, import_as_lora, import_as_merged, import_as_nearest),
     "push": (build_hub_folder, push_to_hub),
     "average": (average_adapters,),
+    "serve": (ServeSettings,),
+    "keys add": (make_key,),
     "store add": (AdapterStore, AdapterStore.add_many),
     "store get": (AdapterStore, AdapterStore.get),
     "store list": (AdapterStore, AdapterStore.list),
@@ -86,7 +90,9 @@ def test_no_default_differs_from_the_librarys(name: str):
 
 
 def test_every_command_is_compared():
-    assert set(COMMANDS) - set(LIBRARY) == {"verify", "diff"}, "what has a default of its own is in LIBRARY"
+    assert set(COMMANDS) - set(LIBRARY) == {"verify", "diff", "keys list", "keys remove"}, (
+        "what has a default of its own is in LIBRARY"
+    )
 
 
 @pytest.mark.parametrize("file", sorted(Path(cli.__file__).parent.glob("*.py")), ids=lambda file: file.stem)

@@ -11,7 +11,18 @@ from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, group_
 from randbasis.methods import Nola
 from randbasis.store import AdapterStore
 
-HEAVY = ("torch", "transformers", "peft", "numba", "accelerate", "matplotlib", "huggingface_hub", "sklearn", "scipy")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "numba",
+    "accelerate",
+    "matplotlib",
+    "huggingface_hub",
+    "sklearn",
+    "scipy",
+    "fastapi",
+)
 RUN = f"""
 import sys
 from randbasis.cli import app
@@ -68,6 +79,10 @@ def run(code: str, words: str) -> str:
         "verify {0}/four.safetensors --json",
         "store add {0}/new.db {0}/one.safetensors",
         "store import {0}/other.db {0}/backup",
+        "serve --help",
+        "keys add --name acme --adapters acme/* --rate 10/s --keys {0}/keys.json",
+        "keys list --keys {0}/keys.json --json",
+        "keys remove --name acme --keys {0}/keys.json",
     ],
 )
 def test_loads_nothing_heavy(folder: Path, words: str):

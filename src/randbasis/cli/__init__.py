@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from randbasis import __version__
-from randbasis.cli import adapter, compare, store, train, transfer, use
+from randbasis.cli import adapter, compare, serve, store, train, transfer, use
 from randbasis.cli.command import Command
 from randbasis.cli.console import EXIT_CODES
 from randbasis.cli.noise import no_bars_in_a_pipe
@@ -22,11 +22,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},  # those of the subcommands, too
 )
-for group in (train, use, adapter, transfer, compare, store):
-    for command in group.commands.registered_commands:
+groups = (train, use, adapter, transfer, compare, store, serve)
+for commands in (*(group.commands for group in groups), serve.keys):
+    for command in commands.registered_commands:
         if not issubclass(command.cls or object, Command):
             command.cls = Command
-    app.add_typer(group.commands)
+    app.add_typer(commands)
 
 
 def show_version(asked: bool) -> None:

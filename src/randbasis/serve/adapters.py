@@ -103,7 +103,7 @@ class Adapters:
         self._newest: dict[str, int] = {}
 
     def named(self, word: str) -> Named:
-        """What a client's ``model`` means: the base by its name; ``NAME``, ``NAME@VERSION``, ``BASE:`` before either."""
+        """What a client's ``model`` means: the base's name, ``NAME`` or ``NAME@VERSION``; ``BASE:`` may be before it."""
         if word == self.base:
             return Named(None)
         word = word.removeprefix(f"{self.base}:")

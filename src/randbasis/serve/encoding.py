@@ -159,7 +159,7 @@ class EncoderEngine:
             return
         try:
             found = self._computed(jobs)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 # whatever it is, the thread goes on for the others
             _LOG.exception("a batch of %d rows failed", len(jobs))
             for job in jobs:
                 job.done.set_exception(error)

@@ -183,7 +183,7 @@ class Engine:
                 self._end(request, "error", error=output.error or "it failed in the engine")
             else:
                 self._go_on(request, output)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 # whatever it is, the thread goes on for the others
             _LOG.exception("request %s failed", request.id)
             self._end(request, "error", error=f"{type(error).__name__} while its text was put together")
         if output.is_finished():

@@ -17,6 +17,7 @@ from randbasis.serve.keys import Key, KeyRing
 from randbasis.serve.limits import TokenBuckets
 from randbasis.serve.metrics import Metrics
 from randbasis.serve.refusals import refusal
+from randbasis.serve.settings import ADMIN
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -25,7 +26,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 OPEN = frozenset({"/health"})
 """Routes without a key."""
-ADMIN = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+ADMIN_ROUTES = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 """Routes of admin keys alone."""
 ACCESS = logging.getLogger("randbasis.serve.access")
 
@@ -88,7 +89,7 @@ class Gate:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         state["key"] = key
-        if path in ADMIN and key.role != "admin":
+        if path in ADMIN_ROUTES and key.role != ADMIN:
             return refusal(403, f"{path} needs an admin key, {key.name!r} is none; ask who runs the server")
         wait = self._buckets.take(key.name, key.rate)
         if wait and key.rate is not None:
@@ -115,7 +116,7 @@ class Gate:
 
     def _tell(self, scope: Message, state: dict[str, Any], status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None)
-        name = route if isinstance(route, str) else "other" if scope["path"] not in ADMIN else scope["path"]
+        name = route if isinstance(route, str) else "other" if scope["path"] not in ADMIN_ROUTES else scope["path"]
         self._metrics.http(name, status, seconds)
         key: Key | None = state.get("key")
         line = {

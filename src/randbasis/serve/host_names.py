@@ -8,8 +8,9 @@ from randbasis.tuner.host_names import HostName
 ENGINE_RANGE = {"transformers": "transformers>=5.21,<5.24"}
 """Where the names below are as they must be, and requests do not share blocks of the cache when told not to."""
 
-_API = "transformers.generation.continuous_batching.continuous_api"
-_REQUESTS = "transformers.generation.continuous_batching.requests"
+_BATCHING = "transformers.generation.continuous_batching"
+_API = f"{_BATCHING}.continuous_api"
+_REQUESTS = f"{_BATCHING}.requests"
 _PLAN = "the tokens of a step are not told to which requests they belong"
 
 ENGINE_NAMES = (
@@ -32,10 +33,12 @@ ENGINE_NAMES = (
     HostName(_API, "OutputRouter.deliver", "no answer arrives"),
     HostName(_API, "OutputRouter.deliver_batch", "no answer arrives"),
     HostName(_API, "OutputRouter.fail_and_deliver", "a request that failed waits for ever"),
-    HostName("transformers.generation.continuous_batching.cb_logits_processors", "ContinuousBatchingLogitsProcessorList",
-             "tokens are not drawn", ("logits_processor",)),
-    HostName("transformers.generation.continuous_batching.model_runner", "infer_max_single_request_tokens",
-             "how long a request may be is not known", ("cache",)),
+    HostName(f"{_BATCHING}.cb_logits_processors", "ContinuousBatchingLogitsProcessorList", "tokens are not drawn", (
+        "logits_processor",
+    )),
+    HostName(f"{_BATCHING}.model_runner", "infer_max_single_request_tokens", "how long a request may be is not known", (
+        "cache",
+    )),
     HostName(_REQUESTS, "FutureRequestState.state", _PLAN),
     HostName(_REQUESTS, "FutureRequestState.query_length", _PLAN),
     HostName(_REQUESTS, "FutureRequestState.has_new_token", "tokens are drawn for other requests than theirs"),

@@ -22,8 +22,8 @@ from typing import Any, cast
 from randbasis.errors import KeysError, near
 from randbasis.files.whole_file import whole_file
 from randbasis.serve.limits import Rate
+from randbasis.serve.settings import ADMIN, READ, ROLES
 
-ROLES = ("read", "admin")
 FORMAT = 1
 _LOG = logging.getLogger("randbasis.serve")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -47,7 +47,7 @@ class Key:
     hash: str
     adapters: tuple[str, ...]
     rate: Rate | None = None
-    role: str = "read"
+    role: str = READ
 
     def may_use(self, adapter: str) -> bool:
         """Whether it may ask for an adapter of this name."""
@@ -59,11 +59,11 @@ class Key:
         return {"name": self.name, "adapters": [*self.adapters], "rate": rate, "role": self.role}
 
 
-ANYBODY = Key("anybody", "", ("*",), None, "admin")
+ANYBODY = Key("anybody", "", ("*",), None, ADMIN)
 """Who asks where there is no file of keys."""
 
 
-def make_key(name: str, adapters: Sequence[str], rate: str | None = None, role: str = "read") -> tuple[Key, str]:
+def make_key(name: str, adapters: Sequence[str], rate: str | None = None, role: str = READ) -> tuple[Key, str]:
     """A new key and its secret, which is nowhere else.
 
     Raises:

@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from randbasis.serve.requests import Finish, Request
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-COUNTED = ("hits", "misses", "evictions", "expansions", "expansion_seconds", "loads")
+COUNTED = ("loads", "hits", "misses", "evictions", "expanded", "expansion_seconds")
 """Numbers of the bank that only grow; all else that it tells may fall."""
 
 

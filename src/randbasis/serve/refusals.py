@@ -86,8 +86,8 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RandbasisError, _ours)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(404, _http)
-    app.add_exception_handler(405, _http)
+    for status in (400, 404, 405):  # which starlette raises as exceptions of its own
+        app.add_exception_handler(status, _http)
     app.add_exception_handler(Exception, _unexpected)
 
 

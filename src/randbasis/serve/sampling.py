@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -69,10 +69,9 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         rows: with a request each.
     """
     asked = [row.request.sampling for row in rows if row.request is not None]
-    column = {"device": logits.device, "dtype": torch.float64}
-    temperature = torch.tensor([one.temperature for one in asked], **column)[:, None]
+    temperature = torch.tensor([[one.temperature] for one in asked], device=logits.device, dtype=torch.float64)
     chances = torch.softmax(logits.double() / temperature, dim=-1)
-    top_p = torch.tensor([one.top_p for one in asked], **column)[:, None]
+    top_p = torch.tensor([[one.top_p] for one in asked], device=logits.device, dtype=torch.float64)
     if any(one.top_p < 1 for one in asked):
         chances = nucleus(chances, top_p)
     sums = chances.cumsum(-1)
@@ -105,5 +104,6 @@ def scored(logits: Tensor, token: int, alternatives: int) -> Scored:
     """The log-probability of a token, and of the most probable ones."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     best = torch.topk(logprobs, min(alternatives, len(logprobs)))
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    tokens, values = cast("tuple[list[int], list[float]]", (best.indices.tolist(), best.values.tolist()))
+    top = tuple(zip(tokens, values, strict=True))
     return Scored(token, float(logprobs[token]), top)

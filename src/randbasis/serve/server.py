@@ -67,7 +67,7 @@ class RunningService:
             decoder = auto_class(read_config(settings.model)) is AutoModelForCausalLM
             model = _model(settings, decoder)
             metrics = Metrics()
-            sizes = {"row_bytes": settings.row_bytes, "expanded_bytes": settings.expanded_bytes}
+            sizes: dict[str, Any] = {"row_bytes": settings.row_bytes, "expanded_bytes": settings.expanded_bytes}
             self.bank: Any = DecoderBank(model, **sizes) if decoder else EncoderViews(model, **sizes)
             folder = None if settings.adapter_folder is None else Path(settings.adapter_folder)
             adapters = Adapters(self.bank, store, settings.base, folder)
@@ -197,7 +197,7 @@ def _model(settings: ServeSettings, decoder: bool) -> Any:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     auto = AutoModelForCausalLM if decoder else AutoModel
-    options = {"attn_implementation": "sdpa"} if decoder else {}
+    options: dict[str, Any] = {"attn_implementation": "sdpa"} if decoder else {}
     model, _ = read_model(auto, settings.model, settings.dtype, complete=True, **options)
     return model.to(torch_device(settings.device)).eval()
 

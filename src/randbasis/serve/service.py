@@ -95,9 +95,10 @@ class Words:
             return chat.ids(chat.prompt([one.plain() for one in messages]))
 
     def token(self, token: int) -> str:
-        """One token as text."""
+        """One token as text. It is decoded behind itself: at the beginning of a text some lose their blank."""
         with self._lock:
-            return self._tokenizer.decode([token])
+            alone, twice = self._tokenizer.decode([token]), self._tokenizer.decode([token, token])
+        return twice[len(alone) :]
 
 
 @dataclass

@@ -7,6 +7,8 @@ from randbasis.errors import SettingError
 
 KEYS_FILE = "keys.json"
 """The file of keys, where none is named."""
+READ, ADMIN = ROLES = ("read", "admin")
+"""What a key may do: ask; and load and unload adapters, too."""
 
 
 @dataclass(frozen=True)

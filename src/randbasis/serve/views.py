@@ -33,7 +33,7 @@ class EncoderViews:
     def __init__(self, encoder: nn.Module, *, row_bytes: int, expanded_bytes: int):
         self.encoder = encoder
         models = {EMBEDDING: encoder, **_classifiers(encoder)}
-        share = {"row_bytes": row_bytes // len(models), "expanded_bytes": expanded_bytes // len(models)}
+        share: dict[str, Any] = {"row_bytes": row_bytes // len(models), "expanded_bytes": expanded_bytes // len(models)}
         self._banks = {name: AdapterBank(model.eval(), **share) for name, model in models.items()}
         self._view_of: dict[str, str] = {}
 
@@ -51,10 +51,10 @@ class EncoderViews:
                 f"for; there are {', '.join(self._banks)}"
             )
         made = self._banks[view].load(name, source, version=version, pin=pin)
-        before = self._view_of.get(name)
+        before = self._view_of.get(name, view)
         self._view_of[name] = view
-        if before not in (None, view) and name in self._banks[cast("str", before)]:
-            self._banks[cast("str", before)].unload(name)
+        if before != view and name in self._banks[before]:
+            self._banks[before].unload(name)
         return made
 
     def unload(self, name: str) -> None:
@@ -98,7 +98,7 @@ def _classifiers(encoder: Any) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     if type(encoder.config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(encoder.config)
+            model = cast("Any", AutoModelForSequenceClassification).from_config(encoder.config)
         setattr(model, model.base_model_prefix, encoder)
         found["pooling model"] = _with_empty_head(model, encoder)
     for pooling in ("mean", "cls"):
