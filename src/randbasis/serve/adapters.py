@@ -53,10 +53,12 @@ class Named:
     """What a client's word for a model means.
 
     Attributes:
+        word: as it was written.
         name: of the adapter; None for the base.
         version: that was asked for; None for the newest.
     """
 
+    word: str
     name: str | None
     version: int | None = None
 
@@ -103,12 +105,12 @@ class Adapters:
         self._newest: dict[str, int] = {}
 
     def named(self, word: str) -> Named:
-        """What a client's ``model`` means: the base's name, ``NAME`` or ``NAME@VERSION``; ``BASE:`` may be before it."""
+        """What a client's ``model`` means: the base's name; ``NAME`` or ``NAME@VERSION``, also behind ``BASE:``."""
         if word == self.base:
-            return Named(None)
-        word = word.removeprefix(f"{self.base}:")
-        found = _VERSION.fullmatch(word)
-        return Named(word) if found is None else Named(found["name"], int(found["version"]))
+            return Named(word, None)
+        name = word.removeprefix(f"{self.base}:")
+        found = _VERSION.fullmatch(name)
+        return Named(word, name) if found is None else Named(word, found["name"], int(found["version"]))
 
     def lease(self, named: Named) -> Any | None:
         """The right to use what is meant, until it is released; None for the base.
@@ -220,12 +222,15 @@ class Adapters:
                 f"lora_path must be store:NAME or store:NAME@VERSION, got {source!r}; the server was started without "
                 "a folder from which files may be loaded (--adapter-folder)"
             )
-        path = (self._folder / source).resolve()
+        try:
+            path = (self._folder / source).resolve()
+        except ValueError as error:  # a zero byte
+            raise AnswerError(f"lora_path must be a path, got {source!r}; name a packed file") from error
         if not path.is_relative_to(self._folder.resolve()):
             raise AnswerError(f"lora_path must be below the server's folder of adapters, got {source!r}; put it there")
         try:
             return path.read_bytes()
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise NotStoredError(f"there is no file {source!r} that can be read; lora_path names one") from error
 
     def _refusing(self, name: str) -> "_Refusing":

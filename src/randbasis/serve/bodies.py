@@ -1,6 +1,6 @@
 """What clients send and get, as OpenAI's API has it; what is asked for and cannot be done is refused, not ignored."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -39,7 +39,7 @@ class Body(BaseModel):
     def _without_neutral(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        fields = {str(key): one for key, one in value.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        fields = dict(cast("dict[str, Any]", value))
         for name, neutral in NEUTRAL.items():
             if name in fields and name not in cls.model_fields:
                 if fields[name] not in neutral or isinstance(fields[name], bool) != isinstance(neutral[-1], bool):

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -164,7 +164,7 @@ class EncoderEngine:
             for job in jobs:
                 job.done.set_exception(error)
         else:
-            for job, numbers in zip(jobs, found.tolist(), strict=True):
+            for job, numbers in zip(jobs, cast("list[list[float]]", found.tolist()), strict=True):
                 job.done.set_result(numbers)
 
     @torch.no_grad()

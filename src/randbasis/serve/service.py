@@ -162,12 +162,19 @@ class Service:
         http.state.model = word
         named = self.adapters.named(word)
         if not key_of(http).may_use(named.name if named.name is not None else self.adapters.base):
-            raise NotStoredError(f"there is no adapter {word!r}; /v1/models lists what there is")
+            raise not_there(word)
         return named
 
     async def lease(self, named: Named) -> Any | None:
-        """See :meth:`Adapters.lease`; a store may have to be read."""
-        return None if named.name is None else await run_in_threadpool(self.adapters.lease, named)
+        """See :meth:`Adapters.lease`; a store may have to be read.
+
+        Raises:
+            NotStoredError: it is not there. The store's own message would name what is called alike, other users' too.
+        """
+        try:
+            return None if named.name is None else await run_in_threadpool(self.adapters.lease, named)
+        except NotStoredError as error:
+            raise not_there(named.word) from error
 
     def _check_open(self) -> None:
         if self.draining:
@@ -177,6 +184,11 @@ class Service:
 def key_of(http: Http) -> Key:
     """Who asks, as the gate found."""
     return getattr(http.state, "key", ANYBODY)
+
+
+def not_there(word: str) -> NotStoredError:
+    """What is said of an adapter that is not there, and of one that the key may not name."""
+    return NotStoredError(f"there is no adapter {word!r}; /v1/models lists what there is")
 
 
 def fresh_id(kind: str) -> str:
