@@ -206,11 +206,11 @@ def test_a_client_that_goes_frees_its_place_and_its_adapter(own: tuple[Served, P
         next(stream)
         assert not idle(served)
         stream.close()
-        wait_for(lambda: idle(served), 5)
+        wait_for(lambda: idle(served), 20)
     body = {"model": "acme/b", "prompt": PROMPT, "max_tokens": 500, "n": 8}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{served.url}/v1/completions", json=body, timeout=0.1)
-    wait_for(lambda: idle(served), 5)
+        httpx.post(f"{served.url}/v1/completions", json=body, timeout=httpx.Timeout(30, read=0.1))
+    wait_for(lambda: idle(served), 20)
     page = httpx.get(f"{served.url}/metrics").text
     assert 'randbasis_answers_total{finish="cancelled"}' in page
 
@@ -235,8 +235,8 @@ def test_a_bank_that_is_full_of_adapters_in_use_is_a_503(base: str, store: Path,
     biggest = max(4 * one.spec.count for one in users.values())
     with serving(base, store, row_bytes=biggest) as served:
         client = served.openai()
-        stream = client.completions.create(model="acme/a", prompt=PROMPT, max_tokens=400, stream=True)
-        next(stream)
+        text(client, "acme/a")
+        in_use = served.running.bank.lease("acme/a@1")
         statuses = set[int]()
         for name in users:
             try:
@@ -245,7 +245,7 @@ def test_a_bank_that_is_full_of_adapters_in_use_is_a_503(base: str, store: Path,
             except openai.APIStatusError as error:
                 statuses.add(error.status_code)
         assert 503 in statuses
-        stream.close()
+        in_use.release()
         wait_for(lambda: idle(served))
         assert all(text(client, name) for name in users), "they take turns"
         assert served.running.bank.stats()["evictions"] > 0
