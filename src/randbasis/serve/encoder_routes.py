@@ -84,6 +84,8 @@ def _rows(words: Words, engine: RowEngine, texts: Sequence[str] | Sequence[list[
     for row in rows:
         if not 0 < len(row) <= engine.context:
             raise AnswerError(f"a text must have from 1 to {engine.context} tokens, got {len(row)}; send another one")
+        if not all(0 <= token < engine.vocabulary for token in row):
+            raise AnswerError(f"a text has tokens that are not from 0 to {engine.vocabulary - 1}; use its tokenizer")
     return rows
 
 

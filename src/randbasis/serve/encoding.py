@@ -51,6 +51,7 @@ class EncoderEngine:
 
     def __init__(self, views: EncoderViews, *, padding: int, context: int, max_batch_tokens: int, queue: int):
         self.context = context
+        self.vocabulary: int = views.encoder.config.vocab_size
         self._views = views
         self._padding = padding
         self._most = max(max_batch_tokens, context)

@@ -48,6 +48,7 @@ class RowEngine(Protocol):
     """What reads texts; see :class:`randbasis.serve.encoding.EncoderEngine`."""
 
     context: int
+    vocabulary: int
 
     @property
     def fault(self) -> str | None:

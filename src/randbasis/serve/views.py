@@ -30,7 +30,7 @@ class EncoderViews:
         expanded_bytes: that factors of adapters in use may take in all.
     """
 
-    def __init__(self, encoder: nn.Module, *, row_bytes: int, expanded_bytes: int):
+    def __init__(self, encoder: Any, *, row_bytes: int, expanded_bytes: int):
         self.encoder = encoder
         models = {EMBEDDING: encoder, **_classifiers(encoder)}
         share: dict[str, Any] = {"row_bytes": row_bytes // len(models), "expanded_bytes": expanded_bytes // len(models)}
