@@ -161,7 +161,7 @@ class Engine:
     # --- the thread of the loop ---
 
     def plan(self, runs: Sequence[tuple[str, int]]) -> AbstractContextManager[object]:
-        """See :class:`Hooks`."""
+        """See :class:`randbasis.serve.batching.Hooks`."""
         requests = [(self._requests[request_id], tokens) for request_id, tokens in runs]
         for one, _ in requests:
             if one.state is State.WAITING:
@@ -170,11 +170,11 @@ class Engine:
         return self._bank.tokens([(one.hold and one.hold.lease, tokens) for one, tokens in requests])
 
     def row(self, request_id: str, position: int) -> Row:
-        """See :class:`Hooks`."""
+        """See :class:`randbasis.serve.batching.Hooks`."""
         return Row(self._requests.get(request_id), position)
 
     def take(self, output: GenerationOutput) -> None:
-        """See :class:`Hooks`. What goes wrong with one request is that request's."""
+        """See :class:`randbasis.serve.batching.Hooks`. What goes wrong with one request is that request's."""
         request = self._requests.get(output.request_id)
         if request is None or request.ended:
             return
@@ -192,18 +192,18 @@ class Engine:
             self._leaving.append(request.id)
 
     def leaving(self) -> list[str]:
-        """See :class:`Hooks`."""
+        """See :class:`randbasis.serve.batching.Hooks`."""
         return [self._leaving.popleft() for _ in range(len(self._leaving))]
 
     def left(self, request_ids: Sequence[str]) -> None:
-        """See :class:`Hooks`."""
+        """See :class:`randbasis.serve.batching.Hooks`."""
         for request_id in request_ids:
             if (request := self._requests.get(request_id)) is not None:
                 self._end(request, "cancelled")
                 self._remove(request)
 
     def closed(self, error: Exception | None) -> None:
-        """See :class:`Hooks`: whoever still waits is told."""
+        """See :class:`randbasis.serve.batching.Hooks`: whoever still waits is told."""
         with self._changed:
             told = "the server was stopped" if error is None else f"the engine stopped: {type(error).__name__}: {error}"
             self._fault = f"{told}; it has to be started anew"
