@@ -16,7 +16,7 @@ FUZZ_SECONDS ?= 60
 CLI_PAGE := $(BIN)/python -m typer randbasis.cli utils docs --name randbasis --title "The command"
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo first-hour test test-newest test-oldest check bench bench-gpu bench-serving conformance results results-sst2 results-vision results-e2e results-quantization sweep-defaults rounded-sums fuzz mutants crash docs clean
+.PHONY: help install lock demo first-hour test test-newest test-oldest check bench bench-gpu bench-serving conformance results results-sst2 results-vision results-e2e results-quantization sweep-defaults rounded-sums fuzz mutants crash test-page page-picture docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -107,6 +107,14 @@ mutants: $(INSTALLED) ## small faults in modules that hold promises: each must f
 
 crash: $(INSTALLED) ## kill a writer of a store at random moments and compare what is left; a row in benchmarks/results/crash.csv (KILLS=1000, SEED=0)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.crash --kills $(KILLS) --seed $(SEED)
+
+# Debian's packages; where apt may not, the tests say what they miss.
+test-page: $(INSTALLED) ## the server's page in a headless Chromium, which apt installs where it may
+	command -v chromedriver > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } || true
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serve/test_page.py $(PYTEST_ARGS)
+
+page-picture: $(INSTALLED) ## docs/images/serving-page.png: two adapters trained on real data, and the page that asks them (needs what test-page installs)
+	PYTHONPATH=tests/support $(BIN)/python tests/serve/page_picture.py --data $(RANDBASIS_DATA)
 
 fuzz: $(INSTALLED) ## feed the reader of packed files what coverage suggests (FUZZ_SECONDS=60; corpus in .cache/fuzz)
 	$(BIN)/python tests/adapter_file/fuzz_reader.py .cache/fuzz -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1

@@ -20,7 +20,7 @@ TABLE: list[tuple[str, str, Any, tuple[int, ...]]] = [
     ("GET", "/v1/models", None, (401, 401, 200, 200, 200)),
     ("GET", "/metrics", None, (401, 401, 200, 200, 200)),
     ("GET", "/openapi.json", None, (401, 401, 200, 200, 200)),
-    ("GET", "/", None, (401, 401, 404, 404, 404)),
+    ("GET", "/", None, (200, 200, 200, 200, 200)),
     ("GET", "/docs", None, (401, 401, 404, 404, 404)),
     ("GET", "/nothing", None, (401, 401, 404, 404, 404)),
     ("POST", "/health", None, (405, 405, 405, 405, 405)),

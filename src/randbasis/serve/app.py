@@ -1,6 +1,4 @@
-"""The app: every route, behind the gate. ``GET /`` is left to the page."""
-
-from collections.abc import Sequence
+"""The app: every route, behind the gate."""
 
 from fastapi import APIRouter, FastAPI
 from fastapi import Request as Http
@@ -11,8 +9,9 @@ import randbasis
 from randbasis.errors import AnswerError
 from randbasis.serve.bodies import Health, LoadBody, ModelCard, ModelList, UnloadBody
 from randbasis.serve.encoder_routes import encoder_routes
-from randbasis.serve.gate import OPEN, Gate
+from randbasis.serve.gate import Gate
 from randbasis.serve.keys import KeyRing
+from randbasis.serve.page_routes import page_routes
 from randbasis.serve.refusals import add_handlers, responses
 from randbasis.serve.service import Service, key_of
 from randbasis.serve.text_routes import text_routes
@@ -20,34 +19,24 @@ from randbasis.serve.text_routes import text_routes
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def make_app(
-    service: Service,
-    keys: KeyRing,
-    *,
-    max_body: int,
-    routers: Sequence[APIRouter] = (),
-    open_routes: frozenset[str] = OPEN,
-) -> FastAPI:
+def make_app(service: Service, keys: KeyRing, *, max_body: int) -> FastAPI:
     """The server as an app of ASGI.
 
     Args:
         service: what it stands on.
         keys: who may ask.
         max_body: most bytes of a body.
-        routers: further routes, such as the page.
-        open_routes: paths that need no key.
     """
     # No /docs: its page would fetch scripts from elsewhere.
     app = FastAPI(title="randbasis", version=randbasis.__version__, docs_url=None, redoc_url=None)
     add_handlers(app)
-    for router in (text_routes(service), encoder_routes(service), _own_routes(service), *routers):
+    for router in (text_routes(service), encoder_routes(service), _own_routes(service), page_routes()):
         app.include_router(router)
     app.add_middleware(
         Gate,  # pyright: ignore[reportArgumentType] # starlette's types of ASGI are its own
         keys=keys,
         metrics=service.metrics,
         max_body=max_body,
-        open_routes=open_routes,
     )
     return app
 
@@ -56,7 +45,7 @@ def _own_routes(service: Service) -> APIRouter:
     router = APIRouter()
 
     async def health() -> Response:
-        """Whether requests are answered; the one route without a key."""
+        """Whether requests are answered; needs no key."""
         status = "failed" if service.fault else "draining" if service.draining else "ok"
         told = Health(status=status, reason=service.fault)
         return JSONResponse(told.model_dump(), 200 if status == "ok" else 503)

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from randbasis.serve.keys import Key, KeyRing
 from randbasis.serve.limits import TokenBuckets
 from randbasis.serve.metrics import Metrics
+from randbasis.serve.page_routes import PAGE_FILES
 from randbasis.serve.refusals import refusal
 from randbasis.serve.settings import ADMIN
 
@@ -24,7 +25,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-OPEN = frozenset({"/health"})
+OPEN = frozenset({"/health", *PAGE_FILES})
 """Routes without a key."""
 ADMIN_ROUTES = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 """Routes of admin keys alone."""
@@ -39,17 +40,13 @@ class Gate:
         keys: who may ask.
         metrics: what is counted.
         max_body: most bytes of a body.
-        open_routes: paths that need no key.
     """
 
-    def __init__(
-        self, app: App, keys: KeyRing, metrics: Metrics, max_body: int, open_routes: frozenset[str] = OPEN
-    ) -> None:
+    def __init__(self, app: App, keys: KeyRing, metrics: Metrics, max_body: int) -> None:
         self._app = app
         self._keys = keys
         self._metrics = metrics
         self._max_body = max_body
-        self._open = open_routes
         self._buckets = TokenBuckets()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -78,7 +75,7 @@ class Gate:
 
     def _admitted(self, scope: Message, state: dict[str, Any]) -> JSONResponse | None:
         path = scope["path"]
-        if path in self._open:
+        if path in OPEN:
             return None
         key = self._keys.find(_secret(scope))
         if key is None:

@@ -4,7 +4,7 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import uvicorn
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from transformers import AutoModel, AutoModelForCausalLM
 
 from randbasis.adapters.base_model import auto_class, read_config
@@ -22,7 +22,7 @@ from randbasis.serve.batching import BatchSettings
 from randbasis.serve.decoder_bank import DecoderBank
 from randbasis.serve.encoding import EncoderEngine
 from randbasis.serve.engine import Engine
-from randbasis.serve.gate import ACCESS, OPEN
+from randbasis.serve.gate import ACCESS
 from randbasis.serve.keys import KeyRing
 from randbasis.serve.metrics import Metrics
 from randbasis.serve.service import Service, Words
@@ -90,11 +90,9 @@ class RunningService:
             self.service = Service(adapters, Words(tokenizer), metrics, writer, reader)
             self._open = on_failure.pop_all()
 
-    def app(self, routers: Sequence[APIRouter] = (), open_routes: frozenset[str] = OPEN) -> FastAPI:
+    def app(self) -> FastAPI:
         """The server as an app of ASGI; see :func:`make_app`."""
-        return make_app(
-            self.service, self.keys, max_body=self.settings.max_body, routers=routers, open_routes=open_routes
-        )
+        return make_app(self.service, self.keys, max_body=self.settings.max_body)
 
     def close(self) -> None:
         """End the engine, and close the store."""
