@@ -180,15 +180,13 @@ class Engine:
             return
         try:
             if output.status == RequestStatus.FAILED:
-                self._end(request, "error", error=output.error or "it failed in the engine")
+                self._end(request, "error", error=output.error or "it failed in the engine", out=True)
             else:
                 self._go_on(request, output)
         except Exception as error:  # noqa: BLE001 # whatever it is, the thread goes on for the others
             _LOG.exception("request %s failed", request.id)
-            self._end(request, "error", error=f"{type(error).__name__} while its text was put together")
-        if output.is_finished():
-            self._remove(request)
-        elif request.ended:
+            self._end(request, "error", error=f"{type(error).__name__} in its text", out=output.is_finished())
+        if request.ended and not output.is_finished():
             self._leaving.append(request.id)
 
     def leaving(self) -> list[str]:
@@ -199,8 +197,7 @@ class Engine:
         """See :class:`randbasis.serve.batching.Hooks`."""
         for request_id in request_ids:
             if (request := self._requests.get(request_id)) is not None:
-                self._end(request, "cancelled")
-                self._remove(request)
+                self._end(request, "cancelled", out=True)
 
     def closed(self, error: Exception | None) -> None:
         """See :class:`randbasis.serve.batching.Hooks`: whoever still waits is told."""
@@ -208,8 +205,7 @@ class Engine:
             told = "the server was stopped" if error is None else f"the engine stopped: {type(error).__name__}: {error}"
             self._fault = f"{told}; it has to be started anew"
         for request in list(self._requests.values()):
-            self._end(request, "error", error=self._fault)
-            self._remove(request)
+            self._end(request, "error", error=self._fault, out=True)
 
     def _go_on(self, request: Request, output: GenerationOutput) -> None:
         new = output.generated_tokens[len(request.tokens) :]
@@ -222,26 +218,32 @@ class Engine:
             more, stopped = stream.add(token)
             text += more
         if stopped:
-            self._end(request, "stop", text)
+            self._end(request, "stop", text, out=output.is_finished())
         elif output.is_finished():
             ended = bool(new) and new[-1] in self._ends
             rest = stream.end()
-            self._end(request, "stop" if ended else "length", text + rest)
+            self._end(request, "stop" if ended else "length", text + rest, out=True)
         elif text or request.scored:
             request.put(Piece(text, request.taken()))
 
-    def _end(self, request: Request, finish: Finish, text: str = "", error: str = "") -> None:
-        if not request.ended:
+    def _end(self, request: Request, finish: Finish, text: str = "", *, error: str = "", out: bool = False) -> None:
+        """Tell the end once. Where no step reads the request any more, its adapter is free before its client knows."""
+        told = request.ended
+        if not told:
             request.state = _STATES[finish]
+        if out:
+            self._remove(request)
+        if not told:
             self._metrics.ended(request, finish)
             request.put(Piece(text, request.taken(), finish, error))
 
     def _remove(self, request: Request) -> None:
-        self._texts.pop(request.id, None)
+        if request.id not in self._requests:
+            return
         if request.hold is not None:
             request.hold.release()
         with self._changed:
-            self._requests.pop(request.id, None)
+            del self._requests[request.id], self._texts[request.id]
             self._changed.notify_all()
 
 
