@@ -75,7 +75,7 @@ bench: $(INSTALLED) ## check, then time every case (ARGS="--only step --tokens 2
 	$(BIN)/python -m benchmarks run $(ARGS); code=$$?; $(BIN)/python -m benchmarks report && exit $$code
 
 bench-serving: $(INSTALLED) ## the bank: mixed batches beside PEFT's adapter_names, loading, memory of up to 100,000 adapters
-	$(BIN)/python -m benchmarks run --only bank "bank load" "bank cold" "bank memory" $(ARGS); code=$$?; $(BIN)/python -m benchmarks report && exit $$code
+	$(BIN)/python -m benchmarks run --only bank "bank load" "bank cold" "bank memory" serving $(ARGS); code=$$?; $(BIN)/python -m benchmarks report && exit $$code
 
 # Nine minutes are left for all: no case begins after eight, and the next run goes on where this one stopped.
 bench-gpu: $(INSTALLED) ## the same for the cases that need a CUDA device, and one table of targets (ARGS="--only step decode" picks parts)

@@ -8,7 +8,7 @@ from benchmarks.case import Case
 
 FAMILIES = (
     "basis_rate", "training_step", "step_parts", "peak_memory", "inference", "kept_factors", "expansion", "switching",
-    "growth", "host_time", "packed_sizes", "adding", "bank",
+    "growth", "host_time", "packed_sizes", "adding", "bank", "serving",
 )  # fmt: skip
 GPU_FAMILIES = (
     "gpu_step", "gpu_model", "gpu_decode", "gpu_bank", "gpu_host", "gpu_expansion", "gpu_adding", "gpu_basis",

@@ -156,7 +156,7 @@ def tables(runs: Sequence[Run]) -> dict[str, Callable[[], str]]:
             SIZES,
         ),
         "add",
-        *("bank", "bank load", "bank cold", "bank memory", "gpu bank"),
+        *("bank", "bank load", "bank cold", "bank memory", "serving", "gpu bank"),
         *("gpu basis", "gpu expand", "gpu step", "gpu memory", "gpu project"),
         *("gpu model", "gpu decode", "gpu mixed decode", "gpu host", "gpu add"),
         *dict.fromkeys(run.family for run in runs),
