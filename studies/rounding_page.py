@@ -31,8 +31,9 @@ CANNOT = """\
 
 Runs of {steps} steps with {batch} rows each, on models of 0.26 and 22.7 million parameters: whether a ΔW that grows
 over thousands of steps, or the smaller ΔW of a fine-tuning of a large model, is lost to `"nearest"` is not seen here;
-nor is anything in float16. On E2E runs that differ by nothing but their last bits part by more than half of ΔW, so there
-the distance tells nothing of a rounding, and only the losses do. No texts were generated, so there is no BLEU. Differences below twice their error decide nothing, and with {seeds} seeds an error is
+nor is anything in float16. On E2E runs that differ by nothing but their last bits part by more than half of ΔW: there
+the distance tells nothing of a rounding, only the losses do. No texts were generated, so there is no BLEU. Differences
+below twice their error decide nothing, and with {seeds} seeds an error is
 itself known to a factor of about two.
 """
 Cells = Mapping[tuple[str, str], Mapping[str, Mapping[int, Row]]]
