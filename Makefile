@@ -10,13 +10,15 @@ TORCH := $(shell grep -m 1 '^torch==' $(LOCK))
 PYTEST_ARGS ?=
 WORKERS ?= auto
 KILLS ?= 1000
+REQUESTS ?= 2000
+SECONDS ?= 300
 SEED ?= 0
 FUZZ_SECONDS ?= 60
 # Written by typer itself from the app, so that the page cannot say what the command does not do.
 CLI_PAGE := $(BIN)/python -m typer randbasis.cli utils docs --name randbasis --title "The command"
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo first-hour test test-newest test-oldest check bench bench-gpu bench-serving conformance results results-sst2 results-vision results-e2e results-quantization sweep-defaults rounded-sums fuzz mutants crash test-page page-picture docs clean
+.PHONY: help install lock demo first-hour test test-newest test-oldest check bench bench-gpu bench-serving conformance results results-sst2 results-vision results-e2e results-quantization sweep-defaults rounded-sums fuzz mutants crash soak test-page page-picture docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -107,6 +109,9 @@ mutants: $(INSTALLED) ## small faults in modules that hold promises: each must f
 
 crash: $(INSTALLED) ## kill a writer of a store at random moments and compare what is left; a row in benchmarks/results/crash.csv (KILLS=1000, SEED=0)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.crash --kills $(KILLS) --seed $(SEED)
+
+soak: $(INSTALLED) ## a server under load and faults, each answer compared with its adapter's alone; a row in benchmarks/results/soak.csv (REQUESTS=2000, SECONDS=300, SEED=0)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --requests $(REQUESTS) --seconds $(SECONDS) --seed $(SEED); code=$$?; $(BIN)/python -m benchmarks report && exit $$code
 
 # Debian's packages; where apt may not, the tests say what they miss.
 test-page: $(INSTALLED) ## the server's page in a headless Chromium, which apt installs where it may

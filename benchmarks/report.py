@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import store_page
+from benchmarks import soak_page, store_page
 from benchmarks.rows import Run
 from benchmarks.tables import tables
 
@@ -29,7 +29,7 @@ def filled(page: str, runs: Sequence[Run]) -> str:
     Raises:
         ValueError: a marker names no table, or is not closed.
     """
-    made = {**tables(runs), "store": store_page.block}
+    made = {**tables(runs), "store": store_page.block, "soak": soak_page.block}
     if page.count("<!-- table: ") != len(_BLOCK.findall(page)) or page.count(END) != page.count("<!-- table: "):
         raise ValueError(f"every line '<!-- table: NAME -->' must be closed by a line {END!r}")
 
