@@ -11,6 +11,7 @@ from randbasis.bank.plan import SHORT_RUN, BatchPlan, HeadRows, Placement, Term
 from randbasis.bank.prepared import Prepared, PreparedAdapters
 from randbasis.bank.profile import Profile
 from randbasis.bank.resident import Resident
+from randbasis.batch_rows import BASE
 
 LEAST_BYTES = 1 << 20
 """That the adapters of a batch may always have side by side."""
@@ -49,6 +50,7 @@ class Planner:
     ) -> None:
         self._prepared, self._dtype, self._device = prepared, dtype, device
         self._form: FormName | None = form
+        self._bases: dict[Profile, Resident] = {}
         self._threads = threading.local()
 
     def rows(self, adapters: Sequence[Resident | None]) -> BatchPlan:
@@ -86,7 +88,7 @@ class Planner:
         """Give the rows of a held plan other adapters, in place."""
         assert plan.placement is not None
         assert plan.profile is not None
-        users = [plan.profile.base if one is None else one for one in adapters]
+        users = [self._base_of(plan.profile) if one is None else one for one in adapters]
         distinct = list(dict.fromkeys(users))
         made = self._prepared.get(distinct, plan.placement.form, self._dtype, self._device)
         plan.placement.rows(users, dict(zip(distinct, made, strict=True)))
@@ -158,6 +160,13 @@ class Planner:
             form = profile.choose_form(counts, new, room, self._dtype, self._device)
         made = self._prepared.get(distinct, form, self._dtype, self._device)
         return form, dict(zip(distinct, made, strict=True))
+
+    def _base_of(self, profile: Profile) -> Resident:
+        """The base model as an adapter: row 0, all zeros, with which every method adds nothing."""
+        if profile not in self._bases:
+            table = profile.table(torch.float32)
+            self._bases[profile] = Resident(BASE, 0, "", profile.spec, profile, table, 0, {}, 0, pinned=True)
+        return self._bases[profile]
 
     def _form_of(self, profile: Profile) -> Form | None:
         """The one that every batch takes."""

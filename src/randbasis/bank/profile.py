@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -12,9 +11,7 @@ from randbasis.adapter_file import PackedAdapter, SpecMatrix
 from randbasis.adapter_file.contents import SAVED_PREFIX
 from randbasis.bank.forms import CoefficientForm, FactorForm, Form, FormName
 from randbasis.bank.linear_layers import architecture_of, layer_shape, linear_shapes
-from randbasis.bank.resident import Resident
 from randbasis.bank.table import Table
-from randbasis.batch_rows import BASE
 from randbasis.contraction import work_of_a_number
 from randbasis.errors import BankError, BaseMismatchError
 from randbasis.methods import Bound
@@ -99,11 +96,6 @@ class Profile:
         spec, streams = adapter.spec, adapter.streams
         drawn = None if streams is None else streams.numpy().tobytes()
         return spec.method, spec.groups, spec.base.architecture, spec.extra, drawn
-
-    @cached_property
-    def base(self) -> Resident:
-        """The base model as an adapter: row 0, all zeros, with which every method adds nothing."""
-        return Resident(BASE, 0, "", self.spec, self, self.table(torch.float32), 0, {}, 0, pinned=True)
 
     def table(self, dtype: torch.dtype) -> Table:
         """The rows of a dtype."""

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request as Http
 from fastapi.concurrency import run_in_threadpool
@@ -19,6 +19,7 @@ from randbasis.serve.requests import Request
 from randbasis.train.chat import Chat
 
 Encoded = list[int]
+E = TypeVar("E")
 
 
 class TextEngine(Protocol):
@@ -137,10 +138,7 @@ class Service:
             AnswerError: the base is an encoder.
             EngineStoppedError: it is shutting down.
         """
-        self._check_open()
-        if self.engine is None:
-            raise AnswerError(f"{self.adapters.base!r} is an encoder and writes no texts; use /v1/embeddings")
-        return self.engine
+        return self._of_its_kind(self.engine, "is an encoder and writes no texts; use /v1/embeddings")
 
     def reader(self) -> RowEngine:
         """The engine of an encoder.
@@ -149,10 +147,13 @@ class Service:
             AnswerError: the base is a decoder.
             EngineStoppedError: it is shutting down.
         """
+        return self._of_its_kind(self.encoder, "writes texts and is no encoder; use /v1/completions")
+
+    def _of_its_kind(self, engine: E | None, instead: str) -> E:
         self._check_open()
-        if self.encoder is None:
-            raise AnswerError(f"{self.adapters.base!r} writes texts and is no encoder; use /v1/completions")
-        return self.encoder
+        if engine is None:
+            raise AnswerError(f"{self.adapters.base!r} {instead}")
+        return engine
 
     def named(self, http: Http, word: str) -> Named:
         """What a client's ``model`` means, where its key may name it; else it is not told whether it is there.
