@@ -16,7 +16,7 @@ import randbasis.cli
 from randbasis import errors
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 #: Options of every command, and of llama.cpp.
 OF_OTHERS = {"--help", "--lora"}
 FENCES = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -40,8 +40,10 @@ def test_snippets_run(page: str, root: Path, tmp_path: Path, console_environment
 
 
 def options_of_scripts() -> set[str]:
-    """Of what is run from a clone: benchmarks, studies, tests."""
-    scripts = [file for folder in ("benchmarks", "studies", "tests") for file in (ROOT / folder).rglob("*.py")]
+    """Of what is run from a clone: benchmarks, studies, tests, examples."""
+    scripts = [
+        file for folder in ("benchmarks", "studies", "tests", "examples") for file in (ROOT / folder).rglob("*.py")
+    ]
     source = "".join(file.read_text(encoding="utf-8") for file in scripts)
     return set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))
 
