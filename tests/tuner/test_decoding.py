@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor
+from transformers import StaticCache
 from tuner_cases import ONE_EACH, fill, make_config, seeded, tiny_llama
 
 from randbasis.tuner.layer import RandbasisLinear
@@ -63,3 +64,29 @@ def test_a_compiler_follows_generation_with_a_static_cache(method: str):
     found = generated(model, cache_implementation="static", disable_compile=True)
     assert torch.equal(found, expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the prompt, and every step
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", ONE_EACH)
+def test_a_step_with_a_static_cache_is_recorded_in_a_cuda_graph(method: str):
+    model = adapted(method).cuda()
+    words, length = PROMPT.cuda(), PROMPT.shape[1]
+    cache = StaticCache(config=model.config, max_cache_len=length + STEPS)
+
+    def step(token: Tensor, place: Tensor) -> Tensor:
+        return model(input_ids=token, past_key_values=cache, cache_position=place, use_cache=True).logits
+
+    with torch.no_grad():
+        model(input_ids=words, past_key_values=cache, cache_position=torch.arange(length, device="cuda"))
+        token, place = words[:, -1:].clone(), torch.tensor([length], device="cuda")
+        aside = torch.cuda.Stream()
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                expected = step(token, place).clone()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step(token, place)
+        graph.replay()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
