@@ -116,7 +116,7 @@ soak: $(INSTALLED) ## a server under load and faults, each answer compared with 
 # Debian's packages; where apt may not, the tests say what they miss.
 test-page: $(INSTALLED) ## the server's page in a headless Chromium, which apt installs where it may
 	command -v chromedriver > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } || true
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serve/test_page.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serve/test_page_in_chromium.py $(PYTEST_ARGS)
 
 page-picture: $(INSTALLED) ## docs/images/serving-page.png: two adapters trained on real data, and the page that asks them (needs what test-page installs)
 	PYTHONPATH=tests/support $(BIN)/python tests/serve/page_picture.py --data $(RANDBASIS_DATA)
