@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from randbasis.adapter_file import PackedAdapter, Spec, read
-from randbasis.bank.linear_layers import architecture_of
+from randbasis.bank.linear_layers import architecture_of, tokens_first
 from randbasis.bank.plan import BatchPlan
 from randbasis.bank.planner import Planner, Run
 from randbasis.bank.prepared import PreparedAdapters
 from randbasis.bank.profile import ROW_DTYPES, Profile
 from randbasis.bank.resident import Lease, Resident
-from randbasis.batch_rows import BASE, TOKENS_FIRST, given_rows, rows_of_a_prompt
+from randbasis.batch_rows import BASE, given_rows, rows_of_a_prompt
 from randbasis.errors import AdapterNameError, BankError, BankFullError, NotResidentError, near, not_one_of
 from randbasis.files.locations import Location
 from randbasis.store import StoredAdapter
@@ -80,11 +80,8 @@ class AdapterBank:
         self._calls = threading.local()
         self._handles: dict[str, Any] = {}
         self._plain: dict[str, Any] = {}  # methods that were put on the instance before
-        parameter = next((one for one in model.parameters() if one.is_floating_point()), None)
-        dtype = torch.float32 if parameter is None else parameter.dtype
-        device = torch.device("cpu") if parameter is None else parameter.device
         self._prepared = PreparedAdapters(expanded_bytes)
-        self._planner = Planner(self._prepared, dtype, device, None if form == "auto" else form)
+        self._planner = Planner(self._prepared, model, None if form == "auto" else form)
         self._attach_model()
 
     # --- adapters ---
@@ -103,10 +100,13 @@ class AdapterBank:
             PackedFileMissingError: there is no file.
             PackedFileError: it breaks a rule of the format; each rule has its class.
             BaseMismatchError: it was made for another model.
-            BankError: its method makes its matrices of the base weights.
+            BankError: its method makes its matrices of the base weights, it is for one expert of several, or the bank
+                is closed.
             BankFullError: it does not fit beside what is pinned or in use. The bank is as it was after any of these.
         """
         _check_name(name)
+        if _BANKS.get(self.model) is not self:
+            raise BankError("a bank that is closed takes no adapters, got one to load; make another AdapterBank(model)")
         adapter, digest, stored = _opened(source)
         where = f"adapter {name!r}"
         with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -222,14 +222,20 @@ class AdapterBank:
 
         Raises:
             NotResidentError: there is no adapter of a name.
+            BankError: a number of tokens is below 0.
             AdapterNameError: a layer saw another number of tokens, or, at the end, no layer was called.
         """
+        if any(count < 0 for _, count in runs):
+            raise BankError(f"runs must have 0 tokens or more each, got {[count for _, count in runs]}; count them")
         with self._leased([who for who, _ in runs]) as residents:
             found: list[Run] = [(one, count) for one, (_, count) in zip(residents, runs, strict=True)]
             with self._lock:
                 plan = self._planner.tokens(found)
-            with self._sending([plan]):
-                yield plan
+            try:
+                with self._sending([plan]):
+                    yield plan
+            finally:
+                self._planner.take_back(plan)
 
     def hold(self, adapters: Sequence[Who]) -> BatchPlan:
         """A plan of rows whose tensors stay where they are when its rows get other adapters: for a CUDA graph.
@@ -279,8 +285,11 @@ class AdapterBank:
         """A block in which batches of this thread go by a plan of :meth:`hold`.
 
         Raises:
+            BankError: the plan is not held: others change after their block.
             AdapterNameError: a layer saw another number of rows, or, at the end, no layer was called.
         """
+        if plan.placement is None:
+            raise BankError("a plan of bank.hold must be given, got one that is not held; send it with bank.rows")
         with self._sending([plan]):
             yield plan
 
@@ -330,7 +339,7 @@ class AdapterBank:
             for name in (*profile.places, *profile.heads):
                 if name not in self._handles:
                     hook = _LayerHook(self._calls, name)
-                    self._handles[name] = self._modules[name].register_forward_hook(hook)
+                    self._handles[name] = self._modules[name].register_forward_hook(hook, with_kwargs=True)
             self._profiles[key] = profile
         if adapter.streams is None:
             # Files of one kind share their spec, and hashing one costs as much as copying the row.
@@ -378,18 +387,26 @@ class AdapterBank:
             if resident.replaced and not resident.leases:
                 self._free(resident)
 
+    def _again(self, lease: Lease) -> Lease:
+        """Another lease on the same, since the first may end while its batch is made: the row is then another's."""
+        with self._lock:
+            if not lease.holds(self._end):
+                raise NotResidentError(
+                    f"a lease must be of this bank and not released when a batch uses it, got one on "
+                    f"{lease.resident.name!r} that is not; take one with bank.lease(name)"
+                )
+            lease.resident.leases += 1
+        return Lease(lease.resident, self._end)
+
     @contextmanager
     def _leased(self, adapters: Sequence[Who]) -> Generator[list[Resident | None]]:
         """The resident of each row, in use for the block: a name counts as one lease however often it is there."""
-        own: dict[str, Lease] = {}
+        own: dict[str | Lease, Lease] = {}
         try:
             for who in adapters:
-                if isinstance(who, str) and who != BASE and who not in own:
-                    own[who] = self.lease(who)
-            yield [
-                who.resident if isinstance(who, Lease) else None if who is None or who == BASE else own[who].resident
-                for who in adapters
-            ]
+                if who is not None and who != BASE and who not in own:
+                    own[who] = self._again(who) if isinstance(who, Lease) else self.lease(who)
+            yield [None if who is None or who == BASE else own[who].resident for who in adapters]
         finally:
             for lease in own.values():
                 lease.release()
@@ -422,20 +439,23 @@ class _LayerHook:
     def __init__(self, calls: threading.local, name: str) -> None:
         self._calls, self._name = calls, name
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor | None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], result: Tensor
+    ) -> Tensor | None:
         plans: list[BatchPlan] | None = getattr(self._calls, "plans", None)
         if plans is None:
             return None
-        plan = next((one for one in plans if one.fits(args[0])), None)
+        x: Tensor = args[0] if args else next(iter(named.values()))
+        plan = next((one for one in plans if one.fits(x)), None)
         if plan is None:
-            raise _wrong_rows(plans[0], self._name, args[0])
+            raise _wrong_rows(plans[0], self._name, x)
         if self._name in plan.heads:
             self._calls.plans = None  # the module is called again, with other parameters
             try:
-                result = plan.replace(self._name, module, args[0], result)
+                result = plan.replace(self._name, module, x, result)
             finally:
                 self._calls.plans = plans
-        return plan.add(self._name, args[0], result) if plan.terms else result
+        return plan.add(self._name, x, result) if plan.terms else result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_LayerHook":
         return self
@@ -504,11 +524,11 @@ def _check_arguments(model: nn.Module, row_bytes: int, expanded_bytes: int, form
         raise BankError(
             "a model is in one bank at a time, got one that is in a bank already; use that one, or close it first"
         )
-    kind = architecture_of(model)
-    if kind in TOKENS_FIRST:
+    if tokens_first(model):
         raise BankError(
-            f"layers of a model in a bank must see the rows of a batch first, got a {kind!r}, some of whose layers see "
-            "tokens first; use adapter_names on a PeftModel, or one batch for each adapter"
+            "layers of a model in a bank must see the rows of a batch first, got a "
+            f"{architecture_of(model) or type(model).__name__!r}, some of whose layers see tokens first; make its "
+            "attention with batch_first=True, or send one batch for each adapter"
         )
     if model.training:
         raise BankError("a model in a bank must be in evaluation mode, got one in training mode; call model.eval()")

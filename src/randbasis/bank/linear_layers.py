@@ -5,6 +5,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from randbasis.batch_rows import TOKENS_FIRST
+
 
 def layer_shape(module: nn.Module) -> tuple[int, int] | None:
     """``(out, in)`` of a linear layer: of torch, ``Conv1D`` of transformers, or a quantized one; else None."""
@@ -22,3 +24,10 @@ def architecture_of(model: nn.Module) -> str | None:
     """``model_type`` of the model's configuration, where it has one."""
     kind: Any = getattr(getattr(model, "config", None), "model_type", None)
     return kind if isinstance(kind, str) and kind else None
+
+
+def tokens_first(model: nn.Module) -> bool:
+    """Whether some layers see ``[tokens, rows, width]``: with as many tokens as rows nothing else would tell."""
+    return architecture_of(model) in TOKENS_FIRST or any(
+        isinstance(module, nn.MultiheadAttention) and not module.batch_first for module in model.modules()
+    )

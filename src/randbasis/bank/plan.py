@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from randbasis.bank.forms import Form, View
+from randbasis.bank.forms import Form, FormName, View
 from randbasis.bank.prepared import Prepared
 from randbasis.bank.profile import Profile
 from randbasis.bank.resident import Resident
@@ -93,6 +93,10 @@ class Placement:
         return tuple([torch.cat(group, self.form.axis) for group in groups])
 
 
+PlacementKey = tuple[int, FormName, torch.dtype, torch.device]
+"""The id of a profile, the form, and what the model computes in and where."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Term:
     """Rows (or tokens) of one profile that one product serves.
@@ -137,6 +141,7 @@ class BatchPlan:
         reached: whether a layer asked.
         placement: the adapters of its rows, where they may be changed in place.
         profile: of all of them then.
+        lent: where the adapters of its short runs lie, as long as its block lasts.
     """
 
     count: int
@@ -146,6 +151,7 @@ class BatchPlan:
     reached: bool = False
     placement: Placement | None = None
     profile: Profile | None = None
+    lent: dict[PlacementKey, Placement] = field(default_factory=dict[PlacementKey, Placement])
 
     def fits(self, x: Tensor) -> bool:
         """Whether the input of a layer has the rows of this batch."""

@@ -3,11 +3,13 @@
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
 from randbasis.bank.forms import Form, FormName
-from randbasis.bank.plan import SHORT_RUN, BatchPlan, HeadRows, Placement, Term
+from randbasis.bank.plan import SHORT_RUN, BatchPlan, HeadRows, Placement, PlacementKey, Term
 from randbasis.bank.prepared import Prepared, PreparedAdapters
 from randbasis.bank.profile import Profile
 from randbasis.bank.resident import Resident
@@ -25,14 +27,12 @@ class _Mine:
     """What one thread keeps from a plan to the next.
 
     Attributes:
-        placements: by profile, form and dtype; the next packed batch finds most of its adapters in place.
-        last: the plan of the last batch of rows, and the adapter of each.
+        placements: those that no plan uses; the next packed batch finds most of its adapters in place.
+        last: the plan of the last batch of rows; before it dtype, device and the adapter of each.
     """
 
-    placements: dict[tuple[int, FormName, torch.dtype], Placement] = field(
-        default_factory=dict[tuple[int, FormName, torch.dtype], Placement]
-    )
-    last: tuple[tuple[Resident | None, ...], BatchPlan] | None = None
+    placements: dict[PlacementKey, Placement] = field(default_factory=dict[PlacementKey, Placement])
+    last: tuple[tuple[Any, ...], BatchPlan] | None = None
 
 
 class Planner:
@@ -40,18 +40,17 @@ class Planner:
 
     Args:
         prepared: adapters in the forms that batches take them in.
-        dtype: that the model computes in.
-        device: of the model.
+        model: whose dtype and device count when a plan is made.
         form: that every batch takes, where a profile has it; None chooses by cost.
     """
 
-    def __init__(
-        self, prepared: PreparedAdapters, dtype: torch.dtype, device: torch.device, form: FormName | None
-    ) -> None:
-        self._prepared, self._dtype, self._device = prepared, dtype, device
+    def __init__(self, prepared: PreparedAdapters, model: nn.Module, form: FormName | None) -> None:
+        self._prepared, self._model = prepared, model
+        self._dtype, self._device = torch.float32, torch.device("cpu")
         self._form: FormName | None = form
         self._bases: dict[Profile, Resident] = {}
         self._threads = threading.local()
+        self._look()
 
     def rows(self, adapters: Sequence[Resident | None]) -> BatchPlan:
         """The plan of a batch with an adapter for each row; the thread's last one, where they are the same.
@@ -59,7 +58,8 @@ class Planner:
         Args:
             adapters: of each row; None for the base.
         """
-        mine, wanted = self._mine(), tuple(adapters)
+        self._look()
+        mine, wanted = self._mine(), (self._dtype, self._device, *adapters)
         if mine.last is not None and mine.last[0] == wanted:
             return mine.last[1]
         terms: list[Term] = []
@@ -77,6 +77,7 @@ class Planner:
             profile: of all adapters.
             adapters: of each row; None for the base.
         """
+        self._look()
         form = self._form_of(profile) or profile.forms.get("factors") or profile.forms["coefficients"]
         placement = Placement(form)
         plan = BatchPlan(len(adapters), False, [], placement=placement, profile=profile)
@@ -99,12 +100,18 @@ class Planner:
         Args:
             runs: in the order of the tokens.
         """
+        self._look()
         count = sum(tokens for _, tokens in runs)
         starts = _starts(runs)
         terms: list[Term] = []
+        lent: dict[PlacementKey, Placement] = {}
         for profile, places in _by_profile((at, one) for at, (one, _) in enumerate(runs)).items():
-            terms += self._of_runs(profile, [(runs[at], starts[at]) for at in places])
-        return BatchPlan(count, True, terms, self._heads(runs))
+            terms += self._of_runs(profile, [(runs[at], starts[at]) for at in places], lent)
+        return BatchPlan(count, True, terms, self._heads(runs), lent=lent)
+
+    def take_back(self, plan: BatchPlan) -> None:
+        """The block of a plan ended: the next one may write where its adapters lie."""
+        self._mine().placements.update(plan.lent)
 
     def _of_rows(self, profile: Profile, rows: list[int], users: list[Resident], count: int) -> list[Term]:
         distinct = list(dict.fromkeys(users))
@@ -120,7 +127,9 @@ class Planner:
         placement.rows(users, prepared)
         return [Term(profile, form, placement.views, self._index(rows, count))]
 
-    def _of_runs(self, profile: Profile, runs: list[tuple[Run, int]]) -> list[Term]:
+    def _of_runs(
+        self, profile: Profile, runs: list[tuple[Run, int]], lent: dict[PlacementKey, Placement]
+    ) -> list[Term]:
         tokens: dict[Resident, int] = {}
         for (one, size), _ in runs:
             assert one is not None
@@ -138,7 +147,9 @@ class Planner:
                 users += [one] * size
                 places += range(start, start + size)
         if users:
-            placement = self._mine().placements.setdefault((id(profile), form.name, self._dtype), Placement(form))
+            # Taken out while a plan uses it, for a plan within the block of another.
+            key = id(profile), form.name, self._dtype, self._device
+            lent[key] = placement = self._mine().placements.pop(key, None) or Placement(form)
             at = placement.arrange(users, prepared)
             rows = [0] * len(users)
             for token, place in zip(places, at, strict=True):
@@ -188,6 +199,12 @@ class Planner:
 
     def _index(self, rows: list[int], count: int) -> torch.Tensor | None:
         return None if len(rows) == count else torch.tensor(rows, device=self._device)
+
+    def _look(self) -> None:
+        """What the model computes in and where: it may have been moved since."""
+        parameter = next((one for one in self._model.parameters() if one.is_floating_point()), None)
+        if parameter is not None:
+            self._dtype, self._device = parameter.dtype, parameter.device
 
     def _mine(self) -> _Mine:
         mine = getattr(self._threads, "mine", None)

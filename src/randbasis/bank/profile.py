@@ -1,6 +1,7 @@
 """Adapters that differ in their coefficients alone: what they have in common, and the tables of their rows."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +24,8 @@ ROW_DTYPES = (torch.float16, torch.bfloat16)
 
 PASSES = 16
 """Passes that factors are expected to serve once they are made: a short answer's tokens."""
+
+_EXPERT = re.compile(r"experts|expert_\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class Profile:
         tables: dtype → rows.
 
     Raises:
-        BankError: the method needs the base weight.
+        BankError: the method needs the base weight, or a layer is an expert.
         BaseMismatchError: the model is not the one that the adapter was made for.
     """
 
@@ -68,6 +71,7 @@ class Profile:
                 f"{where}: an adapter in a bank must be of a method that draws its matrices from a seed, got one of "
                 f"{spec.method.name!r}, which makes them of the base weights; put it on the model (randbasis.put)"
             )
+        _check_unrouted(spec.shapes, where)
         shapes = {name: shape for name in spec.shapes if (shape := layer_shape(modules.get(name, model))) is not None}
         if shapes != spec.shapes:
             shapes = linear_shapes(modules)
@@ -135,6 +139,16 @@ class Profile:
             path, _, parameter = name.removeprefix(SAVED_PREFIX).rpartition(".")
             found.setdefault(path, {})[parameter] = tensor
         return found
+
+
+def _check_unrouted(paths: Iterable[str], where: str) -> None:
+    """Raise where a layer sees those tokens alone that were sent to it: of whose rows they are, nothing tells."""
+    routed = next((path for path in paths if any(_EXPERT.fullmatch(part) for part in path.split("."))), None)
+    if routed is not None:
+        raise BankError(
+            f"{where}: an adapter in a bank must be for layers that see all tokens of a batch, got one for {routed!r}, "
+            "one expert of several; put it on the model (randbasis.put), or leave experts out of target_modules"
+        )
 
 
 def _check_heads(heads: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module], where: str) -> None:

@@ -50,7 +50,7 @@ class Resident:
         return self.table[self.slot]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Lease:
     """The right to use a resident adapter: it stays as it is until :meth:`release`, which may be called twice.
 
@@ -67,6 +67,10 @@ class Lease:
         if not self._ended:
             self._ended = True
             self._end(self.resident)
+
+    def holds(self, end: Callable[[Resident], None]) -> bool:
+        """Whether it has not ended, and is of the bank that ends its leases so."""
+        return not self._ended and self._end == end
 
     def __enter__(self) -> "Lease":
         return self

@@ -25,7 +25,7 @@ from randbasis.errors import (
 )
 from randbasis.store import AdapterStore
 
-_VERSION = re.compile(r"(?P<name>.+)@(?P<version>\d{1,18})")
+_VERSION = re.compile(r"(?P<name>.+)@(?P<version>[1-9][0-9]{0,17})")
 _BUSY = (StoreLockedError, StoreAccessError, BankFullError)
 """What the store or the bank is at fault for, and no adapter."""
 

@@ -27,6 +27,8 @@ _STATES: dict[Finish, State] = {
     "error": State.FAILED,
 }
 
+_BROKEN = "the model's logits are no finite numbers with this adapter; train it anew, or ask another one"
+
 
 class TokenPlans(Protocol):
     """What the engine needs of a bank."""
@@ -122,6 +124,11 @@ class Engine:
         """
         for one in requests:
             self.check(one.prompt, one.sampling.max_tokens)
+        if len(requests) > self._queue:
+            raise AnswerError(
+                f"prompts times n must be at most {self._queue}, which is the server's queue, got {len(requests)}; "
+                "ask in several bodies"
+            )
         with self._changed:
             if self._fault is not None or self._draining:
                 raise EngineStoppedError(self._fault or "the server is shutting down; ask another one")
@@ -208,6 +215,9 @@ class Engine:
             self._end(request, "error", error=self._fault, out=True)
 
     def _go_on(self, request: Request, output: GenerationOutput) -> None:
+        if request.broken:
+            self._end(request, "error", error=_BROKEN, refused=request.hold is not None, out=output.is_finished())
+            return
         new = output.generated_tokens[len(request.tokens) :]
         self._metrics.tokens(request, len(new))
         stream, text, stopped = self._texts[request.id], "", False
@@ -226,7 +236,16 @@ class Engine:
         elif text or request.scored:
             request.put(Piece(text, request.taken()))
 
-    def _end(self, request: Request, finish: Finish, text: str = "", *, error: str = "", out: bool = False) -> None:
+    def _end(
+        self,
+        request: Request,
+        finish: Finish,
+        text: str = "",
+        *,
+        error: str = "",
+        refused: bool = False,
+        out: bool = False,
+    ) -> None:
         """Tell the end once. Where no step reads the request any more, its adapter is free before its client knows."""
         told = request.ended
         if not told:
@@ -235,7 +254,7 @@ class Engine:
             self._remove(request)
         if not told:
             self._metrics.ended(request, finish)
-            request.put(Piece(text, request.taken(), finish, error))
+            request.put(Piece(text, request.taken(), finish, error, refused))
 
     def _remove(self, request: Request) -> None:
         if request.id not in self._requests:

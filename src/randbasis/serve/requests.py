@@ -63,12 +63,14 @@ class Piece:
         scored: the tokens behind it, where log-probabilities were asked for.
         finish: why it is the last piece; None where more comes.
         error: what went wrong, where ``finish`` is ``"error"``.
+        refused: whether the adapter is at fault for it, and not the server.
     """
 
     text: str = ""
     scored: tuple[Scored, ...] = ()
     finish: Finish | None = None
     error: str = ""
+    refused: bool = False
 
 
 class Hold:
@@ -119,6 +121,7 @@ class Request:
         scored: of them, those that no piece has told yet; set by the engine's thread.
         created: when it was made, on the monotonic clock.
         seen: when its newest token came; 0 before the first.
+        broken: whether the logits of its newest token were no numbers; set by the engine's thread.
     """
 
     id: str
@@ -132,6 +135,7 @@ class Request:
     scored: list[Scored] = field(default_factory=list[Scored])
     created: float = field(default_factory=time.monotonic)
     seen: float = 0.0
+    broken: bool = False
 
     @property
     def ended(self) -> bool:

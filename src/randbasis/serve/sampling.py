@@ -49,6 +49,7 @@ class SeededSampler(LogitsProcessor):
     def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
         """``[rows, vocabulary]`` logits with the drawn token of each sampled row on top."""
         rows = self._rows()
+        scores = _without_broken(scores, rows)
         raw = scores
         drawn = [i for i, row in enumerate(rows) if row.request is not None and row.request.sampling.temperature > 0]
         if drawn:
@@ -61,6 +62,18 @@ class SeededSampler(LogitsProcessor):
         return scores
 
 
+def _without_broken(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The logits with zeros for rows of which nothing can be drawn; their requests are told so."""
+    # Minus infinity is a token that is ruled out; the sum of exponentials tells of all else in one number a row.
+    broken = ~torch.isfinite(torch.logsumexp(scores.float(), -1))
+    if not broken.any():
+        return scores
+    for row, bad in zip(rows, cast("list[bool]", broken.tolist()), strict=False):
+        if bad and row.request is not None:
+            row.request.broken = True
+    return scores.masked_fill(broken[:, None], 0.0)
+
+
 def draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """The tokens of rows that are sampled, ``[rows]``.
 
@@ -70,7 +83,9 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """
     asked = [row.request.sampling for row in rows if row.request is not None]
     temperature = torch.tensor([[one.temperature] for one in asked], device=logits.device, dtype=torch.float64)
-    chances = torch.softmax(logits.double() / temperature, dim=-1)
+    # From the greatest one down: else a tiny temperature makes infinities of all, and numbers of none.
+    below = logits.double() - logits.double().amax(-1, keepdim=True)
+    chances = torch.softmax(below / temperature, dim=-1)
     top_p = torch.tensor([[one.top_p] for one in asked], device=logits.device, dtype=torch.float64)
     if any(one.top_p < 1 for one in asked):
         chances = nucleus(chances, top_p)

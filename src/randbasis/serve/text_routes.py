@@ -11,10 +11,10 @@ from fastapi import Request as Http
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from randbasis.errors import AnswerError, EngineStoppedError
+from randbasis.errors import AdapterRefusedError, AnswerError, EngineStoppedError, RandbasisError
 from randbasis.serve.bodies import ChatAnswer, ChatBody, CompletionAnswer, CompletionBody, SamplingBody
 from randbasis.serve.choices import Choices, open_choices, seeded
-from randbasis.serve.refusals import error_body, responses
+from randbasis.serve.refusals import error_body, responses, status_of
 from randbasis.serve.requests import Piece, Sampling, Scored
 from randbasis.serve.service import Encoded, Service, Words, fresh_id, prompts_of
 
@@ -144,7 +144,7 @@ async def _answered(choices: Choices, body: SamplingBody, head: dict[str, Any], 
     answers = [_joined(pieces) for pieces in await choices.whole()]
     failed = next((one for one in answers if one.finish in ("error", "cancelled")), None)
     if failed is not None:
-        raise EngineStoppedError(failed.error or "the request was cancelled; ask again")
+        raise _error_of(failed)
     told = [shape.whole(index, one, one.finish) for index, one in enumerate(answers)]
     return JSONResponse({**head, "choices": told, "usage": _usage(choices)})
 
@@ -156,7 +156,9 @@ async def _events(choices: Choices, head: dict[str, Any], shape: _Shape, *, usag
     async with aclosing(choices.stream()) as stream:
         async for index, piece in stream:
             if piece.finish in ("error", "cancelled"):
-                yield _event(error_body(503, piece.error or "the request was cancelled; ask again", "stopped"))
+                error = _error_of(piece)
+                status, code = status_of(error)
+                yield _event(error_body(status, str(error), code))
                 return
             if index not in begun and (first := shape.first(index)) is not None:
                 yield _event({**head, "choices": [first], **extra})
@@ -165,6 +167,11 @@ async def _events(choices: Choices, head: dict[str, Any], shape: _Shape, *, usag
     if usage:
         yield _event({**head, "choices": [], "usage": _usage(choices)})
     yield "data: [DONE]\n\n"
+
+
+def _error_of(piece: Piece) -> RandbasisError:
+    kind = AdapterRefusedError if piece.refused else EngineStoppedError
+    return kind(piece.error or "the request was cancelled; ask again")
 
 
 def _event(value: dict[str, Any]) -> str:
