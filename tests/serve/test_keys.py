@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,8 @@ def test_a_file_that_is_broken_leaves_the_keys_as_they_were(tmp_path: Path, capl
         {"keys": [{"name": "a", "hash": "0" * 63, "adapters": ["*"], "role": "read"}]},
         {"keys": [{"name": "a", "hash": "0" * 64, "adapters": [], "role": "read"}]},
         {"keys": [{"name": "a", "hash": "0" * 64, "adapters": [3], "role": "read"}]},
-        {"keys": [{"name": "a", "hash": "0" * 64, "adapters": "*", "role": "root"}]},
+        {"keys": [{"name": "a", "hash": "0" * 64, "adapters": ["*"], "role": "root"}]},
+        {"keys": [{"name": "a", "hash": "0" * 64, "adapters": "acme/*", "role": "read"}]},
         {"keys": [{"name": "a", "hash": "0" * 64, "adapters": ["*"], "role": "read", "rate": "fast"}]},
         {"keys": [{"name": "a", "hash": "0" * 64, "adapters": ["*"], "role": "read"}] * 2},
     ],
@@ -149,3 +152,19 @@ def test_a_bucket_fills_at_its_rate():
     now = 100.0
     assert [buckets.take("a", rate) > 0 for _ in range(3)] == [False, False, True], "never more than the rate at once"
     assert buckets.take("a", None) == 0
+
+
+def test_two_that_add_keys_at_once_lose_none(tmp_path: Path):
+    path = tmp_path / "keys.json"
+    code = (
+        "import sys; from pathlib import Path; from randbasis.serve.keys import add_key\n"
+        "for i in range(20): add_key(Path(sys.argv[1]), f'{sys.argv[2]}{i}', ['*'], None, 'read')"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in ("a", "b")]
+    assert [one.wait(60) for one in both] == [0, 0]
+    assert {one.name for one in read_keys(path)} == {f"{name}{i}" for name in "ab" for i in range(20)}
+
+
+def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path):
+    with pytest.raises(KeysError, match="the folder is there"):
+        add_key(tmp_path / "nothing" / "keys.json", "a", ["*"], None, "read")

@@ -236,7 +236,8 @@ def test_a_bank_that_is_full_of_adapters_in_use_is_a_503(base: str, store: Path,
     with serving(base, store, row_bytes=biggest) as served:
         client = served.openai()
         text(client, "acme/a")
-        in_use = served.running.bank.lease("acme/a@1")
+        (resident,) = served.running.bank.residents()
+        in_use = served.running.bank.lease(resident.name)
         statuses = set[int]()
         for name in users:
             try:

@@ -83,3 +83,25 @@ def test_the_probabilities_are_those_of_the_model_before_temperature_and_top_p()
 def test_rows_of_nobody_are_left_alone():
     logits = torch.randn(3, 10)
     assert torch.equal(SeededSampler(lambda: [Row(None, 3)])(None, logits), logits)
+
+
+def test_rows_that_are_no_numbers_are_told_and_change_no_other():
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(2))
+    rows = [row(i, temperature=1.0, logprobs=1) for i in range(4)]
+    expected = SeededSampler(lambda: rows)(None, logits).argmax(-1)
+    broken = logits.clone()
+    broken[1, 3], broken[2] = float("nan"), float("-inf")
+    found = SeededSampler(lambda: rows)(None, broken).argmax(-1)
+    assert [one.request.broken for one in rows if one.request] == [False, True, True, False]
+    assert found[[0, 3]].tolist() == expected[[0, 3]].tolist()
+    ruled_out = logits.masked_fill(torch.arange(9) != 4, float("-inf"))
+    assert SeededSampler(lambda: rows[:1])(None, ruled_out[:1]).argmax(-1).tolist() == [4]
+    assert rows[0].request is not None
+    assert not rows[0].request.broken
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300])
+def test_a_temperature_near_0_takes_the_most_probable(temperature: float):
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(2))
+    drawn = draw(logits, [row(i, temperature=temperature, top_p=0.9) for i in range(4)])
+    assert drawn.tolist() == logits.argmax(-1).tolist()

@@ -8,7 +8,7 @@ leases them any more. What an admin loaded from a file stands before the store.
 import hashlib
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,12 @@ from randbasis.errors import (
     StoreAccessError,
     StoreLockedError,
 )
-from randbasis.store import AdapterStore
+from randbasis.serve.live_store import LiveStore
+from randbasis.store import AdapterStore, Record
 
 _VERSION = re.compile(r"(?P<name>.+)@(?P<version>[1-9][0-9]{0,17})")
+_TRIES = 4
+"""How often an adapter is looked for that is evicted between its loading and its lease."""
 _BUSY = (StoreLockedError, StoreAccessError, BankFullError)
 """What the store or the bank is at fault for, and no adapter."""
 
@@ -96,13 +99,13 @@ class Adapters:
 
     def __init__(self, bank: Bank, store: AdapterStore | None, base: str, folder: Path | None = None):
         self._bank = bank
-        self._store = store
+        self._store = None if store is None else LiveStore(store)
         self._folder = folder
         self.base = base
         self._lock = threading.Lock()
         self._loaded: dict[str, Listed] = {}
         self._keys: dict[str, str] = {}
-        self._newest: dict[str, int] = {}
+        self._newest: dict[str, Record] = {}
 
     def named(self, word: str) -> Named:
         """What a client's ``model`` means: the base's name; ``NAME`` or ``NAME@VERSION``, also behind ``BASE:``."""
@@ -120,20 +123,27 @@ class Adapters:
             AdapterRefusedError: it is there and cannot be served: damaged, or made for another base.
             StoreLockedError: the store is kept locked.
             StoreAccessError: the store cannot be read.
+            BankFullError: others push it out of memory as soon as it is there.
         """
         if named.name is None:
             return None
-        key = self._keys.get(named.name) if named.version is None else None
-        if key is None:
-            key = self._resident_key(named)
-        return self._leased(key, named)
+        for _ in range(_TRIES):
+            loaded = self._keys.get(named.name) if named.version is None else None
+            record = None if loaded is not None else self._record(named)
+            key = loaded if record is None else _key(record)
+            with suppress(LookupError):  # evicted, unloaded or replaced since its name was looked up
+                return self._bank.lease(str(key))
+            if record is not None:
+                self._load(record)
+        raise BankFullError(f"{named.word!r} was taken out of memory each time it was loaded; try again in a moment")
 
-    def load(self, name: str, source: str) -> None:
+    def load(self, name: str, source: str, may_use: Callable[[str], bool]) -> None:
         """Make an adapter of a packed file resident, pinned, under a name that stands before the store's.
 
         Args:
             name: that clients ask with.
             source: path of a packed file below the folder, or ``store:NAME`` or ``store:NAME@VERSION``.
+            may_use: whether who asks may name an adapter of the store.
 
         Raises:
             AnswerError: the name cannot be one, or files may not be loaded from there.
@@ -142,17 +152,17 @@ class Adapters:
         """
         if name == self.base or name.startswith(f"{self.base}:") or _VERSION.fullmatch(name) or not name.strip():
             raise AnswerError(f"lora_name must be a name that is not the base's and has no @VERSION, got {name!r}")
-        data = self._content(source)
+        data = self._content(source, may_use)
         digest = hashlib.sha256(data).hexdigest()
         key = f"{name}@{digest[:16]}!"
-        with self._refusing(name):
-            resident = self._bank.load(key, data, pin=True)
-        with self._lock:
+        with self._lock:  # for all of it: else another's unloading comes between
+            with self._refusing(name):
+                resident = self._bank.load(key, data, pin=True)
             before = self._keys.get(name)
             self._keys[name] = key
             self._loaded[name] = Listed(name, None, resident.spec.method.name, len(data), 0, True)
-        if before not in (None, key):
-            self._bank.unload(before)
+            if before is not None and before != key:
+                self._bank.unload(before)
 
     def unload(self, name: str) -> None:
         """Take out what :meth:`load` made resident; requests that run keep it, and a store's entry shows again.
@@ -163,60 +173,53 @@ class Adapters:
         with self._lock:
             key = self._keys.pop(name, None)
             self._loaded.pop(name, None)
-        if key is None:
-            raise NotStoredError(f"no adapter {name!r} was loaded; /v1/models lists what there is")
-        self._bank.unload(key)
+            if key is None:
+                raise NotStoredError(f"no adapter {name!r} was loaded; /v1/models lists what there is")
+            self._bank.unload(key)
 
     def listed(self) -> Iterator[Listed]:
         """All of them, by name; what was loaded from a file stands before the store's of the same name."""
         loaded = dict(self._loaded)
         after: str | None = ""
         while self._store is not None and after is not None:
-            page = self._store.list(after=after, limit=1000)
+            page = self._store.now().list(after=after, limit=1000)
             for one in page.records:
                 if one.name not in loaded:
-                    resident = _key(one.name, one.version) in self._bank
+                    resident = _key(one) in self._bank
                     yield Listed(one.name, one.version, one.method, one.bytes, one.created // 1_000_000, resident)
             after = page.next
         yield from loaded.values()
 
-    def _resident_key(self, named: Named) -> str:
-        """The bank's name of a version, which the store has as asked or as its newest."""
+    def _record(self, named: Named) -> Record:
+        """What the store says of a version, as asked or its newest; of a new one the one before is taken out."""
         name = named.name or ""
         if self._store is None:
             raise NotStoredError(f"there is no adapter {name!r}; /v1/models lists what there is")
-        record = self._store.record(name, named.version)
-        key = _key(name, record.version)
-        if named.version is None and record.version > (before := self._newest.get(name, 0)):
-            self._newest[name] = record.version
-            with suppress(LookupError):
-                self._bank.unload(_key(name, before))
-        return key
+        record = self._store.now().record(name, named.version)
+        before = self._newest.get(name)
+        if named.version is None and (before is None or (record.version >= before.version and record != before)):
+            self._newest[name] = record
+            if before is not None and _key(before) != _key(record):
+                with suppress(LookupError):
+                    self._bank.unload(_key(before))
+        return record
 
-    def _leased(self, key: str, named: Named) -> Any:
-        """A lease on what may be evicted between its loading and its lease, but hardly three times."""
-        for _ in range(3):
-            try:
-                return self._bank.lease(key)
-            except LookupError:
-                self._load(key, named)
-        return self._bank.lease(key)
+    def _load(self, record: Record) -> None:
+        assert self._store is not None
+        with self._refusing(f"{record.name}@{record.version}"):
+            stored = self._store.now().get(record.name, version=record.version)
+            self._bank.load(_key(stored.record), stored, version=record.version)
 
-    def _load(self, key: str, named: Named) -> None:
-        if self._store is None or named.name is None:
-            raise NotStoredError(f"there is no adapter {named.name!r} any more; /v1/models lists what there is")
-        with self._refusing(key):
-            version = int(key.rpartition("@")[2])
-            stored = self._store.get(named.name, version=version)
-            self._bank.load(key, stored, version=version)
-
-    def _content(self, source: str) -> bytes:
+    def _content(self, source: str, may_use: Callable[[str], bool]) -> bytes:
         if source.startswith("store:"):
             named = self.named(source.removeprefix("store:"))
-            if self._store is None or named.name is None:
-                raise NotStoredError(f"there is no {source!r}; the server has no such store")
-            with self._refusing(source):
-                return self._store.get(named.name, version=named.version).data
+            if self._store is None or named.name is None or not may_use(named.name):
+                raise NotStoredError(f"there is no {source!r}; /v1/models lists what there is")
+            try:
+                with self._refusing(source):
+                    return self._store.now().get(named.name, version=named.version).data
+            except NotStoredError as error:  # whose own message names what is called alike, other users' too
+                raise NotStoredError(f"there is no {source!r}; /v1/models lists what there is") from error
         if self._folder is None:
             raise AnswerError(
                 f"lora_path must be store:NAME or store:NAME@VERSION, got {source!r}; the server was started without "
@@ -224,7 +227,7 @@ class Adapters:
             )
         try:
             path = (self._folder / source).resolve()
-        except ValueError as error:  # a zero byte
+        except (ValueError, OSError, RuntimeError) as error:  # a zero byte; links in a ring
             raise AnswerError(f"lora_path must be a path, got {source!r}; name a packed file") from error
         if not path.is_relative_to(self._folder.resolve()):
             raise AnswerError(f"lora_path must be below the server's folder of adapters, got {source!r}; put it there")
@@ -250,5 +253,6 @@ class _Refusing:
             raise AdapterRefusedError(f"{self._name} cannot be served: {error}") from error
 
 
-def _key(name: str, version: int) -> str:
-    return f"{name}@{version}"
+def _key(record: Record) -> str:
+    """The bank's name of a version; with its digest, since another store may take the place of the first."""
+    return f"{record.name}@{record.version}:{record.digest[:16]}"

@@ -61,7 +61,7 @@ def _own_routes(service: Service) -> APIRouter:
     async def load(http: Http, body: LoadBody) -> Response:
         """Make an adapter of a packed file, or of an entry of the store, resident under a name."""
         _check_scope(http, body.lora_name)
-        await run_in_threadpool(service.adapters.load, body.lora_name, body.lora_path)
+        await run_in_threadpool(service.adapters.load, body.lora_name, body.lora_path, key_of(http).may_use)
         return Response(f"Success: LoRA adapter '{body.lora_name}' added.", media_type="text/plain")
 
     async def unload(http: Http, body: UnloadBody) -> Response:

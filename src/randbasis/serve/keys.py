@@ -11,9 +11,10 @@ import logging
 import os
 import re
 import secrets
+import sqlite3
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Generator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,6 +26,8 @@ from randbasis.serve.limits import Rate
 from randbasis.serve.settings import ADMIN, READ, ROLES
 
 FORMAT = 1
+LOCK_SECONDS = 30.0
+"""How long a change waits for another one."""
 _LOG = logging.getLogger("randbasis.serve")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PREFIX = "rb-"
@@ -122,10 +125,11 @@ def add_key(path: Path, name: str, adapters: Sequence[str], rate: str | None, ro
         SaveError: the file cannot be written.
     """
     key, secret = make_key(name, adapters, rate, role)
-    keys = read_keys(path)
-    if name in {one.name for one in keys}:
-        raise KeysError(f"name must be new, {name!r} is in {str(path)!r}; remove it first, or take another")
-    write_keys(path, [*keys, key])
+    with _alone(path):
+        keys = read_keys(path)
+        if name in {one.name for one in keys}:
+            raise KeysError(f"name must be new, {name!r} is in {str(path)!r}; remove it first, or take another")
+        write_keys(path, [*keys, key])
     return key, secret
 
 
@@ -136,12 +140,32 @@ def remove_key(path: Path, name: str) -> Key:
         KeysError: there is none of this name.
         SaveError: the file cannot be written.
     """
-    keys = read_keys(path)
-    gone = next((one for one in keys if one.name == name), None)
-    if gone is None:
-        raise KeysError(f"{str(path)!r} has no key {name!r}; {near(name, [one.name for one in keys])}")
-    write_keys(path, [one for one in keys if one is not gone])
+    with _alone(path):
+        keys = read_keys(path)
+        gone = next((one for one in keys if one.name == name), None)
+        if gone is None:
+            raise KeysError(f"{str(path)!r} has no key {name!r}; {near(name, [one.name for one in keys])}")
+        write_keys(path, [one for one in keys if one is not gone])
     return gone
+
+
+@contextmanager
+def _alone(path: Path) -> Generator[None]:
+    """A block that no other process is in for the same file: else one of two changes would be lost.
+
+    The lock is one of SQLite on a file beside it, which every system has and which ends with its process.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        connection = sqlite3.connect(lock, timeout=LOCK_SECONDS, isolation_level=None)
+        with closing(connection):
+            connection.execute("BEGIN EXCLUSIVE")
+            yield
+    except sqlite3.Error as error:
+        raise KeysError(
+            f"{str(path)!r} must be changed by one at a time, and {str(lock)!r} could not be locked: {error}; see that "
+            "the folder is there and can be written, and try again"
+        ) from error
 
 
 class KeyRing:
@@ -210,7 +234,10 @@ def _hash(secret: str) -> str:
 
 def _of_json(value: dict[str, Any]) -> Key:
     rate = value.get("rate")
-    key = Key(value["name"], value["hash"], tuple(value["adapters"]), None, value["role"])
+    adapters = value["adapters"]
+    if not isinstance(adapters, list):  # of a text the letters would be taken, a * among them
+        raise KeysError(f"adapters must be a list of patterns, got {adapters!r}; write [{json.dumps(adapters)}]")
+    key = Key(value["name"], value["hash"], tuple(cast("list[str]", adapters)), None, value["role"])
     return _checked(key if rate is None else replace(key, rate=Rate.parse(rate)))
 
 

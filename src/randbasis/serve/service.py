@@ -77,7 +77,12 @@ class Words:
         self._lock = threading.Lock()
 
     def encode(self, text: str) -> Encoded:
-        """A text as the model reads it."""
+        """A text as the model reads it.
+
+        Raises:
+            AnswerError: it is no text.
+        """
+        _check_characters(text)
         with self._lock:
             return self._tokenizer(text, verbose=False)["input_ids"]
 
@@ -85,16 +90,18 @@ class Words:
         """A conversation up to where the answer begins.
 
         Raises:
-            AnswerError: there is no chat template.
+            AnswerError: there is no chat template, or a text is none.
             SettingError: it cannot be filled with these messages.
         """
+        plain = [one.plain() for one in messages]
+        _check_characters("".join(text for one in plain for text in one.values()))
         with self._lock:
             if template is None and not getattr(self._tokenizer, "chat_template", None):
                 raise AnswerError(
                     "this model has no chat template, so that it reads no conversations; use /v1/completions"
                 )
             chat = Chat(self._tokenizer, template)
-            return chat.ids(chat.prompt([one.plain() for one in messages]))
+            return chat.ids(chat.prompt(plain))
 
     def token(self, token: int) -> str:
         """One token as text. It is decoded behind itself: at the beginning of a text some lose their blank."""
@@ -181,6 +188,14 @@ class Service:
     def _check_open(self) -> None:
         if self.draining:
             raise EngineStoppedError("the server is shutting down; ask another one")
+
+
+def _check_characters(text: str) -> None:
+    """Raise where there is half of a pair of UTF-16, which JSON can name and no text has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise AnswerError(f"a text must be whole characters, got {error.object[error.start]!r} in it") from error
 
 
 def key_of(http: Http) -> Key:

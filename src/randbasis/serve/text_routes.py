@@ -181,7 +181,7 @@ def _event(value: dict[str, Any]) -> str:
 def _joined(pieces: Sequence[Piece]) -> Piece:
     last = pieces[-1]
     scored = tuple(one for piece in pieces for one in piece.scored)
-    return Piece("".join(piece.text for piece in pieces), scored, last.finish, last.error)
+    return Piece("".join(piece.text for piece in pieces), scored, last.finish, last.error, last.refused)
 
 
 def _head(kind: str, told: str, model: str) -> dict[str, Any]:
