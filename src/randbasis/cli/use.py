@@ -38,7 +38,7 @@ from randbasis.train.settings import GenerationSettings
 from randbasis.use.settings import UseSettings, use_from_words
 
 Answers = Annotated[
-    Path | None, Option(help="File of .jsonl, .json, .csv or .tsv; by default JSON lines on the output stream.")
+    Path | None, Option(help="File to write, .jsonl, .json, .csv or .tsv; by default JSON lines on the output stream.")
 ]
 
 commands = typer.Typer(rich_markup_mode="markdown")
@@ -87,10 +87,7 @@ def predict(
     adapter: Adapter = None,
     data: Rows = None,
     model: Base = None,
-    output: Annotated[
-        Path | None,
-        Option(help="File to write, .jsonl, .json, .csv or .tsv; by default JSON lines on the output stream."),
-    ] = None,
+    output: Answers = None,
     kind: Kind = None,
     split: Split = None,
     text_column: TextColumn = None,
@@ -134,10 +131,7 @@ def generate(
     ] = None,
     data: Rows = None,
     model: Base = None,
-    output: Annotated[
-        Path | None,
-        Option(help="File to write, .jsonl, .json, .csv or .tsv; by default JSON lines on the output stream."),
-    ] = None,
+    output: Answers = None,
     kind: Kind = None,
     prompt_column: PromptColumn = None,
     messages_column: MessagesColumn = None,
