@@ -1,4 +1,4 @@
-"""The nearest NOLA, VeRA and PRANC: each half against a dense least-squares solver, the whole against what was put in."""
+"""The nearest NOLA, VeRA and PRANC: each half against a dense solver, the whole against what was put in."""
 
 from itertools import pairwise
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_shares_add_up_and_no_matrix_goes_without(weights: dict[str, float], mor
     assert sum(found.values()) == total
     assert min(found.values()) >= 1
     ordered = sorted(weights, key=lambda key: weights[key])
-    assert all(found[low] <= found[high] for low, high in zip(ordered, ordered[1:]) if weights[low] < weights[high])
+    assert all(found[low] <= found[high] for low, high in pairwise(ordered) if weights[low] < weights[high])
 
 
 def test_shares_are_proportional():

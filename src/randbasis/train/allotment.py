@@ -49,7 +49,7 @@ def allot(
     """
     if PATTERN not in vars(config):
         raise HyperparameterError(
-            f"basis matrices can be allotted for nola and pranc, got {config.method!r}, which has none; use one of these"
+            f"basis matrices can be allotted for nola and pranc, got {config.method!r}; use one of these"
         )
     if getattr(config, PATTERN):
         raise HyperparameterError(
@@ -144,7 +144,8 @@ def gradient_norms(
     watches = {key: _Watch(rows) for key, rows in parts.items()}
     number = 0
     with _watched(model, watches), torch.enable_grad():
-        for number, batch in enumerate(batches, 1):
+        for batch in batches:
+            number += 1
             value = model(**batch).loss if loss is None else loss(model, batch)
             value.backward()
             for watch in watches.values():
