@@ -224,9 +224,7 @@ class TrainSettings:
             raise SettingError("project needs an adapter to start from, got none; name it with from")
         for name, value in (("allot", self.adapter.allot), ("try_seeds", self.loop.try_seeds)):
             if value is not None and self.from_adapter is not None:
-                raise SettingError(
-                    f"{name} is for a run that starts from nothing, got {value!r} and from; leave it out"
-                )
+                raise SettingError(f"{name} is for a run that starts anew, got {value!r} beside from; leave it out")
         self.data.check()
         self.adapter.check()
         self.loop.check()
