@@ -15,6 +15,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from randbasis import NolaConfig, PrancConfig, VeraConfig
+from randbasis.adapter_file import read
 from randbasis.adapters import load_packed, pack_adapter, unpack_adapter
 from randbasis.adapters.inspection import inspect_adapter
 from randbasis.adapters.plan import plan
@@ -150,6 +151,7 @@ def test_the_numbers_go_through_every_form_of_file(kind: Any, tmp_path: Path):
     assert same(PeftModel.from_pretrained(llama(), tmp_path / "folder"))
     pack_adapter(tmp_path / "folder", tmp_path / "packed.safetensors", bits=32, base_name="base")
     assert same(load_packed(llama(), tmp_path / "packed.safetensors"))
+    assert "num_basis_pattern" not in read(tmp_path / "packed.safetensors").spec.peft
     unpack_adapter(tmp_path / "packed.safetensors", tmp_path / "again")
     assert same(PeftModel.from_pretrained(llama(), tmp_path / "again"))
     pack_adapter(tmp_path / "again", tmp_path / "second.safetensors", bits=32, base_name="base")
