@@ -11,6 +11,8 @@ ONE_SCALE = 0
 """Coefficients that share a scale: 0 is one scale a vector."""
 MERGED_DTYPE = "auto"
 """Dtype of a merged model: as its base is stored."""
+REFINE_STEPS = 100
+"""Steps of training of an adapter that was projected onto a basis."""
 AVERAGED_HEADS = "average"
 """What becomes of the heads of adapters that are added."""
 STORE_TIMEOUT = 30.0

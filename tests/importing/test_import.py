@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from randbasis import NolaConfig, PrancConfig, RandbasisConfig, RandbasisLinear, VeraConfig
+from randbasis import NolaConfig, PrancConfig, RandbasisConfig, RandbasisLinear, RandLoraConfig, VeraConfig
 from randbasis.adapter_file import read
 from randbasis.adapters.packed import pack_adapter
 from randbasis.arithmetic import difference
@@ -46,6 +46,7 @@ OURS: dict[str, RandbasisConfig] = {
     "nola-own-basis": NolaConfig(r=3, num_basis=6, share_basis=False, seed=9, rank_pattern={"down_proj": 2}),
     "vera": VeraConfig(r=7, seed=9, law="normal"),
 }
+ANY = OURS | {"pranc": PrancConfig(num_basis=9, seed=9, num_basis_pattern={"down_proj": 11})}
 
 
 def our_deltas(model: Any) -> dict[str, torch.Tensor]:
@@ -105,9 +106,9 @@ def test_a_lora_of_the_same_seed_is_found_again(name: str, tmp_path: Path):
     assert not torch.allclose(logits(ours), logits(llama()), atol=1e-2)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", ANY)
 def test_residuals_of_any_lora_against_the_loaded_models(name: str, lora: Path, tmp_path: Path):
-    found = import_as_nearest(lora, tmp_path / "ours", OURS[name])
+    found = import_as_nearest(lora, tmp_path / "ours", ANY[name])
     expected = peft_deltas(PeftModel.from_pretrained(llama(), str(lora)))
     reached = our_deltas(PeftModel.from_pretrained(llama(), str(tmp_path / "ours")))
     for one in found.matrices:
@@ -124,13 +125,13 @@ def test_residuals_of_any_lora_against_the_loaded_models(name: str, lora: Path, 
     assert len(document["rows"]) == document["matrices"] == 6
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", ANY)
 def test_the_written_directory_packs(name: str, lora: Path, tmp_path: Path):
     llama().save_pretrained(tmp_path / "base")
-    import_as_nearest(lora, tmp_path / "ours", OURS[name], model=str(tmp_path / "base"))
+    import_as_nearest(lora, tmp_path / "ours", ANY[name], model=str(tmp_path / "base"))
     pack_adapter(tmp_path / "ours", tmp_path / "ours.safetensors", bits=32, base_name="base")
     spec = read(tmp_path / "ours.safetensors").spec
-    assert (spec.size, spec.method.name, spec.base.architecture) == (6, OURS[name].method, "llama")
+    assert (spec.size, spec.method.name, spec.base.architecture) == (6, ANY[name].method, "llama")
 
 
 def test_a_head_comes_along(tmp_path: Path):
@@ -179,8 +180,8 @@ def test_a_residual_above_the_limit_writes_nothing(lora: Path, tmp_path: Path):
 
 
 def test_what_cannot_be_imported_is_refused(lora: Path, tmp_path: Path):
-    with pytest.raises(UnknownMethodError, match="'nola' or 'vera', got 'pranc'"):
-        import_as_nearest(lora, tmp_path / "ours", PrancConfig(num_basis=3))
+    with pytest.raises(UnknownMethodError, match="'nola', 'vera', 'pranc', got 'randlora'"):
+        import_as_nearest(lora, tmp_path / "ours", RandLoraConfig(r=3))
     with pytest.raises(OutputExistsError, match="must not be the folder that is read from"):
         import_as_nearest(lora, lora, OURS["nola"], overwrite=True)
     gpt2().save_pretrained(tmp_path / "other")

@@ -1,12 +1,13 @@
-"""The nearest NOLA and VeRA: each half against a dense least-squares solver, the whole against what was put in."""
+"""The nearest NOLA, VeRA and PRANC: each half against a dense solver, the whole against what was put in."""
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from randbasis import Nola, Pranc, Vera
+from randbasis import Nola, Pranc, RandLora, Vera
 from randbasis.errors import HyperparameterError, UnknownMethodError
 from randbasis.importing.least_squares import Bases, Fit, Stop, nearest
 from randbasis.importing.nola_problem import NolaProblem
@@ -164,5 +165,46 @@ def test_refusals():
     method = Nola(r=64, num_basis=300, alpha=1.0)
     with pytest.raises(HyperparameterError, match=r"r · num_basis must be below 16384 for a fit, got 64 · 300"):
         nearest(method.bind(place(method)), any_lora())
-    with pytest.raises(UnknownMethodError, match="'nola' and 'vera', got 'pranc'"):
-        nearest(Pranc(num_basis=3).bind(place(Pranc(num_basis=3))), any_lora())
+    wide = Pranc(num_basis=1 << 14)
+    with pytest.raises(HyperparameterError, match=r"at most 268435456 for a fit of pranc, got 16384 · 200 · 100"):
+        nearest(wide.bind(place(wide, 200, 100)), Factors(drawn(200, 2), drawn(2, 100)))
+    other = RandLora(r=3)
+    with pytest.raises(UnknownMethodError, match="'nola', 'vera', 'pranc', got 'randlora'"):
+        nearest(other.bind(place(other)), any_lora())
+
+
+PRANCS = {
+    "sign": Pranc(num_basis=9, seed=4),
+    "normal": Pranc(num_basis=30, law="normal", share_basis=False),
+    "more than entries": Pranc(num_basis=OUT * IN + 5),
+}
+
+
+@pytest.mark.parametrize("method", PRANCS.values(), ids=PRANCS.keys())
+def test_pranc_against_a_dense_solver(method: Pranc):
+    wanted, bound = any_lora(), method.bind(place(method))
+    fit = nearest(bound, wanted)
+    columns = bound.factors({"pranc_a": torch.eye(method.num_basis, dtype=torch.float64)}).down.flatten(1).T.numpy()
+    expected, *_ = np.linalg.lstsq(columns, wanted.matrix().flatten().numpy(), rcond=None)
+    np.testing.assert_allclose(fit.coefficients["pranc_a"].double().numpy(), expected, rtol=1e-4, atol=1e-6)
+    left = float(np.linalg.norm(columns @ expected - wanted.matrix().flatten().numpy()))
+    assert fit.distance == pytest.approx(left, rel=1e-5, abs=1e-4)
+    assert fit.residuals[0] ** 0.5 == pytest.approx(left, rel=1e-5, abs=1e-4)
+    assert len(fit.residuals) == 1
+
+
+def test_pranc_finds_its_own_coefficients_again():
+    method = PRANCS["normal"]
+    values = trained(method, place(method))
+    delta = method.bind(place(method)).factors(values).down
+    left, core, right = torch.linalg.svd(delta, full_matrices=False)
+    fit = nearest(method.bind(place(method)), Factors(left * core, right))
+    assert fit.residual < 1e-6
+    torch.testing.assert_close(fit.coefficients["pranc_a"].double(), values["pranc_a"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_basis_of_pranc_is_kept_for_layers_of_one_shape():
+    bases, method = Bases(), PRANCS["sign"]
+    first = bases.pranc(method, place(method))
+    assert bases.pranc(method, place(method)) is first
+    assert bases.pranc(method, place(method, 8, 9)) is not first

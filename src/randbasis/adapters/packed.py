@@ -124,7 +124,8 @@ def exact(found: SavedAdapter, *, model: str | None = None, base_name: str | Non
     name = base_name or _plain_name(config.base_model_name_or_path)
     base = Base(name, config.base_model_type, config.base_weights)
     groups = group_matrices(one.matrix for one in stored.values())
-    spec = Spec(bare(config.method_for("")), base, groups, 32, peft=peft_options(config), task=found.task)
+    options = peft_options(config, [one.matrix for one in stored.values()])
+    spec = Spec(bare(config.method_for("")), base, groups, 32, peft=options, task=found.task)
     ordered = [stored[one.name, one.part] for one in spec.matrices]
     for one in ordered:
         coefficients = {name: tensors[tensor] for name, tensor in one.tensors.items()}
@@ -156,7 +157,8 @@ def packed_bytes(config: RandbasisConfig, base: Base, layers: Iterable[tuple[str
         for key, out, parts in layers
         for one in parts
     ]
-    spec = Spec(bare(config.method_for("")), base, group_matrices(matrices), 16, 0, peft=peft_options(config))
+    options = peft_options(config, matrices)
+    spec = Spec(bare(config.method_for("")), base, group_matrices(matrices), 16, 0, peft=options)
     own = [one for one in matrices if not one.method.shares_basis]
     streams = torch.zeros(len(own), len(own[0].method.roles), dtype=torch.int64) if own else None
     return len(PackedAdapter.of(spec, torch.zeros(spec.count), streams=streams).to_bytes())

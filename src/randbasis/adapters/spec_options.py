@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randbasis.adapter_file import PackedAdapter, Spec
+from randbasis.adapter_file import PackedAdapter, Spec, SpecMatrix
 from randbasis.errors import RandbasisError, SpecValueError
 from randbasis.methods import Method
 from randbasis.tuner.base_shapes import compress_shapes
@@ -33,15 +33,34 @@ The values in a file are what the adapter computes with, so that what quantized 
 _UNORDERED = ("target_modules", "exclude_modules")
 
 
-def peft_options(config: RandbasisConfig) -> dict[str, Any]:
-    """The options that are not the usual ones and that the spec does not hold in its own words."""
+def peft_options(config: RandbasisConfig, matrices: Iterable[SpecMatrix]) -> dict[str, Any]:
+    """The options that are not the usual ones and that the spec does not hold in its own words.
+
+    Args:
+        config: of the adapter.
+        matrices: those that it adapts; patterns that name each of them by its path are not said again.
+    """
     mine, usual = (_plain(one.to_dict()) for one in (config, config_class(config.method)()))
     held = _ELSEWHERE | config.hyperparameters().keys()
+    patterns = patterns_of(config, config.method_for(""), matrices)
+    held |= {key for key, pattern in patterns.items() if pattern == mine[key]}
     options = {key: value for key, value in mine.items() if key not in held and value != usual[key]}
     for key in _UNORDERED:
         if isinstance(options.get(key), list):
             options[key].sort()
     return options
+
+
+def patterns_of(
+    config: RandbasisConfig | type[RandbasisConfig], common: Method, matrices: Iterable[SpecMatrix]
+) -> dict[str, dict[str, Any]]:
+    """Name of a pattern → regular expression → value: every matrix by its path, where some differ from the others."""
+    listed = sorted(matrices, key=lambda one: -len(one.name))  # a path may end in another
+    found: dict[str, dict[str, Any]] = {}
+    for key, option in config.patterns:
+        values = {re.escape(one.name): getattr(one.method, option) for one in listed}
+        found[key] = values if {*values.values()} - {getattr(common, option)} else {}
+    return found
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,6 +115,8 @@ def config_of(spec: Spec, where: str, base_name: str | None = None) -> Randbasis
     # A file that another writer made may not say how PEFT picks the layers: by their paths, then.
     picked: dict[str, Any] = {"target_modules": list(spec.shapes)}
     try:
+        patterns = patterns_of(config_class(common.name), common, spec.matrices)
+        picked |= {key: pattern for key, pattern in patterns.items() if pattern}
         config = RandbasisConfig(**(picked | deepcopy(dict(spec.peft)) | told))  # PEFT writes into lists
         agrees = not (spec.peft.keys() & told.keys()) and _means(config, spec)
     except RandbasisError as error:

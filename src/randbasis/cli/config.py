@@ -13,6 +13,7 @@ from randbasis.cli.command import Command
 from randbasis.cli.console import reported
 from randbasis.cli.parameters import AUTO
 from randbasis.errors import SettingError, near
+from randbasis.train.settings import TrainSettings, settings_from_words
 
 JOINED = ("targets",)
 """Options whose names are one text with commas, which in a file may be a list."""
@@ -36,8 +37,31 @@ def take_from_file(context: typer.Context, path: Path | None) -> Path | None:
     if path is not None and not context.resilient_parsing:
         from randbasis.train.run_config import read_config
 
-        context.default_map = _values(read_config(path), context, path)
+        context.default_map = _values(read_config(path), context.command, path)
     return path
+
+
+def run_of(context: typer.Context, path: Path, output: Path, model: str | None) -> TrainSettings:
+    """The run that a file tells, or the folder of a run in its own file, for another output.
+
+    Args:
+        context: of any command.
+        path: file as for ``train --config``, or folder.
+        output: of the new run.
+        model: its base; None takes that of the file.
+
+    Raises:
+        RandbasisError: the file, a key or a value is not what it has to be.
+    """
+    from randbasis.train.run_config import CONFIG_FILE, read_config
+
+    file = path / CONFIG_FILE if path.is_dir() else path
+    command = cast(Any, context.find_root().command).get_command(context, "train")
+    words = {**read_config(file), "output": str(output), **({} if model is None else {"model": model})}
+    missing = [name for name in ("task", "model", "data") if name not in words]
+    if missing:
+        raise SettingError(f"{file} must say {missing[0]}, as a file for train --config does; put it in")
+    return settings_from_words(_values(words, command, file))
 
 
 Config = Annotated[
@@ -50,15 +74,15 @@ Config = Annotated[
 ]
 
 
-def _options(context: typer.Context) -> dict[str, Any]:
+def _options(command: Any) -> dict[str, Any]:
     """Name of an option in a file → the parameter."""
-    found = {one.opts[0].lstrip("-").replace("-", "_"): one for one in context.command.params}
+    found = {one.opts[0].lstrip("-").replace("-", "_"): one for one in command.params}
     return {name: one for name, one in found.items() if name not in ("config", "help")}
 
 
-def _values(words: Mapping[str, Any], context: typer.Context, path: Path) -> dict[str, Any]:
+def _values(words: Mapping[str, Any], command: Any, path: Path) -> dict[str, Any]:
     """Parameter → value, as the command line would have it."""
-    options, hints = _options(context), get_type_hints(inspect.unwrap(cast(Any, context.command.callback)))
+    options, hints = _options(command), get_type_hints(inspect.unwrap(command.callback))
     values: dict[str, Any] = {}
     for name, value in words.items():
         if name not in options:

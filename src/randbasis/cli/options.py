@@ -133,6 +133,7 @@ _ADAPTER = tuple(
         "targets": "targets",
         "dropout": "dropout",
         "quantize_coefficients": "coefficients",
+        "allot": "basis matrices",
     }.items()
 )
 _BEAMS = Needs("length_penalty", lambda words: words["beams"] > 1, "--beams above 1")
@@ -140,6 +141,9 @@ _REPLACED = Needs("overwrite", lambda words: words["output"] is not None, "--out
 
 TRAIN = (
     *_ADAPTER,
+    Needs("project", lambda words: words["from_adapter"] is not None, "--from"),
+    Needs("try_seeds", _takes("seed"), "a method whose basis has a seed"),
+    Needs("try_steps", lambda words: words["try_seeds"] is not None, "--try-seeds"),
     Needs("kind", _task("causal-lm", "sequence-classification", "embedding"), "a task with a file of rows"),
     Needs("text_pair_column", _task("sequence-classification", "embedding"), "a task with pairs of texts"),
     Needs("prompt_column target_column messages_column end_token", _task("causal-lm"), "--task causal-lm"),
@@ -236,9 +240,13 @@ EXPORT = (Needs("rank", _to("peft-lora", "gguf-lora"), "--to peft-lora or gguf-l
 """Of ``export``; ``kinds`` are what ``to`` may be."""
 
 IMPORT = (
-    Needs("basis basis_b alpha parametrization unique_basis", _to("nola"), "--to nola"),
-    Needs("seed law", _to("nola", "vera"), "--to nola or vera"),
-    Needs("rank limit", _to("nola", "vera", "peft-lora"), "--to nola, vera or peft-lora"),
+    Needs("basis_b alpha parametrization", _to("nola"), "--to nola"),
+    Needs("basis unique_basis", _to("nola", "pranc"), "--to nola or pranc"),
+    Needs("seed law refine", _to("nola", "vera", "pranc"), "--to nola, vera or pranc"),
+    Needs("rank", _to("nola", "vera", "peft-lora"), "--to nola, vera or peft-lora"),
+    Needs("limit", _to("nola", "vera", "pranc", "peft-lora"), "--to nola, vera, pranc or peft-lora"),
+    Needs("limit", lambda words: words["refine"] is None, "no --refine beside it, which trains what is left"),
+    Needs("refine_steps quiet", lambda words: words["refine"] is not None, "--refine"),
     Needs("dtype", _to("merged"), "--to merged"),
 )
 """Of ``import``; ``kinds`` as for ``export``."""

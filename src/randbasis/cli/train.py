@@ -67,6 +67,9 @@ def train(
             help="Adapter to start from: folder, packed file, URL, store:NAME@VERSION; method and options are its own.",
         ),
     ] = None,
+    project: Annotated[
+        bool, Option(help="Bring that adapter, a LoRA, VeRA or RandLoRA of PEFT, onto --method by least squares first.")
+    ] = False,
     eval_data: Annotated[
         list[str] | None, of_data(help="Held-out rows, likewise; by default a share of the data.")
     ] = None,
@@ -101,6 +104,10 @@ def train(
     targets: Targets = TARGETS,
     dropout: Annotated[float, of_adapter(help="Dropout on the input of the adapter.")] = AdapterSettings.dropout,
     quantize_coefficients: Annotated[int | None, of_adapter(help="Train at 8, 4, 3 or 2 bits a coefficient.")] = None,
+    allot: Annotated[
+        str | None,
+        of_adapter(help="gradient: basis matrices by layer, by the gradients before training (nola, pranc)."),
+    ] = None,
     batch_size: Annotated[int, of_loop(help="Rows a step.")] = LoopSettings.batch_size,
     eval_batch_size: Annotated[int | None, of_loop(help="Rows at a time when evaluating.")] = None,
     epochs: Annotated[float, of_loop(help="Passes over the rows.")] = LoopSettings.epochs,
@@ -122,6 +129,12 @@ def train(
     train_seed: Annotated[
         int, of_loop(help="Of head, order, dropout, and which rows are held out or taken.")
     ] = LoopSettings.train_seed,
+    try_seeds: Annotated[
+        int | None, of_loop(help="Begin with so many seeds of the basis, and go on with the best of them.")
+    ] = None,
+    try_steps: Annotated[
+        int, of_loop(help="Steps of each; the loss on a tenth of the training rows decides.")
+    ] = LoopSettings.try_steps,
     metric: Annotated[
         str | None, of_loop(help="accuracy, matthews, f1, f1_macro, pearson, spearman, loss, ...")
     ] = None,

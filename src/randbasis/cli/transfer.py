@@ -7,10 +7,11 @@ import typer
 from rich.table import Table
 from typer import Argument, Option
 
+from randbasis.cli.config import run_of
 from randbasis.cli.console import answer, answer_table, reported
 from randbasis.cli.options import EXPORT, IMPORT, PUSH, check_options
 from randbasis.cli.parameters import AsJson, Base, Overwrite, Stored
-from randbasis.defaults import MERGED_DTYPE
+from randbasis.defaults import MERGED_DTYPE, REFINE_STEPS
 from randbasis.errors import ExportOptionError, ImportOptionError, not_one_of
 from randbasis.progress import tracking
 from randbasis.train.settings import AdapterSettings
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from randbasis.importing import ImportedAdapter
 
 EXPORTS = ("peft-lora", "merged", "gguf-lora")
-IMPORTS = ("nola", "vera", "peft-lora", "merged")
+IMPORTS = ("nola", "vera", "pranc", "peft-lora", "merged")
 _HYPERPARAMETERS = ("rank", "basis", "basis_b", "alpha", "parametrization", "unique_basis", "seed", "law")
 
 commands = typer.Typer(rich_markup_mode="markdown")
@@ -80,33 +81,49 @@ def import_(
     context: typer.Context,
     source: Annotated[Path, Argument(help="Folder of a LoRA, VeRA or RandLoRA of PEFT.")],
     output: Annotated[Path, Argument(help="Folder to write.")],
-    to: Annotated[str, Option(help="nola, vera, peft-lora or merged.")],
+    to: Annotated[str, Option(help="nola, vera, pranc, peft-lora or merged.")],
     base: Base = None,
     rank: Annotated[int | None, Option(help="Rank; with peft-lora the largest, which randlora needs.")] = None,
-    basis: Annotated[int | None, Option(help="Basis matrices (nola).")] = None,
+    basis: Annotated[int | None, Option(help="Basis matrices (nola, pranc).")] = None,
     basis_b: Annotated[int | None, Option(help="Basis matrices of B, where another number than of A (nola).")] = None,
     alpha: Annotated[float | None, Option(help="Scale (nola).")] = None,
     parametrization: Annotated[str | None, Option(help="offset or plain (nola).")] = None,
-    unique_basis: Annotated[bool, Option(help="A basis of its own for each layer (nola).")] = False,
-    seed: Annotated[int, Option(help="Seed of the basis (nola, vera).")] = AdapterSettings.seed,
-    law: Annotated[str | None, Option(help="Law of the basis: sign, uniform, normal, sparse(S) (nola, vera).")] = None,
+    unique_basis: Annotated[bool, Option(help="A basis of its own for each layer (nola, pranc).")] = False,
+    seed: Annotated[int, Option(help="Seed of the basis (nola, vera, pranc).")] = AdapterSettings.seed,
+    law: Annotated[
+        str | None, Option(help="Law of the basis: sign, uniform, normal, sparse(S) (nola, vera, pranc).")
+    ] = None,
     limit: Annotated[float | None, Option(help="Write nothing above this ‖ΔW − ΔŴ‖ / ‖ΔW‖, such as 0.5.")] = None,
     dtype: Annotated[
         str, Option(help="With merged: auto (as the base is stored), float32, bfloat16, float16.")
     ] = MERGED_DTYPE,
+    refine: Annotated[
+        Path | None,
+        Option(
+            help="Train the nearest adapter on: file of a run, as for train --config, or folder of a run, such as the "
+            "source's own; its rows and loop."
+        ),
+    ] = None,
+    refine_steps: Annotated[int, Option(help="Steps of that training.")] = REFINE_STEPS,
     overwrite: Overwrite = False,
+    quiet: Annotated[bool, Option(help="No progress of --refine.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Bring an adapter of PEFT over: the nearest nola or vera of a seed, a LoRA, or a merged model.
+    """Bring an adapter of PEFT over: the nearest nola, vera or pranc of a seed, a LoRA, or a merged model.
 
-    The nearest nola or vera is found by least squares, and what is left is told: of a LoRA that was trained on its own,
-    nearly all. VeRA and RandLoRA must carry their random matrices.
+    The nearest nola, vera or pranc is found by least squares, and what is left is told: of a LoRA that was trained on
+    its own, nearly all. --refine trains it further, with the head that the source has. VeRA and RandLoRA must carry
+    their random matrices.
     """
     given: dict[str, Any] = dict(locals())
     with reported(as_json):
         if to not in IMPORTS:
             raise ImportOptionError(not_one_of("to", to, IMPORTS))
         check_options(context, IMPORT, kinds=IMPORTS)
+        if refine is not None:
+            adapter = AdapterSettings(to, **{option: given[option] for option in _HYPERPARAMETERS})
+            answer(_refined(context, given, adapter), as_json)
+            return
         progress = tracking("layers")
         common: dict[str, Any] = {"model": base, "overwrite": overwrite, "track": progress}
         if to == "merged":
@@ -159,6 +176,30 @@ def push(
         answer(built.as_json() | ({"card": built.card} if as_json else {}), as_json)
         if not as_json:
             typer.echo(f"\n{built.card}")
+
+
+def _refined(context: typer.Context, given: dict[str, Any], adapter: AdapterSettings) -> dict[str, Any]:
+    """Losses (and other metrics) of the source, of its projection, and after training."""
+    from rich.console import Console
+
+    from randbasis.train.projection import refinement
+    from randbasis.train.run import train
+
+    run = run_of(context, given["refine"], given["output"], given["base"])
+    settings = refinement(
+        run, given["source"], adapter, given["output"], steps=given["refine_steps"], overwrite=given["overwrite"]
+    )
+    told = train(settings, console=None if given["quiet"] else Console(stderr=True)).summary
+    return {
+        "output": str(given["output"]),
+        **{name: told["projection"][name] for name in ("source", "source_parameters", "residual")},
+        **{name: told[name] for name in ("method", "coefficients", "steps")},
+        "source_scores": told["projection"].get("before", {}),
+        "projected_scores": told["before"],
+        "refined_scores": told["after"],
+        "chosen": told["chosen"],
+        "seconds": told["seconds"],
+    }
 
 
 def _merged(source: str, output: Path, base: str | None, dtype: str, *, overwrite: bool) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """FOREIGN ADAPTERS → OURS, LoRA or a merged model: PEFT's LoRA, VeRA and RandLoRA directories.
 
-A ΔW becomes the nearest NOLA or VeRA of a seed, by least squares, and the residual is told. VeRA and RandLoRA
+A ΔW becomes the nearest NOLA, VeRA or PRANC of a seed, by least squares, and the residual is told. VeRA and RandLoRA
 checkpoints that carry their random matrices become LoRA pairs or merged weights.
 """
 

@@ -1,8 +1,9 @@
-"""ΔW → COEFFICIENTS: the nearest NOLA or VeRA to a given ΔW, by alternating least squares in float64.
+"""ΔW → COEFFICIENTS: the nearest NOLA, VeRA or PRANC to a given ΔW, by least squares in float64.
 
-Both methods are bilinear in two vectors of coefficients: with one of them fixed, ``‖ΔW − ΔŴ‖²`` is quadratic in the
+NOLA and VeRA are bilinear in two vectors of coefficients: with one of them fixed, ``‖ΔW − ΔŴ‖²`` is quadratic in the
 other and its minimum is one small linear system. The two halves take turns, so the residual never rises. Nothing of
-``k · out · in`` entries is formed: ΔW comes as factors, and every inner product is a trace of small matrices.
+``k · out · in`` entries is formed: ΔW comes as factors, and every inner product is a trace of small matrices. PRANC is
+linear in its one vector, and its basis matrices are as large as the layer: one system, and they are formed.
 
 The start decides where an alternation ends, so there are two, both deterministic: the one that training starts from,
 and one that finds ΔW directly where it is reachable. The better of the two after one turn goes on.
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from randbasis.errors import UnknownMethodError
 from randbasis.importing.nola_problem import NolaBasis, NolaProblem, NolaSide
+from randbasis.importing.pranc_problem import PrancBasis, PrancProblem
 from randbasis.importing.vera_problem import VeraProblem
 from randbasis.low_rank import distance, norm
-from randbasis.methods import Bound, Factors, Nola, Site, Vera
+from randbasis.methods import Bound, Factors, Nola, Pranc, Site, Vera
 
+NEAREST = (Nola.name, Vera.name, Pranc.name)
+"""Methods whose nearest coefficients can be found."""
 ROUNDING = 1e-15
 """Share of ``‖ΔW‖²`` below which a squared residual is rounding."""
 
@@ -29,6 +33,8 @@ class Problem(Protocol):
     """One ΔW and one method, as the alternation sees them."""
 
     total: float
+    bilinear: bool
+    """Whether there are two vectors that take turns; with one, a turn ends it."""
 
     def starts(self) -> Iterator[Tensor]:
         """Values of the first vector to start from."""
@@ -83,10 +89,12 @@ class Bases:
     """Bases with their Gram matrices, made once for all matrices of one width.
 
     Attributes:
-        sides: by method, width and side.
+        sides: of NOLA, by method, width and side.
+        whole: of PRANC, the last one: they are large.
     """
 
     sides: dict[tuple[Nola, int, bool], NolaSide] = field(default_factory=dict[tuple[Nola, int, bool], NolaSide])
+    whole: tuple[Pranc, Site, PrancBasis] | None = None
 
     def nola(self, method: Nola, site: Site) -> NolaBasis:
         """Both sides of the basis of a matrix; only a basis that layers share is kept."""
@@ -98,6 +106,13 @@ class Bases:
                 self.sides[method, width, down] = NolaSide.of(method, site.streams, width, down=down)
         return NolaBasis(*(self.sides[method, width, down] for width, down in widths))
 
+    def pranc(self, method: Pranc, site: Site) -> PrancBasis:
+        """The basis of a matrix; layers of one shape mostly follow each other."""
+        if self.whole is None or self.whole[:2] != (method, site):
+            self.whole = None  # before the next one is made
+            self.whole = method, site, PrancBasis.of(method, site)
+        return self.whole[2]
+
 
 def relative(distance: float, norm: float) -> float:
     """A distance as a share of a norm; 0 of 0 is 0, anything else of 0 is infinite."""
@@ -107,22 +122,22 @@ def relative(distance: float, norm: float) -> float:
 
 
 def nearest(bound: Bound[Any], wanted: Factors, *, bases: Bases | None = None, stop: Stop | None = None) -> Fit:
-    """The coefficients whose ΔŴ is nearest to a ΔW in the Frobenius norm, as far as alternation finds them.
+    """The coefficients whose ΔŴ is nearest to a ΔW in the Frobenius norm: of PRANC, else as far as alternation finds.
 
     Args:
-        bound: NOLA (6) or VeRA (12) there.
+        bound: NOLA (6), VeRA (12) or PRANC (18) there.
         wanted: ``ΔW = up @ down`` in float64.
         bases: shared by the matrices of one adapter.
         stop: when to end.
 
     Raises:
-        UnknownMethodError: the method is neither of the two.
-        HyperparameterError: its basis is too large for a Gram matrix.
+        UnknownMethodError: the method is none of the three.
+        HyperparameterError: its basis is too large for a fit.
     """
     stop = stop or Stop()
     problem = _problem(bound, wanted, bases or Bases())
     first, second, residuals = min((_run(problem, start, Stop(1, 0.0)) for start in problem.starts()), key=_last)
-    first, second, more = _run(problem, first, stop) if stop.turns > 1 else (first, second, [])
+    first, second, more = _run(problem, first, stop) if stop.turns > 1 and problem.bilinear else (first, second, [])
     found = {name: values.float() for name, values in problem.coefficients(first, second).items()}
     reached = bound.delta(found).double().factors()
     return Fit(found, norm(wanted), distance(wanted, reached), (*residuals, *more))
@@ -134,8 +149,11 @@ def _problem(bound: Bound[Any], wanted: Factors, bases: Bases) -> Problem:
         return NolaProblem(method, bases.nola(method, bound.site), wanted)
     if isinstance(method, Vera):
         return VeraProblem(bound, wanted)
+    if isinstance(method, Pranc):
+        return PrancProblem(bases.pranc(method, bound.site), wanted)
     raise UnknownMethodError(
-        f"the nearest coefficients are found for 'nola' and 'vera', got {method.name!r}; use one of the two, or merge"
+        f"the nearest coefficients are found for {', '.join(map(repr, NEAREST))}, got {method.name!r}; use one of "
+        "these, or merge"
     )
 
 

@@ -1,4 +1,4 @@
-"""FOREIGN ADAPTER → OURS: the nearest NOLA or VeRA of a seed to each ΔW, as an adapter directory."""
+"""FOREIGN ADAPTER → OURS: the nearest NOLA, VeRA or PRANC of a seed to each ΔW, as an adapter directory."""
 
 import math
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from randbasis.adapters.saved import write_task
 from randbasis.errors import BaseMismatchError, CoefficientValueError, ResidualError, UnknownMethodError
 from randbasis.files.output_checks import check_output_folder
 from randbasis.files.output_set import replaced_set
-from randbasis.importing.least_squares import Bases, Fit, Stop, nearest, relative
+from randbasis.importing.least_squares import NEAREST, Bases, Fit, Stop, nearest, relative
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
-from randbasis.methods import Factors, Method, Nola, Site, Vera
+from randbasis.methods import Factors, Method, Site
 from randbasis.progress import Track
 from randbasis.tuner.base_shapes import compress_shapes
 from randbasis.tuner.config import NolaConfig, RandbasisConfig
@@ -138,7 +138,7 @@ def import_as_nearest(
     overwrite: bool = False,
     track: Track = iter,
 ) -> ImportedAdapter:
-    """Write the NOLA or VeRA of a seed that is nearest to an adapter of PEFT, as an adapter directory.
+    """Write the NOLA, VeRA or PRANC of a seed that is nearest to an adapter of PEFT, as an adapter directory.
 
     A few hundred numbers cannot say what a LoRA of other random matrices says: the residual is then near 1. It is 0, up
     to rounding, where the adapter was one of this seed and configuration. The task of a training run comes along.
@@ -154,7 +154,7 @@ def import_as_nearest(
         track: shows the progress over the matrices.
 
     Raises:
-        UnknownMethodError: the method is neither NOLA nor VeRA.
+        UnknownMethodError: the method is none of these.
         ResidualError: the residual is above the limit.
         CoefficientValueError: the source has a value that is not finite.
         OutputExistsError: the output exists, or is the source.
@@ -162,10 +162,10 @@ def import_as_nearest(
         RandbasisError: what :func:`randbasis.importing.read_peft_adapter` refuses.
     """
     folder = check_output_folder(output, (source, model), overwrite=overwrite)
-    if config.method not in (Nola.name, Vera.name):
+    if config.method not in NEAREST:
         raise UnknownMethodError(
-            f"an adapter of PEFT becomes the nearest 'nola' or 'vera', got {config.method!r}; use one of the two, or "
-            "merge it into its base model"
+            f"an adapter of PEFT becomes the nearest of {', '.join(map(repr, NEAREST))}, got {config.method!r}; use "
+            "one of these, or merge it into its base model"
         )
     found = read_peft_adapter(source, model)
     base_type = None if model is None else _checked_type(found, model)

@@ -84,6 +84,8 @@ class NolaProblem:
         wanted: ΔW.
     """
 
+    bilinear = True
+
     def __init__(self, method: Nola, basis: NolaBasis, wanted: Factors) -> None:
         assert wanted.up is not None
         self.method, self.basis = method, basis

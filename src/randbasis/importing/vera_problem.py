@@ -24,6 +24,8 @@ class VeraProblem:
         wanted: ΔW.
     """
 
+    bilinear = True
+
     def __init__(self, bound: Bound[Vera], wanted: Factors) -> None:
         assert wanted.up is not None
         shapes = bound.method.coefficient_shapes(bound.out_features, bound.in_features)

@@ -82,6 +82,7 @@ def fit(
     prepare: Callable[[nn.Module], object] | None = None,
     ranks: Ranks | None = None,
     origin: SavedAdapter | None = None,
+    stop_after: int | None = None,
 ) -> FitResult:
     """Train an adapter and a head.
 
@@ -98,6 +99,7 @@ def fit(
         prepare: called with the adapted model before an optimizer is made for it.
         ranks: the processes of the run; ``None`` for this one alone.
         origin: an adapter to start from, which takes the place of ``config``.
+        stop_after: end after so many steps, evaluated and not saved, at the learning rates that they have in the run.
 
     Returns:
         The trained model and its metrics before and after.
@@ -137,7 +139,7 @@ def fit(
                 float, loop.learning_rate if loop.head_learning_rate is None else loop.head_learning_rate
             ),
             ranks=ranks,
-            callbacks=_callbacks(loop, report, evaluated=len(eval) > 0),
+            callbacks=_callbacks(loop, report, stop_after, evaluated=len(eval) > 0),
         )
         trainer.pop_callback(PrinterCallback)
         _keep_tracked(trainer, folder.parent / TRACKED)
@@ -199,15 +201,23 @@ def count_trained(model: nn.Module) -> tuple[int, int]:
     return adapter, matrices + vectors
 
 
+def steps_of(loop: LoopSettings, rows: int, *, processes: int = 1) -> int:
+    """Optimiser steps of a run."""
+    return loop.max_steps or math.ceil(loop.epochs * _steps_an_epoch(loop, rows, processes))
+
+
+def _steps_an_epoch(loop: LoopSettings, rows: int, processes: int) -> int:
+    return math.ceil(math.ceil(rows / (loop.batch_size * processes)) / loop.accumulate)
+
+
 def training_arguments(
     loop: LoopSettings, rows: int, folder: Path, task: Task, *, processes: int = 1, evaluated: bool = True
 ) -> TrainingArguments:
     """The arguments of transformers' Trainer, of settings with every value; ``batch_size`` is that of one process,
     ``evaluated`` whether there are rows to evaluate on.
     """
-    steps_an_epoch = math.ceil(math.ceil(rows / (loop.batch_size * processes)) / loop.accumulate)
-    every = loop.eval_every or (math.ceil(loop.max_steps / 5) if loop.max_steps else steps_an_epoch)
-    total = loop.max_steps or math.ceil(loop.epochs * steps_an_epoch)
+    total = steps_of(loop, rows, processes=processes)
+    every = loop.eval_every or (math.ceil(total / 5) if loop.max_steps else _steps_an_epoch(loop, rows, processes))
     on_cpu = runs_on_cpu(loop)
     if loop.dtype == "float16" and on_cpu:
         raise SettingError("dtype float16 can only be trained with on a GPU; take bfloat16 or float32")
@@ -292,8 +302,24 @@ class _SaveBest(TrainerCallback):
             control.should_save = True
 
 
-def _callbacks(loop: LoopSettings, report: ProgressReport | None, *, evaluated: bool) -> list[TrainerCallback]:
+class _StopAfter(TrainerCallback):
+    """The run ends here, whatever its length."""
+
+    def __init__(self, steps: int, *, evaluated: bool) -> None:
+        self.steps, self.evaluated = steps, evaluated
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= self.steps:
+            control.should_training_stop = True
+            control.should_evaluate = self.evaluated
+
+
+def _callbacks(
+    loop: LoopSettings, report: ProgressReport | None, stop_after: int | None, *, evaluated: bool
+) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [_LastEvaluation()] if evaluated else []
+    if stop_after is not None:
+        callbacks.append(_StopAfter(stop_after, evaluated=evaluated))
     if loop.save_steps is not None and loop.keep == "best":
         callbacks.append(_SaveBest())
     if loop.early_stop is not None:

@@ -35,6 +35,9 @@ class LoopSettings:
         max_grad_norm: gradients are clipped to this norm.
         accumulate: batches a step.
         train_seed: head, order of the rows, dropout, held-out rows.
+        try_seeds: train so many seeds of the basis for ``try_steps`` steps first, and go on with the best of them; see
+            :mod:`randbasis.train.seed_trials`.
+        try_steps: steps of each.
         metric: which metric chooses the best checkpoint; ``None``: the task's first.
         eval_every: steps between evaluations; ``None``: each epoch, or five times in ``max_steps``.
         early_stop: stop after that many evaluations without a better metric.
@@ -67,6 +70,8 @@ class LoopSettings:
     max_grad_norm: float = 1.0
     accumulate: int = 1
     train_seed: int = 0
+    try_seeds: int | None = None
+    try_steps: int = 20
     metric: str | None = None
     eval_every: int | None = None
     early_stop: int | None = None
@@ -111,6 +116,7 @@ class LoopSettings:
             "threads": self.threads,
             "logging_steps": self.logging_steps,
             "save_steps": self.save_steps,
+            "try_steps": self.try_steps,
         }
         for name, value in at_least_one.items():
             if value is not None and value < 1:
@@ -128,6 +134,8 @@ class LoopSettings:
             raise SettingError(f"epochs must be a finite number above 0, got {self.epochs}")
         if self.train_seed >= 2**32:
             raise SettingError(f"train_seed must be below 2**32 (numpy's limit), got {self.train_seed}")
+        if self.try_seeds is not None and self.try_seeds < 2:
+            raise SettingError(f"try_seeds must be at least 2, got {self.try_seeds}; leave it out for one seed")
         if self.warmup is not None and not 0.0 <= self.warmup < 1.0:
             raise SettingError(f"warmup is a share of the steps in [0, 1), got {self.warmup}")
         if not 0.0 <= self.label_smoothing < 1.0:

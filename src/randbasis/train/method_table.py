@@ -1,6 +1,6 @@
 """From the words of the command to a PEFT configuration, by one table."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -32,12 +32,16 @@ _METHODS: dict[str, dict[str, str]] = {
 }
 """Method → what the words of the command are called in its configuration."""
 
+_ALLOTS = ("nola", "pranc")
+"""Methods whose basis matrices can be allotted by layer; how many each gets is known when a run begins."""
+
 METHOD_NAMES = (*_METHODS, "none")
 
 
 def method_words() -> dict[str, set[str]]:
     """Method → the words of the command that mean something to it."""
-    return {name: {*names, "targets"} for name, names in _METHODS.items()} | {"none": set()}
+    words = {name: {*names, "targets", *(["allot"] if name in _ALLOTS else [])} for name, names in _METHODS.items()}
+    return words | {"none": set()}
 
 
 def method_of(config: PeftConfig | None) -> str:
@@ -108,13 +112,16 @@ def words_of(adapter: SavedAdapter) -> AdapterSettings:
     words = {word: options[name] for word, name in _METHODS[method].items()}
     if "unique_basis" in words:
         words["unique_basis"] = not words["unique_basis"]
+    return AdapterSettings(method=method, targets=targets_of(options), **words)
+
+
+def targets_of(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The targets of a configuration, in the words of the command."""
     names: str | list[str] | None = options["target_modules"]
     if isinstance(names, str):
-        targets = (names if names == "all-linear" else f"re:{names}",)
-    else:
-        slices: dict[str, list[str]] = options.get("target_slices") or {}
-        targets = tuple(f"{one}[{','.join(slices[one])}]" if one in slices else one for one in sorted(names or ()))
-    return AdapterSettings(method=method, targets=targets, **words)
+        return (names if names == "all-linear" else f"re:{names}",)
+    slices: dict[str, list[str]] = options.get("target_slices") or {}
+    return tuple(f"{one}[{','.join(slices[one])}]" if one in slices else one for one in sorted(names or ()))
 
 
 def _given(settings: AdapterSettings, names: dict[str, str]) -> dict[str, Any]:
@@ -125,7 +132,7 @@ def _given(settings: AdapterSettings, names: dict[str, str]) -> dict[str, Any]:
         if field.name in ("method", "targets") or value == field.default:
             continue
         if field.name not in names:
-            if field.name == "seed":
+            if field.name == "seed" or (field.name == "allot" and settings.method in _ALLOTS):
                 continue
             raise HyperparameterError(f"method {settings.method!r} has no {field.name}; it takes {', '.join(names)}")
         given[field.name] = value

@@ -12,7 +12,7 @@ from randbasis.errors import AdapterFilesError, SettingError
 from randbasis.train.causal_lm import CausalLanguage, end_token_id
 from randbasis.train.classification import TextClassification, check_smoothing
 from randbasis.train.images import ImageClassification
-from randbasis.train.method_table import words_of
+from randbasis.train.method_table import targets_of, words_of
 from randbasis.train.row_format import RowFormat
 from randbasis.train.settings import COLUMN_ROLES, AdapterSettings, DataSettings, TrainSettings
 from randbasis.train.task_table import TrainedTask, described_task
@@ -50,6 +50,8 @@ def decided(
 ) -> TrainSettings:
     """The settings with what the adapter decides: its method and options, and what a row means.
 
+    Where it is projected, it decides the targets alone of the options.
+
     Args:
         settings: the run.
         origin: the adapter.
@@ -65,7 +67,8 @@ def decided(
         raise rule.conflict("task", settings.task, told.get("task"))
     format = _format(told, settings, rule)
     data = rule.apply(_columns(settings.data, told, rule), _kind_of_labels(told))
-    adapter = rule.apply(settings.adapter, asdict(words_of(origin)))
+    theirs = {"targets": targets_of(origin.options)} if settings.project else asdict(words_of(origin))
+    adapter = rule.apply(settings.adapter, theirs)
     loop = settings.loop
     if origin.base_bits is not None and loop.bits is None:
         loop = replace(loop, **{f"load_in_{origin.base_bits}bit": True})

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from randbasis.files.output_set import put_back, replaced_set, set_aside
 from randbasis.files.whole_file import write
 from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.class_weights import class_weights
+from randbasis.train.decisions import Rows, check_seeded, decide, note, noted
 from randbasis.train.default_choices import filled
 from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
 from randbasis.train.judgement import compared_size, doubts
@@ -32,6 +33,7 @@ from randbasis.train.method_table import peft_config
 from randbasis.train.model_reading import width_of
 from randbasis.train.origin import decided, open_origin, task_of
 from randbasis.train.packing import check_kept_apart, pack
+from randbasis.train.projection import Projection, check_projection, projected, scores_of
 from randbasis.train.ranks import Ranks, joined
 from randbasis.train.resuming import (
     CHECKPOINTS,
@@ -131,6 +133,10 @@ def train(
         origin = ranks.agreed(lambda: open_origin(settings))
         if origin is not None:
             settings = ranks.agreed(lambda: decided(settings, origin))
+            if settings.project:
+                ranks.agreed(lambda: check_projection(settings, origin))
+        if settings.loop.try_seeds is not None:
+            ranks.agreed(lambda: check_seeded(settings.adapter.method))
         return _train(settings, origin, ranks, console if ranks.first else None)
 
 
@@ -147,33 +153,13 @@ def _train(settings: TrainSettings, origin: SavedAdapter | None, ranks: Ranks, c
     if ranks.count > 1 and TASK_CLASSES[settings.task].of_whole_batches:
         raise SettingError(f"{settings.task} compares the rows of a batch, which processes cannot share; start one")
     prepared = ranks.agreed(lambda: prepare(settings, origin))
-    model = ranks.agreed(lambda: prepared.load_model(settings, origin))
-    config = ranks.agreed(lambda: None if origin is not None else _config(settings, prepared.task, model))
-    if prepared.packs is not None:
-        ranks.agreed(lambda: check_kept_apart(model, prepared.train))
-    if resumed:
-        ranks.by_first(lambda: _note_settings(settings, checkpoints, ranks.count))
-    else:
-        ranks.by_first(lambda: _begin(settings, checkpoints, ranks.count))
-    try:
-        result = fit(
-            model,
-            config,
-            prepared.task,
-            train=prepared.train if prepared.packs is None else prepared.packs,
-            eval=prepared.eval,
-            loop=settings.loop,
-            checkpoints=checkpoints,
-            resume=resumed,
-            console=console,
-            ranks=ranks,
-            origin=origin,
-        )
-    except BaseException:
-        if ranks.first and last_checkpoint(checkpoints) is None:
-            put_back(checkpoints, checkpoints.with_name(EARLIER))
-        raise
-    told: dict[str, Any] = {"chosen": chosen} | ({} if origin is None else {"from": origin.where})
+    with ExitStack() as stack:
+        projection = None
+        if origin is not None and settings.project:
+            block = projected(settings, origin, prepared.task)
+            projection = ranks.agreed(lambda: stack.enter_context(block))
+        result, told = _fitted(settings, origin, projection, prepared, ranks, console, resumed=resumed)
+    told = {"chosen": chosen, **told}
     summary = ranks.by_first(lambda: _save(settings, prepared, result, ranks.count, told))
     for doubt in summary.get("doubts", ()) if console else ():
         cast(Console, console).print(f"warning: {doubt}", style="yellow", highlight=False, soft_wrap=True)
@@ -182,6 +168,66 @@ def _train(settings: TrainSettings, origin: SavedAdapter | None, ranks: Ranks, c
     else:
         ranks.by_first(lambda: shutil.rmtree(checkpoints))
     return TrainOutcome(output, result.model, prepared.task, summary, ranks.first)
+
+
+def _fitted(
+    settings: TrainSettings,
+    origin: SavedAdapter | None,
+    projection: Projection | None,
+    prepared: Prepared,
+    ranks: Ranks,
+    console: Console | None,
+    *,
+    resumed: bool,
+) -> tuple[FitResult, dict[str, Any]]:
+    """The trained model, and what the summary says of its beginning."""
+    checkpoints = Path(local_output(settings.output)) / CHECKPOINTS
+    load = partial(prepared.load_model, settings, origin)
+    told: dict[str, Any] = {} if origin is None else {"from": origin.where}
+    if origin is not None and projection is not None:
+        told["projection"] = projection.as_json()
+        if prepared.eval:
+            scores = ranks.agreed(lambda: scores_of(load(), origin, prepared.task, prepared.eval, settings.loop))
+            told["projection"]["before"] = ranks.of_first(scores)
+            if console:
+                console.print(f"source: {_shown(told['projection']['before'])}", soft_wrap=True)
+    model = ranks.agreed(load)
+    config = ranks.agreed(lambda: None if origin is not None else _config(settings, prepared.task, model))
+    if prepared.packs is not None:
+        ranks.agreed(lambda: check_kept_apart(model, prepared.train))
+    if resumed:
+        ranks.by_first(lambda: _note_settings(settings, checkpoints, ranks.count))
+    else:
+        ranks.by_first(lambda: _begin(settings, checkpoints, ranks.count))
+    try:
+        if resumed:
+            decisions = noted(checkpoints)
+        else:
+            rows = Rows(prepared.task, prepared.train, packed=prepared.packs is not None)
+            decisions = decide(config, model, load, rows, settings, ranks=ranks, console=console)
+            ranks.by_first(lambda: note(decisions, checkpoints))
+        result = fit(
+            model,
+            decisions.applied(config),
+            prepared.task,
+            train=prepared.train if prepared.packs is None else prepared.packs,
+            eval=prepared.eval,
+            loop=settings.loop,
+            checkpoints=checkpoints,
+            resume=resumed,
+            console=console,
+            ranks=ranks,
+            origin=projection.start if projection else origin,
+        )
+    except BaseException:
+        if ranks.first and last_checkpoint(checkpoints) is None:
+            put_back(checkpoints, checkpoints.with_name(EARLIER))
+        raise
+    return result, told | decisions.as_json()
+
+
+def _shown(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
 def _base_of(settings: TrainSettings, task: Task, origin: SavedAdapter | None = None) -> nn.Module:

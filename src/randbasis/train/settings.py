@@ -18,6 +18,7 @@ COLUMN_ROLES = (
     *("messages_column", "label_column"),
 )
 LEARNED = ("answer", "all")
+ALLOTMENTS = ("gradient",)
 
 Source = str | Path
 
@@ -109,6 +110,8 @@ class AdapterSettings:
             ``("re:PATTERN",)`` for a regular expression. Empty: what PEFT knows for the architecture.
         dropout: dropout on the input of the adapter.
         quantize_coefficients: bits of the coefficients that the forward pass computes with, math (11).
+        allot: ``"gradient"`` gives each matrix basis matrices by the size of its gradient before training, as many in
+            all (nola, pranc); see :mod:`randbasis.train.allotment`. ``None``: all the same number.
     """
 
     method: str = "nola"
@@ -123,6 +126,7 @@ class AdapterSettings:
     targets: tuple[str, ...] = ("all-linear",)
     dropout: float = 0.0
     quantize_coefficients: int | None = None
+    allot: str | None = None
 
     def check(self) -> None:
         """Refuse what no method can take.
@@ -131,7 +135,10 @@ class AdapterSettings:
             RankError: a rank or a number of basis matrices below 1.
             HyperparameterError: a dropout outside [0, 1).
             PrecisionError: a number of bits that coefficients cannot be trained at.
+            SettingError: another way to allot basis matrices.
         """
+        if self.allot not in (None, *ALLOTMENTS):
+            raise SettingError(f"allot {self.allot!r} is unknown; {near(self.allot or '', ALLOTMENTS)}")
         check_training_precision(self.quantize_coefficients)
         for name, value in (("rank", self.rank), ("basis", self.basis), ("basis_b", self.basis_b)):
             if value is not None and value < 1:
@@ -153,6 +160,8 @@ class TrainSettings:
         output: folder for the adapter, its head, the summary and the plot.
         from_adapter: an adapter to start from: a folder, a packed file, its URL, ``store:NAME@VERSION``. Method,
             options and the meaning of rows are the adapter's; a setting that says otherwise is refused.
+        project: bring that adapter, one of PEFT's LoRA, VeRA or RandLoRA, onto the method and options of ``adapter`` by
+            least squares, and train those; see :mod:`randbasis.train.projection`.
         overwrite: replace an adapter that is already in ``output``.
         resume: go on from the last checkpoint in ``output``.
         keep_checkpoints: leave the checkpoints in ``output`` after the run.
@@ -178,6 +187,7 @@ class TrainSettings:
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     loop: LoopSettings = field(default_factory=LoopSettings)
     from_adapter: str | Path | None = None
+    project: bool = False
     overwrite: bool = False
     resume: bool = False
     keep_checkpoints: bool = False
@@ -210,6 +220,11 @@ class TrainSettings:
             raise SettingError(f"loss_on {self.loss_on!r} is unknown; there are: {', '.join(LEARNED)}")
         if self.overwrite and self.resume:
             raise SettingError("overwrite and resume exclude each other; give one")
+        if self.project and self.from_adapter is None:
+            raise SettingError("project needs an adapter to start from, got none; name it with from")
+        for name, value in (("allot", self.adapter.allot), ("try_seeds", self.loop.try_seeds)):
+            if value is not None and self.from_adapter is not None:
+                raise SettingError(f"{name} is for a run that starts anew, got {value!r} beside from; leave it out")
         self.data.check()
         self.adapter.check()
         self.loop.check()
