@@ -190,6 +190,10 @@ class SettingError(RandbasisError, ValueError):
     """A setting of a training run, or a combination of settings, cannot be used."""
 
 
+class BudgetError(RandbasisError, ValueError):
+    """A budget is no number of bytes, or less than any adapter has."""
+
+
 class OptionError(RandbasisError, ValueError):
     """An option of the command was given where it would be ignored."""
 

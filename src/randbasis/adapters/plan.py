@@ -8,7 +8,8 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +22,12 @@ from randbasis.adapter_file import Base
 from randbasis.adapters.base_model import meta_model, read_config
 from randbasis.adapters.packed import packed_bytes
 from randbasis.errors import HyperparameterError
+from randbasis.methods import Bound, Method, Site
+from randbasis.tuner.adapted_part import AdaptedPart
 from randbasis.tuner.config import RandbasisConfig, VeraConfig
 from randbasis.tuner.layer import RandbasisLinear
 from randbasis.tuner.saved_files import SAVED_PREFIX
+from randbasis.tuner.targets import Part
 
 _COMMON = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern")
 _DTYPES = {
@@ -122,6 +126,90 @@ class Plan:
                 for one in self.matrices
             ],
         }
+
+
+@dataclass(frozen=True)
+class AdaptedBase:
+    """What adapters of any method have in common on one base: the matrices, looked at once.
+
+    Attributes:
+        name: of the base, as a packed file tells it.
+        architecture: class of the base model.
+        parts: module path, output rows of the layer, and for each matrix there its part and its columns.
+        targets: modules that are adapted.
+    """
+
+    name: Base
+    architecture: str
+    parts: tuple[tuple[str, int, tuple[tuple[Part, int], ...]], ...]
+    targets: str | list[str]
+
+    @property
+    def matrices(self) -> list[tuple[str, int, int]]:
+        """Module path, rows and columns of each matrix."""
+        return [(key, part.rows, in_) for key, _, parts in self.parts for part, in_ in parts]
+
+    def bounds(self, config: RandbasisConfig) -> list[Bound[Any]]:
+        """The method of a configuration on each matrix; nothing is drawn."""
+        return [one.bound for _, _, parts in self.layers(config) for one in parts]
+
+    def layers(self, config: RandbasisConfig) -> list[tuple[str, int, list[AdaptedPart]]]:
+        """What :func:`randbasis.adapters.packed.packed_bytes` counts."""
+        return [
+            (
+                key,
+                out,
+                [AdaptedPart(part, _bound(config.method_for(key), part.rows, in_, key), {}) for part, in_ in parts],
+            )
+            for key, out, parts in self.parts
+        ]
+
+    def file_bytes(self, config: RandbasisConfig, bits: int) -> int:
+        """Bytes of the packed file of an adapter of that configuration, without a head."""
+        # As long as the digest that nobody knows before there are weights.
+        base = replace(self.name, weights="0" * 16) if config.method_cls.needs_base else self.name
+        return packed_bytes(config, base, self.layers(config), bits=bits)
+
+    def lora(self, rank: int, bits: int) -> TensorSpecs:
+        """The tensors of PEFT's LoRA of that rank on the same matrices."""
+        dtype = torch.float32 if bits == 32 else torch.float16
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for key, _, parts in self.parts:
+            for part, in_ in parts:
+                path = f"{SAVED_PREFIX}{key}{part.suffix}"
+                tensors[f"{path}.lora_A.weight"] = (dtype, (rank, in_))
+                tensors[f"{path}.lora_B.weight"] = (dtype, (part.rows, rank))
+        return tensors
+
+
+@lru_cache(maxsize=4096)
+def _bound(method: Method, out: int, in_: int, key: str) -> Bound[Any]:
+    return method.bind(Site(out, in_, method.streams(key)))
+
+
+def adapted_base(model: str | Path, targets: str | list[str]) -> AdaptedBase:
+    """Look at a base from its configuration alone.
+
+    Args:
+        model: a folder with a ``config.json``, or a hub name.
+        targets: modules to adapt, as in a configuration of PEFT.
+
+    Raises:
+        DataMissingError: the configuration of the base model cannot be read.
+        RandbasisError: what putting an adapter on the model would raise, such as a target that matches nothing.
+    """
+    base = meta_model(read_config(str(model)))
+    if hasattr(base, "pooler"):
+        del base.pooler
+    adapted = _adapted(base, VeraConfig(r=1, target_modules=targets, basis_storage="recompute"))
+    parts = tuple(
+        (key, layer.out_features, tuple((one.part, one.bound.in_features) for one in layer.matrices("default")))
+        for key, layer in _layers(adapted)
+    )
+    name = Path(model).name if Path(model).exists() else str(model)
+    made: Any = adapted.peft_config["default"].target_modules  # as PEFT saves it: all-linear by the names of layers
+    resolved = made if isinstance(made, str) else sorted(made)
+    return AdaptedBase(Base(name, cast("Any", base).config.model_type, None), type(base).__name__, parts, resolved)
 
 
 def plan(model: str | Path, config: PeftConfig | None) -> Plan:

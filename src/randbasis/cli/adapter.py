@@ -8,7 +8,7 @@ from rich.table import Table
 from typer import Argument, Option
 
 from randbasis.cli.console import answer, answer_table, reported
-from randbasis.cli.options import INSPECT, PACK, PLAN, QUANTIZE, check_options
+from randbasis.cli.options import BUDGET, INSPECT, PACK, PLAN, QUANTIZE, check_options
 from randbasis.cli.parameters import (
     TARGETS,
     AsJson,
@@ -24,6 +24,7 @@ from randbasis.cli.parameters import (
     WrittenName,
 )
 from randbasis.defaults import ONE_SCALE, PACKED_BITS, QUANTIZED_BITS
+from randbasis.errors import OptionError
 from randbasis.files.output_checks import check_output_file
 from randbasis.progress import tracking
 from randbasis.train.settings import AdapterSettings, check_task, named_targets
@@ -35,12 +36,15 @@ commands = typer.Typer(rich_markup_mode="markdown")
 
 
 @commands.command(
-    epilog="Example: randbasis plan MODEL --method nola --basis 64 --targets query,value. MODEL may be a folder with "
-    "nothing but a config.json."
+    epilog="Example: randbasis plan MODEL --method nola --basis 64 --targets query,value, or: randbasis plan MODEL "
+    "--budget 16KB --write adapter.yaml. MODEL may be a folder with nothing but a config.json."
 )
 def plan(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or hub name of the base; only its config.json is read.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or hub name of the base; only its config.json is read.")
+    ] = None,
+    base: Annotated[str | None, Option("--model", help="The same, as an option.")] = None,
     method: Annotated[str, Option(help="nola, vera, randlora, pranc, loraxs; or lora.")] = AdapterSettings.method,
     rank: Rank = None,
     basis: Matrices = None,
@@ -48,10 +52,24 @@ def plan(
     unique_basis: UniqueBasis = False,
     targets: Targets = TARGETS,
     task: Annotated[str | None, Option(help="Count the sizes that train takes for this task.")] = None,
+    budget: Annotated[
+        str | None,
+        Option(help="Bytes of a packed file, such as 512, 16KB or 16KiB: list what fits, of each method and law."),
+    ] = None,
+    write: Annotated[
+        Path | None, Option(help="With --budget, file for `train --config`: the one that --pick names.")
+    ] = None,
+    pick: Annotated[int, Option(min=1, help="With --write, its number in the list.")] = 1,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Count what an adapter would have, and its bytes, from a configuration alone."""
+    """Count what an adapter would have, and its bytes, from a configuration alone; or list what fits into a budget."""
     with reported(as_json):
+        model = _one_model(model, base)
+        check_options(context, BUDGET)
+        if budget is not None:
+            _plan_budget(model, budget, named_targets(targets), (write, pick, overwrite), as_json)
+            return
         from randbasis.adapters.plan import plan as run
         from randbasis.cli.report import plan_table
         from randbasis.train.default_choices import choose, filled_adapter
@@ -65,6 +83,37 @@ def plan(
             settings, _ = filled_adapter(settings, choose(method, task, None))
         planned = run(model, peft_config(settings, task_type="CAUSAL_LM", head=[]))
         answer_table(planned.as_json(), plan_table(planned), as_json)
+
+
+def _one_model(argument: str | None, option: str | None) -> str:
+    if (argument is None) == (option is None):
+        raise OptionError("give the base model once: randbasis plan MODEL, or --model MODEL")
+    return cast("str", argument or option)
+
+
+def _plan_budget(
+    model: str, budget: str, targets: tuple[str, ...], written: tuple[Path | None, int, bool], as_json: bool
+) -> None:
+    from randbasis.adapters.budget import byte_count, config_lines, configurations
+    from randbasis.cli.report import budget_table
+    from randbasis.files.whole_file import write as write_file
+    from randbasis.train.method_table import target_modules
+
+    write, pick, overwrite = written
+    if write is not None:
+        check_output_file(write, (model,), overwrite=overwrite)
+    found = configurations(model, byte_count(budget), target_modules(targets))
+    if write is not None:
+        if pick > len(found):
+            raise OptionError(f"--pick must be one of the {len(found)} configurations that fit, got {pick}")
+        write_file(write, config_lines(found[pick - 1], model, targets).encode(), overwrite=overwrite)
+    document = {
+        "model": model,
+        "budget": byte_count(budget),
+        "configurations": [one.as_json() for one in found],
+        "written": None if write is None else str(write),
+    }
+    answer_table(document, budget_table(found, byte_count(budget), write), as_json)
 
 
 @commands.command(epilog="Example: randbasis inspect runs/sst2 --plot spectra.png")

@@ -177,6 +177,17 @@ TRAIN = (
 
 PLAN = _ADAPTER
 
+BUDGET = (
+    Needs("write", lambda words: words["budget"] is not None, "--budget"),
+    Needs("pick overwrite", lambda words: words["write"] is not None, "--write"),
+    Needs(
+        "method rank basis basis_b unique_basis task",
+        lambda words: words["budget"] is None,
+        "no --budget, which lists all methods and sizes",
+    ),
+)
+"""Of ``plan``, where a budget is given, or what goes with one."""
+
 EVALUATE = (
     Needs("kind", _task("causal-lm", "sequence-classification", "embedding"), "an adapter for a file of rows"),
     Needs("split", _task("image-classification"), "an adapter for images"),

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from rich.table import Table
 
+from randbasis.adapters.budget import Configuration
 from randbasis.adapters.inspection import Inspection, MatrixReport
 from randbasis.adapters.plan import Plan, PlannedMatrix
 from randbasis.cli.console import shown
@@ -48,6 +49,29 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("packed, 16 bits", "", "", f"{plan.bytes_packed:,} bytes", "")
     if plan.expert_parameters:
         table.add_row("experts, not adapted", "", "", f"{plan.expert_parameters:,} weights", "")
+    return table
+
+
+def budget_table(found: Sequence[Configuration], budget: int, written: Path | None) -> Table:
+    """One row a configuration, the recommended first; laws of one method and precision share a row's numbers."""
+    caption = (
+        "bytes of the whole packed file without a head, at the precision of the row; cost: of a step of 512 tokens"
+    )
+    table = Table(title=f"{len(found)} configurations of at most {budget:,} bytes", caption=caption, min_width=60)
+    for name in ("method", "law", "bits", "configuration"):
+        table.add_column(name)
+    for name in ("coefficients", "bytes", "training memory", "cost"):
+        table.add_column(name, justify="right")
+    for number, one in enumerate(found, 1):
+        options = ", ".join(f"{key} {value:g}" for key, value in one.options.items())
+        table.add_row(
+            f"{number}. {one.method}", one.law or "", str(one.bits), options, f"{one.coefficients:,}",
+            f"{one.bytes[one.bits]:,}", f"{one.training_bytes / 1e6:,.1f} MB", f"+{100 * one.cost:.0f} %",
+        )  # fmt: skip
+    if written is not None:
+        table.caption = (
+            f"{caption}\nwritten: {written}; randbasis train --config {written} --task … --data … --output …"
+        )
     return table
 
 

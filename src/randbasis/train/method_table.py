@@ -87,7 +87,7 @@ def peft_config(
     if "share_basis" in arguments:
         arguments["share_basis"] = not arguments["share_basis"]
     if settings.targets:
-        arguments["target_modules"] = _targets(settings.targets)
+        arguments["target_modules"] = target_modules(settings.targets)
     arguments |= {"modules_to_save": head or None, "exclude_modules": [*head, *unused] or None}
     arguments["task_type"] = task_type
     return LoraConfig(**arguments) if settings.method == "lora" else config_class(settings.method)(**arguments)
@@ -139,7 +139,8 @@ def _given(settings: AdapterSettings, names: dict[str, str]) -> dict[str, Any]:
     return given
 
 
-def _targets(targets: tuple[str, ...]) -> str | list[str]:
+def target_modules(targets: tuple[str, ...]) -> str | list[str]:
+    """What a configuration of PEFT calls the targets of the command."""
     if targets == ("all-linear",):
         return "all-linear"
     if len(targets) == 1 and targets[0].startswith("re:"):

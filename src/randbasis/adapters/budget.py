@@ -1,0 +1,315 @@
+"""BUDGET → CONFIGURATIONS: what fits into so many bytes, for each method, law and precision; no weights are read.
+
+The modules of the base are looked at once. A packed file is a header, which hardly depends on the size of an adapter,
+and coefficients with their scales: so the largest size that fits is found by formula, and its bytes are then those of
+the file itself, written to memory with zeros for coefficients.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from randbasis.adapters.plan import AdaptedBase, adapted_base, safetensors_bytes
+from randbasis.contraction import choose_order
+from randbasis.errors import BudgetError
+from randbasis.methods import Bound
+from randbasis.precision import BITS, CODED
+from randbasis.tuner import config_class
+from randbasis.tuner.config import RandbasisConfig
+
+UNITS = {"": 1, "b": 1, "kb": 1000, "kib": 1024, "mb": 1000**2, "mib": 1024**2}
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+TOKENS = 512
+"""Tokens of the training step that costs are told of."""
+BYTES_OF_A_COEFFICIENT = 16
+"""In training: value, gradient and the two moments of Adam, in float32."""
+LAWS = ("sign", "uniform", "normal", "sparse(6)")
+"""Laws that are told of, the cheapest first."""
+
+PREFERRED: tuple[tuple[str, int, str], ...] = (
+    ("vera", 64, "lowest loss at LoRA r=1's count in three of five tables; measured at ranks from 79"),
+    ("nola", 1, "level with LoRA r=1 at its count, and goes below it"),
+    ("randlora", 1, "level with LoRA r=4 at its count; best on images"),
+    ("lora", 1, "what the others are compared with"),
+    ("vera", 1, "a rank this small was not measured"),
+    ("loraxs", 1, "behind LoRA in docs/defaults.md, with fewer coefficients"),
+    ("pranc", 1, "behind NOLA in docs/defaults.md"),
+)
+"""Method, the least size at which it stands there, and why: docs/results.md and docs/defaults.md, the best first."""
+PRECISION_ORDER = (4, 8, 16, 32, 3, 2)
+"""Bits of a coefficient at one size of file, the best first. On E2E twice as many coefficients take about 0.3 off
+NOLA's loss, and 4 bits for 8 add 0.08; 3 bits for 4 add 0.5 (docs/results.md, "Coefficients of few bits")."""
+
+
+@dataclass(frozen=True)
+class _Size:
+    """The number that decides how large a method is: its option, what a user calls it, and what else is set."""
+
+    option: str
+    word: str
+    fixed: Callable[[int], Mapping[str, Any]] = lambda size: {}
+    falls: bool = False
+
+
+_SIZES: Mapping[str, _Size] = {
+    "nola": _Size("num_basis", "basis", lambda k: {"r": 8, "alpha": 8.0}),
+    "vera": _Size("r", "rank"),
+    "randlora": _Size("r", "rank", falls=True),
+    "pranc": _Size("num_basis", "basis"),
+    "loraxs": _Size("r", "rank", lambda r: {"alpha": float(r)}),
+}
+_WORDS = {"r": "rank", "num_basis": "basis"}
+LARGEST = 1 << 16
+"""Largest size that is looked for."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One adapter that fits.
+
+    Attributes:
+        method: its method.
+        law: of its basis; None where there is none.
+        bits: of a coefficient, at which the packed file fits.
+        options: size and scale, in the words of the command.
+        coefficients: of all matrices.
+        bytes: precision → bytes of the whole packed file, without a head; of LoRA, of PEFT's file at 32 and 16 bits.
+        training_bytes: that training takes beside the base model and its activations: coefficients, gradients,
+            moments, factors and stored bases.
+        cost: multiply-adds of a training step of :data:`TOKENS` tokens above the adapted layers' own, as a share of
+            those; math (19)-(20).
+        why: the reason for its place.
+    """
+
+    method: str
+    law: str | None
+    bits: int
+    options: Mapping[str, Any]
+    coefficients: int
+    bytes: Mapping[int, int]
+    training_bytes: int
+    cost: float
+    why: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "method": self.method,
+            "law": self.law,
+            "bits": self.bits,
+            **self.options,
+            "coefficients": self.coefficients,
+            "bytes": {str(bits): size for bits, size in self.bytes.items()},
+            "training_bytes": self.training_bytes,
+            "cost": round(self.cost, 4),
+            "why": self.why,
+        }
+
+
+def byte_count(text: str | int) -> int:
+    """Bytes of ``64``, ``"512 B"``, ``"16KB"`` (of 1,000) or ``"16KiB"`` (of 1,024).
+
+    Raises:
+        BudgetError: it is none of these.
+    """
+    match = _BYTES.fullmatch(str(text).strip())
+    if match is None or match.group(2).lower() not in UNITS or float(match.group(1)) < 1:
+        raise BudgetError(f"a budget must be bytes, such as 512, 16KB (of 1,000) or 16KiB (of 1,024), got {text!r}")
+    return int(float(match.group(1)) * UNITS[match.group(2).lower()])
+
+
+def stored_bytes(coefficients: int, vectors: int, bits: int) -> int:
+    """Bytes of coefficients, and of the scales of those that are codes, without header and head.
+
+    Args:
+        coefficients: how many.
+        vectors: each has one scale.
+        bits: of a coefficient.
+    """
+    return math.ceil(coefficients * bits / 8) + (4 * vectors if bits in CODED else 0)
+
+
+def configurations(model: str | Path, budget: int, targets: str | list[str]) -> list[Configuration]:
+    """What fits into a budget, the best first by :data:`PREFERRED` and :data:`PRECISION_ORDER`.
+
+    Args:
+        model: folder with a ``config.json``, or a hub name.
+        budget: bytes of a packed file, without a head.
+        targets: modules to adapt, as in a configuration of PEFT.
+
+    Raises:
+        BudgetError: nothing fits; it names what comes closest.
+        RandbasisError: what putting an adapter on the model would raise.
+    """
+    base = adapted_base(model, targets)
+    found = [one for method in _SIZES for one in _of_method(base, method, budget)]
+    found += _loras(base, budget)
+    if not found:
+        smallest = min(_smallest(base), key=lambda one: one[0])
+        raise BudgetError(
+            f"budget {budget:,} bytes is less than any adapter on these {len(base.matrices)} matrices has; the "
+            f"smallest is {smallest[1]} with {smallest[0]:,} bytes: give at least that, or fewer targets"
+        )
+    return sorted(found, key=_place)
+
+
+def config_lines(one: Configuration, model: str | Path, targets: Sequence[str]) -> str:
+    """A file for ``randbasis train --config``: the adapter and its base; data, task and output are the caller's.
+
+    Args:
+        one: the configuration.
+        model: folder or hub name of the base.
+        targets: modules, in the words of the command.
+    """
+    size = one.bytes[one.bits]
+    told = {"model": str(model), "method": one.method, **one.options, "law": one.law, "targets": ",".join(targets)}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in told.items() if value is not None]
+    comment = f"# {one.coefficients:,} coefficients; {size:,} bytes as a packed file of {one.bits} bits without a head"
+    packing = f"# after training: randbasis pack FOLDER FILE.safetensors --bits {one.bits}"
+    return "\n".join((comment, packing, *lines)) + "\n"
+
+
+def _place(one: Configuration) -> tuple[int, ...]:
+    reasons = [why for *_, why in PREFERRED]
+    law = 0 if one.law is None else LAWS.index(one.law)
+    return law, PRECISION_ORDER.index(one.bits), reasons.index(one.why), -one.coefficients
+
+
+def _why(method: str, size: int) -> str:
+    return next(why for name, least, why in PREFERRED if name == method and size >= least)
+
+
+class _Sizes:
+    """Bytes of packed files of one method and law on one base.
+
+    The header of a file depends on the size of its adapter by the digits of the numbers in it alone, so one file of
+    each length of numbers is made, and no other.
+    """
+
+    def __init__(self, base: AdaptedBase, method: str, law: str | None) -> None:
+        self.base, self.method, self.law = base, method, law
+        self._headers: dict[tuple[int, ...], int] = {}
+
+    def config(self, size: int) -> RandbasisConfig:
+        """The configuration of that size."""
+        told = _SIZES[self.method]
+        given = {told.option: size, **told.fixed(size)} | ({} if self.law is None else {"law": self.law})
+        return config_class(self.method)(target_modules=self.base.targets, task_type="CAUSAL_LM", **given)
+
+    def counts(self, size: int) -> tuple[int, int]:
+        """Coefficients, and the vectors that they are in."""
+        method = self.config(size).method_for("")
+        shapes = [method.coefficient_shapes(out, in_) for _, out, in_ in self.base.matrices]
+        return sum(math.prod(shape) for one in shapes for shape in one.values()), sum(map(len, shapes))
+
+    def bytes(self, size: int, bits: int) -> int:
+        """Of the whole file, without a head."""
+        coefficients, vectors = self.counts(size)
+        payload = stored_bytes(coefficients, vectors, bits)
+        codes = stored_bytes(coefficients, 0, bits)
+        key = (bits, *(len(str(number)) for number in (size, coefficients, codes, payload)))
+        if key not in self._headers:
+            self._headers[key] = self.base.file_bytes(self.config(size), bits) - payload
+        return self._headers[key] + payload
+
+    def sizes(self) -> range:
+        """From the smallest file to the largest."""
+        most = _shortest(self.base) if self.method in ("randlora", "loraxs") else LARGEST
+        return range(most, 0, -1) if _SIZES[self.method].falls else range(1, most + 1)
+
+    def largest(self, bits: int, budget: int) -> int | None:
+        """The size of the largest file that fits."""
+        sizes = self.sizes()
+        if self.bytes(sizes[0], bits) > budget:
+            return None
+        least, last = 0, len(sizes) - 1
+        while least < last:
+            middle = (least + last + 1) // 2
+            least, last = (middle, last) if self.bytes(sizes[middle], bits) <= budget else (least, middle - 1)
+        return sizes[least]
+
+
+def _of_method(base: AdaptedBase, method: str, budget: int) -> Iterator[Configuration]:
+    for law in LAWS if config_class(method).method_cls.roles else (None,):
+        sizes = _Sizes(base, method, law)
+        for bits in BITS:
+            size = sizes.largest(bits, budget)
+            if size is not None:
+                yield _configuration(sizes, bits, size)
+
+
+def _configuration(sizes: _Sizes, bits: int, size: int) -> Configuration:
+    bounds = sizes.base.bounds(sizes.config(size))
+    told, (coefficients, _) = _SIZES[sizes.method], sizes.counts(size)
+    words = {_WORDS.get(name, name): value for name, value in told.fixed(size).items()} | {told.word: size}
+    memory = BYTES_OF_A_COEFFICIENT * coefficients + _factor_bytes(bounds) + _basis_bytes(bounds)
+    of_file = {one: sizes.bytes(size, one) for one in BITS}
+    why = _why(sizes.method, size)
+    return Configuration(sizes.method, sizes.law, bits, words, coefficients, of_file, memory, _cost(bounds), why)
+
+
+def _factor_bytes(bounds: Sequence[Bound[Any]]) -> int:
+    """Factors of all matrices, or ΔW where there are none, with their gradients, in float32."""
+    return 8 * sum(
+        bound.out_features * bound.in_features
+        if bound.method.name == "pranc"
+        else bound.rank * (bound.out_features + bound.in_features)
+        for bound in bounds
+    )
+
+
+def _basis_bytes(bounds: Sequence[Bound[Any]]) -> int:
+    """Stored bases, each once."""
+    kept = {(one.slab, one.storage): one for bound in bounds for one in bound.bases}
+    sizes = {"dense": lambda slab: 4 * slab.entries, "packed": lambda slab: slab.packed_bytes, "recompute": lambda _: 0}
+    return sum(sizes[storage](slab) for slab, storage in kept)
+
+
+def _cost(bounds: Sequence[Bound[Any]]) -> float:
+    """Of the order that a layer would choose, and of the sums with the basis, forward and back."""
+    above = own = 0.0
+    for bound in bounds:
+        own += 2 * TOKENS * bound.out_features * bound.in_features  # forward, and the gradient of the input
+        order = choose_order("auto", bound, TOKENS, training=True, fused=True)
+        if order == "token":
+            above += bound.token_cost(TOKENS, training=True) + bound.token_cost(TOKENS, training=False)
+        elif order == "pair":
+            above += bound.pair_cost(TOKENS)
+        else:
+            above += bound.weight_cost(TOKENS, training=True, fused=True)
+        above += sum(2 * one.basis.slab.entries for one in bound.sums.values())
+    return above / own
+
+
+def _loras(base: AdaptedBase, budget: int) -> Iterator[Configuration]:
+    """PEFT's LoRA in float32 and in 16 bits, as PEFT saves it."""
+
+    def sizes(rank: int) -> dict[int, int]:
+        return {bits: safetensors_bytes(base.lora(rank, bits)) for bits in (32, 16)}
+
+    for bits in (16, 32):
+        rank = 0
+        while rank < _shortest(base) and sizes(rank + 1)[bits] <= budget:
+            rank += 1
+        if rank:
+            sides = sum(out + in_ for _, out, in_ in base.matrices)
+            areas = sum(out * in_ for _, out, in_ in base.matrices)
+            memory = (BYTES_OF_A_COEFFICIENT) * rank * sides
+            words = {"rank": rank, "alpha": float(rank)}
+            cost = 3 * rank * sides / (2 * areas)
+            yield Configuration("lora", None, bits, words, rank * sides, sizes(rank), memory, cost, _why("lora", rank))
+
+
+def _shortest(base: AdaptedBase) -> int:
+    """The shortest side of all matrices."""
+    return min(min(out, in_) for _, out, in_ in base.matrices)
+
+
+def _smallest(base: AdaptedBase) -> Iterator[tuple[int, str]]:
+    for method in _SIZES:
+        sizes = _Sizes(base, method, LAWS[0] if config_class(method).method_cls.roles else None)
+        yield from ((sizes.bytes(sizes.sizes()[0], bits), f"{method} at {bits} bits") for bits in BITS)
