@@ -13,7 +13,8 @@ op                      what it computes
 ======================  ==========================================================================================
 
 The entries that they multiply by are the integers of math (3) times the power of two of their law, math (5): exact in
-every dtype, and of unit variance within a factor of two, so that float16 holds sums of them.
+every dtype, and of unit variance within a factor of two, so that float16 holds sums of them. Those of the hashed law
+(25) are 1, 0 and −1: a sum of them has one term in each place, is a gather, and its gradient a sum by segments.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from randbasis.basis import Basis
+from randbasis.basis import Basis, hashed_terms
 from randbasis.basis_storage import check_storage
 from randbasis.errors import BasisShapeError
 from randbasis.laws import Law, parse_law
@@ -227,7 +228,10 @@ def combine(coefficients: Tensor, stored: Stored) -> Tensor:
     Raises:
         BasisShapeError: the coefficients do not end in ``count``.
     """
-    slab, plain = stored.slab, _plain(stored, coefficients)
+    slab = stored.slab
+    if slab.disjoint and transformed():
+        return _gathered(coefficients, stored)
+    plain = _plain(stored, coefficients)
     flat = coefficients.reshape(-1, coefficients.shape[-1])
     if plain is not None and flat.shape[1] == slab.count:
         out = _linear(flat, plain.view(slab.count, -1).T)
@@ -249,13 +253,47 @@ def inner(vectors: Tensor, stored: Stored) -> Tensor:
     Raises:
         BasisShapeError: the vectors do not end in ``rows, cols``.
     """
-    slab, plain = stored.slab, _plain(stored, vectors)
+    slab = stored.slab
+    if slab.disjoint and transformed():
+        return _segment_sums(vectors, stored)
+    plain = _plain(stored, vectors)
     flat = vectors.reshape(-1, vectors.shape[-2] * vectors.shape[-1])
     if plain is not None and vectors.shape[-2:] == (slab.rows, slab.cols):
         out = _linear(flat, plain.view(slab.count, -1))
     else:
         out = _multiplied(flat, stored, False, False)
     return out.view(*vectors.shape[:-2], slab.count)
+
+
+def _gathered(coefficients: Tensor, stored: Stored) -> Tensor:
+    """:func:`combine` of a disjoint slab in torch's own operations, for transforms."""
+    slab = stored.slab
+    if coefficients.shape[-1] != slab.count:
+        raise BasisShapeError(f"coefficients must end in {slab.count}, got {list(coefficients.shape)}; reshape them")
+    owner, sign = _terms(stored, coefficients)
+    # The gradient is added up in the dtype of what is gathered.
+    exact = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))
+    out = (exact.index_select(-1, owner) * sign).to(coefficients.dtype)
+    return out.view(*coefficients.shape[:-1], slab.rows, slab.cols)
+
+
+def _segment_sums(vectors: Tensor, stored: Stored) -> Tensor:
+    """:func:`inner` of a disjoint slab in torch's own operations, for transforms."""
+    slab = stored.slab
+    if vectors.shape[-2:] != (slab.rows, slab.cols):
+        raise BasisShapeError(f"vectors must end in {slab.rows, slab.cols}, got {list(vectors.shape)}; reshape them")
+    owner, sign = _terms(stored, vectors)
+    exact = vectors.to(torch.promote_types(vectors.dtype, torch.float32)).flatten(-2) * sign
+    return exact.new_zeros(*vectors.shape[:-2], slab.count).index_add(-1, owner, exact).to(vectors.dtype)
+
+
+def _terms(stored: Stored, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Whose each place of a disjoint slab is, int64 ``[rows * cols]``, and its sign in a floating dtype."""
+    slab, packed = stored.slab, stored.packed(like.device)
+    with outside():
+        raw = backends.words(slab, like.device) if packed is None else packed
+        owner, sign = hashed_terms(raw[0, :, : slab.cols], slab.basis.law)
+        return owner.flatten(), sign.flatten().to(torch.promote_types(like.dtype, torch.float32))
 
 
 def weighted_sum(coefficients: Tensor, stored: Stored, factor: float, offset: Tensor | None = None) -> Tensor:
