@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from randbasis.basis import Basis, hashed_terms
+from randbasis.basis import Basis
 from randbasis.basis_storage import check_storage
 from randbasis.errors import BasisShapeError
 from randbasis.laws import Law, parse_law
-from randbasis.ops import backends
+from randbasis.ops import backends, hashed
 from randbasis.ops.reference import Slab, Tile, tiles
 from randbasis.ops.storage import (
     Derived,
@@ -230,7 +230,7 @@ def combine(coefficients: Tensor, stored: Stored) -> Tensor:
     """
     slab = stored.slab
     if slab.disjoint and transformed():
-        return _gathered(coefficients, stored)
+        return hashed.gathered(coefficients, stored)
     plain = _plain(stored, coefficients)
     flat = coefficients.reshape(-1, coefficients.shape[-1])
     if plain is not None and flat.shape[1] == slab.count:
@@ -255,7 +255,7 @@ def inner(vectors: Tensor, stored: Stored) -> Tensor:
     """
     slab = stored.slab
     if slab.disjoint and transformed():
-        return _segment_sums(vectors, stored)
+        return hashed.segment_sums(vectors, stored)
     plain = _plain(stored, vectors)
     flat = vectors.reshape(-1, vectors.shape[-2] * vectors.shape[-1])
     if plain is not None and vectors.shape[-2:] == (slab.rows, slab.cols):
@@ -263,37 +263,6 @@ def inner(vectors: Tensor, stored: Stored) -> Tensor:
     else:
         out = _multiplied(flat, stored, False, False)
     return out.view(*vectors.shape[:-2], slab.count)
-
-
-def _gathered(coefficients: Tensor, stored: Stored) -> Tensor:
-    """:func:`combine` of a disjoint slab in torch's own operations, for transforms."""
-    slab = stored.slab
-    if coefficients.shape[-1] != slab.count:
-        raise BasisShapeError(f"coefficients must end in {slab.count}, got {list(coefficients.shape)}; reshape them")
-    owner, sign = _terms(stored, coefficients)
-    # The gradient is added up in the dtype of what is gathered.
-    exact = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))
-    out = (exact.index_select(-1, owner) * sign).to(coefficients.dtype)
-    return out.view(*coefficients.shape[:-1], slab.rows, slab.cols)
-
-
-def _segment_sums(vectors: Tensor, stored: Stored) -> Tensor:
-    """:func:`inner` of a disjoint slab in torch's own operations, for transforms."""
-    slab = stored.slab
-    if vectors.shape[-2:] != (slab.rows, slab.cols):
-        raise BasisShapeError(f"vectors must end in {slab.rows, slab.cols}, got {list(vectors.shape)}; reshape them")
-    owner, sign = _terms(stored, vectors)
-    exact = vectors.to(torch.promote_types(vectors.dtype, torch.float32)).flatten(-2) * sign
-    return exact.new_zeros(*vectors.shape[:-2], slab.count).index_add(-1, owner, exact).to(vectors.dtype)
-
-
-def _terms(stored: Stored, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Whose each place of a disjoint slab is, int64 ``[rows * cols]``, and its sign in a floating dtype."""
-    slab, packed = stored.slab, stored.packed(like.device)
-    with outside():
-        raw = backends.words(slab, like.device) if packed is None else packed
-        owner, sign = hashed_terms(raw[0, :, : slab.cols], slab.basis.law)
-        return owner.flatten(), sign.flatten().to(torch.promote_types(like.dtype, torch.float32))
 
 
 def weighted_sum(coefficients: Tensor, stored: Stored, factor: float, offset: Tensor | None = None) -> Tensor:

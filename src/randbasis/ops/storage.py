@@ -102,7 +102,7 @@ class Stored:
         return self._tensors[key]
 
     def packed(self, device: torch.device) -> Tensor | None:
-        """Raw words ``[count, rows, 4 * blocks]``, of a hashed slab those of one matrix; None when they are not stored."""
+        """Raw words ``[count, rows, 4 * blocks]``, of a hashed slab of one matrix; None when they are not stored."""
         if self.storage != "packed" and not (self.storage == "dense" and self.slab.disjoint):
             return None
         key = (device, torch.int32)

@@ -2,7 +2,7 @@
 
 The numbers equal :mod:`randbasis.ops.reference`: words and entries bit for bit, sums within rounding of float32, in
 which all of them are kept. No sum depends on the order in which its programs run: parts are cut by the shape alone, and
-where programs add to one sum, as the hashed law has it, they add integers. Nothing waits for the device, so calls can be
+where programs add to one sum, as for the hashed law, they add integers. Nothing waits for the device, so calls can be
 captured in a CUDA graph once each has run (the first call of a kind compiles its kernel).
 
 The kernels are in :mod:`randbasis.ops.triton_kernels`, imported on first use. With ``TRITON_INTERPRET=1`` set before

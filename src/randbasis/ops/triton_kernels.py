@@ -326,7 +326,9 @@ def hashed_gather(
     for vector in range(first, tl.minimum(first + VECTORS, n)):
         at = (group * n + vector).to(tl.int64)
         value = tl.load(x + at * rows * cols + place, mask=inside, other=0.0).to(tl.float32)
-        fixed = (value * tl.load(scales + at)).to(tl.int64) * sign.to(tl.int64)
+        # What is not finite is no integer: the caller knows of it.
+        scaled = tl.where(tl.abs(value) <= 3.4028234e38, value * tl.load(scales + at), 0.0)
+        fixed = scaled.to(tl.int64) * sign.to(tl.int64)
         target = ((copy * groups + group).to(tl.int64) * n + vector) * matrices
         tl.atomic_add(out + target + owner, fixed, mask=inside, sem="relaxed")
 
