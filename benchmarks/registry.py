@@ -7,7 +7,7 @@ from typing import Protocol, cast
 from benchmarks.case import Case
 
 FAMILIES = (
-    "basis_rate", "training_step", "step_parts", "peak_memory", "inference", "kept_factors", "expansion", "switching",
+    "basis_rate", "sums", "training_step", "step_parts", "peak_memory", "inference", "kept_factors", "expansion", "switching",
     "growth", "host_time", "packed_sizes", "adding", "bank", "serving",
 )  # fmt: skip
 GPU_FAMILIES = (
