@@ -89,7 +89,9 @@ def import_(
     parametrization: Annotated[str | None, Option(help="offset or plain (nola).")] = None,
     unique_basis: Annotated[bool, Option(help="A basis of its own for each layer (nola).")] = False,
     seed: Annotated[int, Option(help="Seed of the basis (nola, vera).")] = AdapterSettings.seed,
-    law: Annotated[str | None, Option(help="Law of the basis: sign, uniform, normal, sparse(S) (nola, vera).")] = None,
+    law: Annotated[
+        str | None, Option(help="Law of the basis: sign, uniform, normal, sparse(S) (nola, vera), hashed (nola).")
+    ] = None,
     limit: Annotated[float | None, Option(help="Write nothing above this ‖ΔW − ΔŴ‖ / ‖ΔW‖, such as 0.5.")] = None,
     dtype: Annotated[
         str, Option(help="With merged: auto (as the base is stored), float32, bfloat16, float16.")
