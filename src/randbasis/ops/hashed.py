@@ -1,4 +1,4 @@
-"""Sums of disjoint matrices, math (25), in torch's own operations: what transforms see, see :mod:`.transforms`."""
+"""Sums of disjoint matrices, math (25), in torch's own operations: what transforms see."""
 
 import torch
 from torch import Tensor
