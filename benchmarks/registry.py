@@ -7,8 +7,8 @@ from typing import Protocol, cast
 from benchmarks.case import Case
 
 FAMILIES = (
-    "basis_rate", "training_step", "step_parts", "peak_memory", "inference", "kept_factors", "expansion", "switching",
-    "growth", "host_time", "packed_sizes", "adding", "bank", "serving",
+    "basis_rate", "sums", "training_step", "step_parts", "peak_memory", "inference", "kept_factors", "expansion",
+    "switching", "growth", "host_time", "packed_sizes", "adding", "bank", "serving",
 )  # fmt: skip
 GPU_FAMILIES = (
     "gpu_step", "gpu_model", "gpu_decode", "gpu_bank", "gpu_host", "gpu_expansion", "gpu_adding", "gpu_basis",

@@ -146,6 +146,7 @@ def tables(runs: Sequence[Run]) -> dict[str, Callable[[], str]]:
             "parts",
             "memory",
             "basis",
+            "sums",
             "prefill",
             "decode",
             "expand",

@@ -1,4 +1,4 @@
-"""SEED → BASIS: a seed names an infinite random tensor, math (1)-(5).
+"""SEED → BASIS: a seed names an infinite random tensor, math (1)-(5), (25).
 
 Entry ``(i, row, col)`` of a basis is a pure function of ``(seed, stream, law, i, row, col)``: not of the shape asked
 for, the device, the dtype, the library version, the other layers or any global random state. Everything here is
@@ -12,7 +12,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from randbasis.errors import BasisShapeError, StreamValueError
+from randbasis.errors import BasisShapeError, LawError, StreamValueError
 from randbasis.laws import Law, check_seed, parse_law, stream_of
 
 _MASK = 0xFFFFFFFF
@@ -148,12 +148,17 @@ def decode(words: Tensor, law: str | Law) -> Tensor:
 
     Args:
         words: int32 ``[..., w]``, whole blocks.
-        law: the law.
+        law: the law; the hashed one has :func:`hashed_terms`.
 
     Returns:
         int16 tensor ``[..., w * 32 / bits]``.
+
+    Raises:
+        LawError: the law is hashed, whose words are those of all matrices together.
     """
     chosen = parse_law(law)
+    if chosen.disjoint:
+        raise LawError(f"law must be one whose matrices have words of their own, got {chosen.name!r}; use hashed_terms")
     shifts = torch.arange(0, 32, chosen.bits, dtype=torch.int32, device=words.device)
     u = ((words.unsqueeze(-1) >> shifts) & ((1 << chosen.bits) - 1)).flatten(-2)
     if chosen.kind == "sign":
@@ -166,6 +171,26 @@ def decode(words: Tensor, law: str | Law) -> Tensor:
         t = chosen.threshold
         entries = (u < t).to(torch.int32) - (u >= 65536 - t).to(torch.int32)
     return entries.to(torch.int16)
+
+
+def hashed_terms(words: Tensor, law: str | Law) -> tuple[Tensor, Tensor]:
+    """Whose each place of a hashed basis is, and with which sign: ``i = floor(w · k / 2³²)``, math (25).
+
+    Args:
+        words: int32 ``[..., w]``, those of index 0.
+        law: ``"hashed(k)"``.
+
+    Returns:
+        The index of the matrix and the sign of its entry there, int64 ``[..., w]``; the other matrices have 0.
+
+    Raises:
+        LawError: the law is another, or does not say of how many matrices.
+    """
+    chosen = parse_law(law)
+    if not chosen.matrices:
+        raise LawError(f"law must be 'hashed(k)' for a basis of k matrices, got {chosen.name!r}; say how many")
+    w = words.to(torch.int64) & _MASK
+    return (w * chosen.matrices) >> 32, 1 - 2 * (w & 1)
 
 
 def _popcount16(u: Tensor) -> Tensor:
@@ -191,7 +216,7 @@ def basis_entries(
     Args:
         seed: 64-bit unsigned seed.
         name: stream name such as ``"nola/A"``, or the stream itself.
-        law: ``"sign"``, ``"uniform"``, ``"normal"`` or ``"sparse(s)"``.
+        law: ``"sign"``, ``"uniform"``, ``"normal"``, ``"sparse(s)"`` or ``"hashed(k)"``.
         shape: ``(count, rows, cols)``.
         start: first index, row and column.
         device: where to compute; the result does not depend on it.
@@ -201,8 +226,8 @@ def basis_entries(
 
     Raises:
         SeedError: the seed is not a 64-bit unsigned integer.
-        LawError: unknown law.
-        BasisShapeError: the shape leaves the generator's counters.
+        LawError: unknown law, or ``"hashed"`` without its ``k``, which is not read from the shape.
+        BasisShapeError: the shape leaves the generator's counters, or the ``k`` matrices of a hashed law.
     """
     basis = Basis.named(seed, name, law)
     count, rows, cols = shape
@@ -211,6 +236,21 @@ def basis_entries(
     _check_range("col", first_col, cols, per_block * 2**32)
     first_block = first_col // per_block
     blocks = -(-(first_col + cols) // per_block) - first_block
-    words = block_words(basis, (first_index, count), (first_row, rows), (first_block, blocks), device)
+    own = (first_index, count)
+    words = block_words(basis, (0, 1) if basis.law.disjoint else own, (first_row, rows), (first_block, blocks), device)
+    entries = _decode_hashed(words, basis.law, own) if basis.law.disjoint else decode(words, basis.law)
     skip = first_col - first_block * per_block
-    return decode(words, basis.law)[..., skip : skip + cols].contiguous()
+    return entries[..., skip : skip + cols].contiguous()
+
+
+def _decode_hashed(words: Tensor, law: Law, index: tuple[int, int]) -> Tensor:
+    """The entries of some matrices of a hashed basis, int16 ``[count, rows, w]``, math (25)."""
+    owner, sign = hashed_terms(words, law)
+    first, count = index
+    if first < 0 or count < 0 or first + count > law.matrices:
+        raise BasisShapeError(
+            f"index must lie in 0..{law.matrices} for the law {law.name!r}, got start {first} and size {count}; "
+            "ask for fewer matrices, or for those of a law with a larger k, which is another basis"
+        )
+    wanted = torch.arange(first, first + count, device=words.device).view(-1, 1, 1)
+    return torch.where(owner == wanted, sign, 0).to(torch.int16)

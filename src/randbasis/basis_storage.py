@@ -5,7 +5,9 @@ from typing import Literal, cast, get_args
 from randbasis.errors import StorageError, not_one_of
 
 BasisStorage = Literal["auto", "packed", "dense", "recompute"]
-"""``packed``: raw words (1 bit an entry for the sign law); ``dense``: floating point; ``recompute``: nothing."""
+"""``packed``: raw words (1 bit an entry for the sign law); ``dense``: floating point; ``recompute``: nothing.
+
+Where each place belongs to one matrix of several (law ``hashed``), ``dense`` is ``packed``: one word for each place."""
 
 
 def check_storage(name: str) -> BasisStorage:

@@ -1,16 +1,18 @@
-"""What a basis is named by: a law, a seed and a stream, math (2)-(5). No tensor is needed to check them."""
+"""What a basis is named by: a law, a seed and a stream, math (2)-(5), (25). No tensor is needed to check them."""
 
 import hashlib
 import math
 import operator
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import SupportsIndex
 
 from randbasis.errors import BasisShapeError, LawError, SeedError
 
 BLOCK_BITS = 128
 """Bits that one evaluation of the generator gives."""
+MATRICES_LIMIT = 1 << 16
+"""Most matrices of a hashed basis: a word of 32 bits names each of them about as often as any other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,16 +20,19 @@ class Law:
     """How the random bits of an entry become an integer; see the table of laws in math.md.
 
     Attributes:
-        name: canonical name, ``"sign"``, ``"uniform"``, ``"normal"`` or ``"sparse(s)"``.
+        name: canonical name, ``"sign"``, ``"uniform"``, ``"normal"``, ``"sparse(s)"`` or ``"hashed(k)"``; ``"hashed"``
+            until it is known how many matrices the basis has.
         bits: bits that one entry takes from a block of 128.
-        variance: exact variance of the integer entry.
+        variance: exact variance of the integer entry; NaN for ``"hashed"``.
         threshold: ``t`` of the sparse law, 0 for the others.
+        matrices: ``k`` of the hashed law, 0 for the others and for ``"hashed"``.
     """
 
     name: str
     bits: int
     variance: float
     threshold: int = 0
+    matrices: int = 0
 
     @property
     def entries_per_block(self) -> int:
@@ -44,21 +49,46 @@ class Law:
         """The greatest power of two that is not above :attr:`unit_scale`: what entries are multiplied by, math (5).
 
         An entry times a power of two is exact in every floating dtype, and a sum of such entries is as large as one
-        of unit variance, within a factor of two: so it is stored in float16 where the result itself can be.
+        of unit variance, within a factor of two: so it is stored in float16 where the result itself can be. A sum of
+        disjoint matrices has one term in each place and is as large as its coefficients: there it is 1.
         """
+        if self.disjoint:
+            return 1.0
         return 2.0 ** math.floor(math.log2(self.unit_scale))
 
     @property
+    def unit(self) -> float:
+        """The part of :attr:`unit_scale` that entries do not carry: in [1, 2), or ``√k`` for the hashed law."""
+        return self.unit_scale / self.power
+
+    @property
     def kind(self) -> str:
-        """The name without its parameter: ``"sign"``, ``"uniform"``, ``"normal"`` or ``"sparse"``."""
+        """The name without its parameter: ``"sign"``, ``"uniform"``, ``"normal"``, ``"sparse"`` or ``"hashed"``."""
         return self.name.partition("(")[0]
 
+    @property
+    def disjoint(self) -> bool:
+        """Whether each place belongs to one matrix of the basis, and is 0 in all others, math (25)."""
+        return self.kind == "hashed"
 
-_DENSE_LAWS = {
+    def of(self, matrices: int) -> "Law":
+        """The law of a basis of so many matrices: ``"hashed"`` becomes ``"hashed(k)"``, any other law stays."""
+        if not self.disjoint or self.matrices:
+            return self
+        if not 1 <= matrices <= MATRICES_LIMIT:
+            raise LawError(
+                f"law 'hashed' must be of 1 to {MATRICES_LIMIT} matrices, got {matrices}; use for example 'hashed(128)'"
+            )
+        return replace(self, name=f"hashed({matrices})", variance=1.0 / matrices, matrices=matrices)
+
+
+_LAWS = {
     "sign": Law("sign", bits=1, variance=1.0),
     "uniform": Law("uniform", bits=8, variance=21845.0),
     "normal": Law("normal", bits=16, variance=4.0),
+    "hashed": Law("hashed", bits=32, variance=math.nan),
 }
+_HASHED = re.compile(r"hashed\(\s*([0-9]{1,9})\s*\)")
 _SPARSE = re.compile(r"sparse\(\s*([0-9.]+(?:e[0-9]+)?)\s*\)")
 
 
@@ -67,15 +97,20 @@ def parse_law(name: str | Law) -> Law:
 
     Args:
         name: ``"sign"``, ``"uniform"``, ``"normal"`` or ``"sparse(s)"`` with ``2 <= s <= 65536``: an entry is ``+1``
-            and ``-1`` with probability ``1/s`` each, else 0.
+            and ``-1`` with probability ``1/s`` each, else 0; or ``"hashed(k)"`` with ``1 <= k <= 65536``: the law of a
+            basis of ``k`` matrices, each place of which belongs to one of them, math (25). ``"hashed"`` leaves ``k`` to
+            whoever knows how many matrices there are.
 
     Raises:
-        LawError: the name is none of these, or ``s`` is out of range.
+        LawError: the name is none of these, or ``s`` or ``k`` is out of range.
     """
     if isinstance(name, Law):
         return name
-    if name in _DENSE_LAWS:
-        return _DENSE_LAWS[name]
+    if name in _LAWS:
+        return _LAWS[name]
+    hashed = _HASHED.fullmatch(name)
+    if hashed:
+        return _LAWS["hashed"].of(int(hashed.group(1)))
     match = _SPARSE.fullmatch(name)
     try:
         sparsity = float(match.group(1)) if match else math.nan
@@ -83,8 +118,8 @@ def parse_law(name: str | Law) -> Law:
         sparsity = math.nan
     if not 2.0 <= sparsity <= 65536.0:
         raise LawError(
-            f"law must be 'sign', 'uniform', 'normal' or 'sparse(s)' with 2 <= s <= 65536, got {name!r}; "
-            "use for example law='sign' or law='sparse(6)'"
+            "law must be 'sign', 'uniform', 'normal', 'sparse(s)' with 2 <= s <= 65536, or 'hashed', got "
+            f"{name!r}; use for example law='sign' or law='sparse(6)'"
         )
     threshold = round(65536 / sparsity)
     # All digits: ops get a law by its name, and a rounded s may have another threshold.

@@ -18,6 +18,8 @@ METHODS: dict[str, Method] = {
     "pranc": Pranc(num_basis=4, law="normal"),
     "nola-own-basis": Nola(r=2, num_basis=3, alpha=0.5, share_basis=False, parametrization="plain"),
     "pranc-own-basis": Pranc(num_basis=2, share_basis=False),
+    "nola-hashed": Nola(r=2, num_basis=5, num_basis_b=3, alpha=2.0, law="hashed"),
+    "pranc-hashed": Pranc(num_basis=4, share_basis=False, law="hashed"),
 }
 TASK = {
     "task": "sequence-classification", "labels": ["no", "yes"], "max_length": 128, "pooling": "mean",

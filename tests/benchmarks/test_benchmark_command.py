@@ -18,7 +18,7 @@ def csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_tiny_case_but_memory_runs(csv: Path) -> None:
-    others = ["basis", "prefill", "decode", "expand", "switch", "bank", "bank load", "bank cold"]
+    others = ["basis", "sums", "prefill", "decode", "expand", "switch", "bank", "bank load", "bank cold"]
     assert command.main(["--tiny", "--rounds", "2", "--output", str(csv), "--only", *others, "Llama 2×64"]) == 0
     runs = rows.read(csv)
     assert {run.family for run in runs} == {*others, "step"}

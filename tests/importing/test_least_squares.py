@@ -19,6 +19,7 @@ METHODS: dict[str, Method] = {
     "nola": Nola(r=3, num_basis=7, num_basis_b=9, alpha=6.0, seed=5),
     "nola-plain": Nola(r=3, num_basis=7, num_basis_b=9, alpha=6.0, parametrization="plain", law="normal"),
     "nola-own-basis": Nola(r=2, num_basis=6, alpha=1.0, share_basis=False, law="uniform"),
+    "nola-hashed": Nola(r=3, num_basis=7, num_basis_b=9, alpha=6.0, law="hashed"),
     "nola-wide": Nola(r=22, num_basis=5, alpha=6.0),
     "vera": Vera(r=6, seed=3),
     "vera-sparse": Vera(r=8, law="sparse(3)", d_initial=0.0),

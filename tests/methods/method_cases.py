@@ -3,10 +3,10 @@
 A new method is tested by adding its makers to :data:`MAKERS`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from randbasis.methods import Bound, Coefficients, LoraXs, Method, Nola, Pranc, 
 class Maker:
     """One method with hyper-parameters that matter, on a matrix of a shape that matters."""
 
-    make: Callable[..., Method]
+    make: type[Method]
     options: dict[str, Any]
     out: int
     in_: int
@@ -60,6 +60,15 @@ MAKERS = {
     "loraxs r>min": Maker(LoraXs, {"r": 8, "alpha": 4.0}, 6, 3),
 }
 LAWS = ("sign", "uniform", "normal", "sparse(3)")
+#: Every maker with every law that its method takes: the hashed one wants a sum of matrices.
+OF_LAWS = pytest.mark.parametrize(
+    ("maker", "law"),
+    [
+        pytest.param(maker, law, id=f"{name}-{law}")
+        for name, maker in MAKERS.items()
+        for law in (*LAWS, *(["hashed"] if maker.make.sums_its_basis else []))
+    ],
+)
 STORAGES = ("auto", "packed", "dense", "recompute")
 
 

@@ -17,7 +17,9 @@ VARIANCE = {"sign": 1.0, "uniform": 21845.0, "normal": 4.0, "sparse(3)": 2 * 218
 
 
 def basis(name: str, law: str, count: int, rows: int, cols: int) -> Tensor:
-    """Matrices of unit variance, (5)."""
+    """Matrices of unit variance, (5); of the hashed law those of a basis of so many, (25)."""
+    if law == "hashed":
+        return math.sqrt(count) * basis_entries(SEED, name, f"hashed({count})", (count, rows, cols)).double()
     return basis_entries(SEED, name, law, (count, rows, cols)).double() / math.sqrt(VARIANCE[law])
 
 
@@ -69,7 +71,7 @@ def pranc(c: Coefficients, law: str, out: int, in_: int, *, path: str) -> Tensor
 
 
 PATH = "/model.layers.7.mlp"
-CASES: dict[str, tuple[Callable[..., Method], dict[str, Any], Callable[..., Tensor], dict[str, Any]]] = {
+CASES: dict[str, tuple[type[Method], dict[str, Any], Callable[..., Tensor], dict[str, Any]]] = {
     "nola": (Nola, {"r": 4, "num_basis": 9, "alpha": 3.0}, nola, {"r": 4, "alpha": 3.0, "offset": True, "path": ""}),
     "nola k≠l": (
         Nola,
@@ -112,8 +114,14 @@ SHAPES = [(30, 30), (24, 140), (131, 20)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("law", [*LAWS, "sparse(6)"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "law"),
+    [
+        (name, law)
+        for name, (make, *_) in CASES.items()
+        for law in (*LAWS, "sparse(6)", *(["hashed"] if make.sums_its_basis else []))
+    ],
+)
 def test_value_and_gradient_against_formula(name: str, law: str, shape: tuple[int, int]) -> None:
     make, options, formula, facts = CASES[name]
     method = make(seed=SEED, law=law, **options)

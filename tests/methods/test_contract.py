@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from method_cases import LAWS, MAKERS, STORAGES, Maker, draw, leaves, trained
+from method_cases import LAWS, MAKERS, OF_LAWS, STORAGES, Maker, draw, leaves, trained
 from torch import Tensor
 
 from randbasis.contraction import weight_order
@@ -70,7 +70,7 @@ def test_starts_change_nothing_but_for_plain_nola(maker: Maker) -> None:
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("law", LAWS)
+@OF_LAWS
 @pytest.mark.parametrize("storage", STORAGES[1:])
 def test_factors_delta_and_apply_are_the_same_change(maker: Maker, law: str, storage: str) -> None:
     """In value and in every gradient, that of the tokens included: token order equals weight order."""
@@ -97,7 +97,7 @@ def test_factors_delta_and_apply_are_the_same_change(maker: Maker, law: str, sto
             torch.testing.assert_close(two, one, rtol=1e-11, atol=1e-11 * max(1.0, one.abs().max().item()))
 
 
-@pytest.mark.parametrize("law", LAWS)
+@OF_LAWS
 def test_storage_changes_no_number(maker: Maker, law: str) -> None:
     found = []
     for storage in STORAGES:
@@ -203,7 +203,7 @@ def test_one_coefficient_set_for_all_rows(maker: Maker) -> None:
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("law", LAWS)
+@OF_LAWS
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)], ids=str
 )

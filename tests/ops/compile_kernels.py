@@ -58,8 +58,16 @@ def main() -> None:
     triton.combine_each(torch.zeros(3, 1, 128), layer, [0, 1, 2**32 - 1])
     for law in ("uniform", "normal", "sparse(6)"):
         triton.expand(Slab(Basis.named(0, 0, law), 2, 3, 96), Tile(0, 2, 0, 3), torch.bfloat16, CPU)
+    hashed = Slab(Basis.named(0, 0, "hashed"), 1000, 16, 4096)
+    triton.combine(torch.zeros(1, 1000), hashed)
+    triton.combine_each(torch.zeros(3, 16, 1000, dtype=torch.bfloat16), hashed, [0, 1, 2**32 - 1])
+    triton.inner(torch.zeros(16, 16, 4096, dtype=torch.float16), hashed, triton.words(hashed, hashed.drawn, CPU))
+    triton.inner_each(torch.zeros(3, 16, 16, 4096), hashed, [0, 1, 2**32 - 1])
     smallest = Slab(Basis.named(1, 1, "sign"), 1, 1, 1)
     triton.words(smallest, Tile(0, 1, 0, 1), CPU)
+    triton.combine(torch.zeros(1, 1), smallest)
+    triton.inner(torch.zeros(1, 1, 1, dtype=torch.float16), smallest)
+    smallest = Slab(Basis.named(1, 1, "hashed"), 1, 1, 1)
     triton.combine(torch.zeros(1, 1), smallest)
     triton.inner(torch.zeros(1, 1, 1, dtype=torch.float16), smallest)
 

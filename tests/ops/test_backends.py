@@ -13,7 +13,7 @@ from randbasis.ops import Slab, backends, cpu, hold, project, reference, triton
 from randbasis.ops.reference import Tile, subtiles, tiles
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-LAWS = ("sign", "uniform", "normal", "sparse(3)")
+LAWS = ("sign", "uniform", "normal", "sparse(3)", "hashed")
 
 
 @pytest.fixture

@@ -427,6 +427,6 @@ def test_without_a_place_for_compiled_code_kernels_run_and_say_so_once(monkeypat
         return 2 * x
 
     with pytest.warns(UserWarning, match="set NUMBA_CACHE_DIR") as caught:
-        compiled = [cpu_kernels._kernel(double), cpu_kernels._kernel(double)]
+        compiled = [cpu_kernels.kernel(double), cpu_kernels.kernel(double)]
     assert len(caught) == 1
     assert [function(21) for function in compiled] == [42, 42]

@@ -14,8 +14,8 @@ from randbasis.basis_storage import BasisStorage
 from randbasis.errors import BasisShapeError, DifferentiationError, StorageError
 from randbasis.ops import Slab, combine, combine_each, entries, hold, project, sandwich, weighted_sum
 
-LAWS = ("sign", "uniform", "normal", "sparse(3)")
-POWERS = {"sign": 1.0, "uniform": 2.0**-8, "normal": 0.5, "sparse(3)": 1.0}
+LAWS = ("sign", "uniform", "normal", "sparse(3)", "hashed")
+POWERS = {"sign": 1.0, "uniform": 2.0**-8, "normal": 0.5, "sparse": 1.0, "hashed": 1.0}
 STORAGES: tuple[BasisStorage, ...] = ("packed", "dense", "recompute")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("reference", "auto")
@@ -42,7 +42,7 @@ def naive(slab: Slab) -> Tensor:
     """Entries of a slab times their power of two, math (5), as float64, by the specification alone."""
     basis = slab.basis
     return (
-        POWERS[basis.law.name]
+        POWERS[basis.law.kind]
         * basis_entries(basis.seed, basis.stream, basis.law, (slab.count, slab.rows, slab.cols)).double()
     )
 
@@ -166,9 +166,10 @@ def test_tensors_that_are_not_contiguous(storage: BasisStorage) -> None:
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_slabs_against_each_alone(storage: BasisStorage, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("law", ["sign", "hashed"])
+def test_many_slabs_against_each_alone(law: str, storage: BasisStorage, dtype: torch.dtype) -> None:
     """Values and gradients of slabs that differ in their stream alone."""
-    slabs = [slab_of("sign", 6, 4, 150, name=f"ops/each/{number}") for number in range(3)]
+    slabs = [slab_of(law, 6, 4, 150, name=f"ops/each/{number}") for number in range(3)]
     held = [hold(slab, storage) for slab in slabs]
     c = numbers(3, 2, 6, dtype=dtype).requires_grad_()
     weights = numbers(3, 2, 4, 150, dtype=dtype, seed=1)
@@ -332,7 +333,7 @@ def test_a_second_derivative_under_autocast(storage: BasisStorage) -> None:
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("law", ["sign", "sparse(3)"])
+@pytest.mark.parametrize("law", ["sign", "sparse(3)", "hashed"])
 def test_gradcheck_and_gradgradcheck_of_products(storage: BasisStorage, law: str) -> None:
     slab = slab_of(law, 3, 2, 5)
     held = hold(slab, storage)
@@ -382,23 +383,25 @@ def name_of(slab: Slab) -> list[int]:
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("join_rows", [True, False])
 @pytest.mark.parametrize("transpose", [True, False])
-def test_opcheck_of_product(storage: str, dtype: torch.dtype, join_rows: bool, transpose: bool) -> None:
-    slab = slab_of("sign", 3, 2, 5)
+@pytest.mark.parametrize("law", ["sign", "hashed"])
+def test_opcheck_of_product(law: str, storage: str, dtype: torch.dtype, join_rows: bool, transpose: bool) -> None:
+    slab = slab_of(law, 3, 2, 5)
     held = hold(slab, storage)  # type: ignore[arg-type]
     height, width = (6, 5) if join_rows else (3, 10)
     x = numbers(4, height if transpose else width, dtype=dtype).requires_grad_()
-    arguments = (x, name_of(slab), "sign", join_rows, transpose, storage)
+    arguments = (x, name_of(slab), slab.basis.law.name, join_rows, transpose, storage)
     torch.library.opcheck(torch.ops.randbasis.product.default, arguments)
     assert held.storage == storage
 
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("transpose", [True, False])
-def test_opcheck_of_product_each(storage: str, transpose: bool) -> None:
-    slab = slab_of("sign", 3, 2, 5)
+@pytest.mark.parametrize("law", ["sign", "hashed"])
+def test_opcheck_of_product_each(law: str, storage: str, transpose: bool) -> None:
+    slab = slab_of(law, 3, 2, 5)
     held = hold(slab, storage)  # type: ignore[arg-type]
     x = numbers(2, 4, 3 if transpose else 10, dtype=torch.float32).requires_grad_()
-    arguments = (x, name_of(slab), [slab.basis.stream, 7], "sign", transpose, storage)
+    arguments = (x, name_of(slab), [slab.basis.stream, 7], slab.basis.law.name, transpose, storage)
     torch.library.opcheck(torch.ops.randbasis.product_each.default, arguments)
     assert held.storage == storage
 

@@ -149,6 +149,8 @@ OPTIONS: dict[str, tuple[type[RandbasisConfig], dict[str, Any]]] = {
     "randlora": (RandLoraConfig, {"r": 5, "scaling": "paper", "law": "sparse(3)"}),
     "pranc": (PrancConfig, {"num_basis": 6, "law": "uniform"}),
     "loraxs": (LoraXsConfig, {"r": 4}),
+    "nola-hashed": (NolaConfig, {"r": 3, "num_basis": 6, "num_basis_b": 5, "law": "hashed"}),
+    "pranc-hashed": (PrancConfig, {"num_basis": 6, "law": "hashed"}),
 }
 #: One of each method, for tests in which its options do not matter.
 ONE_EACH = ("nola", "vera", "randlora", "pranc", "loraxs")
@@ -258,11 +260,11 @@ def naive_delta(
 ) -> Tensor:
     """ΔW by the formulas of math §2, written plainly in float64 on the basis, or the base weight, alone."""
     method = config.method_for(path.partition("[")[0])
-    unit = parse_law(method.law).variance ** -0.5
 
     def basis(role: str, count: int, rows: int, cols: int) -> Tensor:
+        law = parse_law(method.law).of(count)
         name = f"{method.name}/{role}" + ("" if method.shares_basis else f"/{path}")
-        return unit * basis_entries(method.seed, name, method.law, (count, rows, cols)).double()
+        return law.variance**-0.5 * basis_entries(method.seed, name, law, (count, rows, cols)).double()
 
     c = {name: tensor.detach().double() for name, tensor in coefficients.items()}
     if isinstance(method, Nola):

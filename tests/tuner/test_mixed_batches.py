@@ -36,7 +36,7 @@ def three_adapters(case: Case) -> PeftModel:
     """Two on one basis, and one on a basis, rank and law of its own."""
     model = case.adapted()
     add_adapter(model, "same_basis", case.config(), 2)
-    own = {"seed": 5, "law": "normal"} | ({} if case.method == "pranc" else {"r": 4})
+    own = {"seed": 5, "law": "normal"} | ({} if case.method.startswith("pranc") else {"r": 4})
     add_adapter(model, "own_basis", case.config(**own), 3)
     return model
 

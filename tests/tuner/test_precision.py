@@ -42,7 +42,7 @@ def test_coefficients_stay_float32_and_outputs_follow_the_base(case, dtype):
     exact = get_peft_model(rounded, case.config())
     fill(exact)
     wanted = outputs(exact.eval(), batch_in(case, dtype) if dtype == torch.float32 else case.batch())
-    assert (result.float() - wanted).abs().max() < 0.08 * wanted.abs().max()
+    assert (result.float() - wanted).abs().max() < 0.1 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("dtype", HALF)

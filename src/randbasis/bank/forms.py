@@ -148,7 +148,7 @@ class FactorForm(Form):
     def work(self) -> int:
         """Multiply-adds that make one adapter."""
         slabs = [(one.wanted.basis.slab, len(one.columns)) for one in self._sums]
-        return sum(slab.count * slab.rows * slab.cols * matrices for slab, matrices in slabs)
+        return sum(slab.summands * slab.rows * slab.cols * matrices for slab, matrices in slabs)
 
     def make(self, coefficients: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """One call for each sum that matrices share."""

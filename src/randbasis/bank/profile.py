@@ -123,6 +123,8 @@ class Profile:
         shared, factors = self.forms["coefficients"], self.forms.get("factors")
         if not isinstance(factors, FactorForm) or len(tokens) > room:
             return shared
+        if any(bound.disjoint for bound in self._bounds):  # the other form makes the factors of each row in each pass
+            return factors
         if dtype == torch.float16:  # sums of a basis whose entries go to 255 leave its range where they are not scaled
             return factors
         total = sum(tokens)

@@ -98,7 +98,9 @@ def train(
     basis_b: MatricesOfB = None,
     alpha: Annotated[float | None, of_adapter(help="Scale (nola, randlora, loraxs, lora).")] = None,
     seed: Annotated[int, of_adapter(help="Seed of the basis.")] = AdapterSettings.seed,
-    law: Annotated[str | None, of_adapter(help="Law of the basis: sign, uniform, normal, sparse(S).")] = None,
+    law: Annotated[
+        str | None, of_adapter(help="Law of the basis: sign, uniform, normal, sparse(S), hashed (nola, pranc).")
+    ] = None,
     parametrization: Annotated[str | None, of_adapter(help="offset or plain (nola).")] = None,
     unique_basis: UniqueBasis = False,
     targets: Targets = TARGETS,

@@ -91,7 +91,8 @@ def import_(
     unique_basis: Annotated[bool, Option(help="A basis of its own for each layer (nola, pranc).")] = False,
     seed: Annotated[int, Option(help="Seed of the basis (nola, vera, pranc).")] = AdapterSettings.seed,
     law: Annotated[
-        str | None, Option(help="Law of the basis: sign, uniform, normal, sparse(S) (nola, vera, pranc).")
+        str | None,
+        Option(help="Law of the basis: sign, uniform, normal, sparse(S) (nola, vera, pranc), hashed (nola, pranc)."),
     ] = None,
     limit: Annotated[float | None, Option(help="Write nothing above this ‖ΔW − ΔŴ‖ / ‖ΔW‖, such as 0.5.")] = None,
     dtype: Annotated[

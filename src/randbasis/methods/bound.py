@@ -163,6 +163,11 @@ class Bound(ABC, Generic[M]):
         """See :meth:`randbasis.methods.Method.bind`; a method that needs the weight makes its matrices here."""
         return cls(method, site)
 
+    @property
+    def disjoint(self) -> bool:
+        """Whether a sum of its matrices costs one pass over one of them, math (25): nothing is then shared by rows."""
+        return any(one.basis.slab.disjoint for one in self.sums.values())
+
     def of_base(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """The frozen matrices that are made of the base weight.
 

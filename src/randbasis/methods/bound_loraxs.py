@@ -1,4 +1,4 @@
-"""The arithmetic of LoRA-XS, math (25)-(27)."""
+"""The arithmetic of LoRA-XS, math (27)-(29)."""
 
 from collections.abc import Callable, Mapping
 from typing import cast
@@ -34,14 +34,14 @@ class BoundLoraXs(Bound[LoraXs]):
         return Factors(left @ (self._scale * r), right.expand(*r.shape[:-2], *right.shape))
 
     def apply(self, x: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
-        """``U (R (Σ Vᵀ x))`` by row, math (27): two shared products, whatever the number of adapters."""
+        """``U (R (Σ Vᵀ x))`` by row, math (29): two shared products, whatever the number of adapters."""
         left, right = self.of_base(x.dtype, x.device)
         core = (self._scale * prepared["loraxs_r"]).to(x.dtype)
         return linear(matmul_rows(linear(x, right), core), left)
 
 
 def leading_triplets(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``U`` of ``[out, rank]`` and ``Σ Vᵀ`` of ``[rank, in]``, the largest singular values first, math (25).
+    """``U`` of ``[out, rank]`` and ``Σ Vᵀ`` of ``[rank, in]``, the largest singular values first, math (27).
 
     Of the two signs that a pair of vectors may have, it is the one by which the entry of largest modulus in its left
     vector (the first of equals) is positive.

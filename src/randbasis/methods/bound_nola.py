@@ -19,14 +19,15 @@ class BoundNola(Bound[Nola]):
         has_offset = method.parametrization == "offset"
         super().__init__(method, site, *shapes[: 3 if has_offset else 2])
         # Real factors of the sums of A and B: standard deviation and, with an offset, 1/√k and 1/√l.
-        unit, scaling = method.unit, method.alpha / method.r
+        scaling = method.alpha / method.r
         a, b, *rest = self.bases
+        unit_a, unit_b = (one.slab.basis.law.unit for one in (a, b))
         if has_offset:
-            scale_a, scale_b = unit / math.sqrt(3 * method.num_basis), unit / math.sqrt(3 * method.basis_b)
-            of_a = WeightedSum(a, scale_a, rest[0], unit / math.sqrt(3 * in_))
+            scale_a, scale_b = unit_a / math.sqrt(3 * method.num_basis), unit_b / math.sqrt(3 * method.basis_b)
+            of_a = WeightedSum(a, scale_a, rest[0], rest[0].slab.basis.law.unit / math.sqrt(3 * in_))
         else:
-            deviation = unit / math.sqrt(3 * method.r)
-            of_a, scale_b = WeightedSum(a, deviation / math.sqrt(in_)), deviation / math.sqrt(out)
+            of_a = WeightedSum(a, unit_a / math.sqrt(3 * method.r) / math.sqrt(in_))
+            scale_b = unit_b / math.sqrt(3 * method.r) / math.sqrt(out)
         self.sums = {"nola_a": of_a, "nola_b": WeightedSum(b, scale_b * scaling)}
 
     def factors(self, coefficients: Coefficients) -> Factors:
@@ -53,7 +54,12 @@ class BoundNola(Bound[Nola]):
         return matmul_rows(matmul_rows(x, prepared["down"]), prepared["up"])
 
     def apply_shared(self, x: Tensor, coefficients: Coefficients) -> Tensor:
-        """``Σⱼ bⱼ Bⱼ (A⁰ x + Σᵢ aᵢ (Aᵢ x))`` by row, math (23): products with the basis, whatever the adapters."""
+        """``Σⱼ bⱼ Bⱼ (A⁰ x + Σᵢ aᵢ (Aᵢ x))`` by row, math (23): products with the basis, whatever the adapters.
+
+        The factors of a disjoint basis cost one pass over them, whatever ``k`` is: there each row has its own.
+        """
+        if self.disjoint:
+            return self.apply(x, {name: one.to(x.dtype) for name, one in self.prepare(coefficients).items()})
         r, (a, b) = self.method.r, self.bases[:2]
         of_a, of_b = self.sums.values()
         # The smallest of the real factors goes with the coefficients, which float16 holds; the sums are near 1 in size.
@@ -65,7 +71,9 @@ class BoundNola(Bound[Nola]):
         return project((down.unsqueeze(-2) * weights).flatten(-2), b, transpose=True)
 
     def shared_cost(self, tokens: int) -> float:
-        """Every matrix of the basis instead of one sum."""
+        """Every matrix of the basis instead of one sum; of a disjoint one the sums, at most one a token."""
+        if self.disjoint:
+            return 2 * self.token_cost(tokens, training=False)
         k, basis_b = self.method.num_basis, self.method.basis_b
         return tokens * self.rank * (k * self.in_features + basis_b * self.out_features)
 

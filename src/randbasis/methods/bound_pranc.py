@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from randbasis.methods.bound import Bound, Coefficients, Factors, Site, WeightedSum, matmul_rows
 from randbasis.methods.pranc import Pranc
@@ -17,7 +18,7 @@ class BoundPranc(Bound[Pranc]):
     def __init__(self, method: Pranc, site: Site) -> None:
         super().__init__(method, site, (method.num_basis, site.out_features, site.in_features))
         (basis,) = self.bases
-        self.sums = {"pranc_a": WeightedSum(basis, method.unit / math.sqrt(method.num_basis))}
+        self.sums = {"pranc_a": WeightedSum(basis, basis.slab.basis.law.unit / math.sqrt(method.num_basis))}
 
     def factors(self, coefficients: Coefficients) -> Factors:
         """No low-rank factors: the identity and ΔW itself."""
@@ -46,13 +47,22 @@ class BoundPranc(Bound[Pranc]):
         return matmul_rows(x, prepared["delta"])
 
     def apply_shared(self, x: Tensor, coefficients: Coefficients) -> Tensor:
-        """``Σᵢ aᵢ (Wᵢ x)`` by row: one product with the basis, whatever the adapters."""
+        """``Σᵢ aᵢ (Wᵢ x)`` by row: one product with the basis, whatever the adapters.
+
+        ΔW of a disjoint basis costs one pass over it, whatever ``k`` is: there each row has its own, one at a time.
+        """
+        if self.disjoint:
+            a = coefficients["pranc_a"].expand(x.shape[0], -1)
+            pairs = zip(x, a, strict=True)
+            return torch.stack([linear(row, self.matrix({"pranc_a": own}, x.dtype)) for row, own in pairs])
         (basis,) = self.bases
         weights = (coefficients["pranc_a"] * self.sums["pranc_a"].factor).to(x.dtype)[:, None, :, None]
         return (project(x, basis).view(*x.shape[:-1], -1, self.out_features) * weights).sum(-2)
 
     def shared_cost(self, tokens: int) -> float:
-        """A product with every matrix of the basis."""
+        """A product with every matrix of the basis; of a disjoint one ΔW itself, at most one a token."""
+        if self.disjoint:
+            return 2 * self.token_cost(tokens, training=False)
         return self.method.num_basis * self.token_cost(tokens, training=False)
 
     def token_cost(self, tokens: int, *, training: bool) -> float:

@@ -20,7 +20,7 @@ class BoundRandLora(Bound[RandLora]):
         super().__init__(method, site, (1, method.r, min(out, in_)), (terms, method.r, max(out, in_)))
         self._terms, self._wide_in = terms, in_ > out
         # Scaling times the unit factors of A and B.
-        self._scale = method.scaling_at(out, in_) * method.unit**2
+        self._scale = method.scaling_at(out, in_) * self.bases[0].slab.basis.law.unit ** 2
 
     def factors(self, coefficients: Coefficients) -> Factors:
         """``[B₀ B₁ …]`` and ``[Λ₀ A Γ₀; Λ₁ A Γ₁; …]``, swapped and transposed when in > out."""

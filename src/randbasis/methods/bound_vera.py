@@ -17,9 +17,10 @@ class BoundVera(Bound[Vera]):
     def __init__(self, method: Vera, site: Site) -> None:
         super().__init__(method, site, (1, method.r, site.in_features), (1, method.r, site.out_features))
         # Standard deviations √(2/in) of A, with the matrix's own in, and √(2/r) of B.
-        self._scale_a = method.unit * math.sqrt(2 / site.in_features)
-        self._scale_b = method.unit * math.sqrt(2 / method.r)
-        self._scale = method.unit**2 * math.sqrt(2 / site.in_features) * math.sqrt(2 / method.r)
+        unit = self.bases[0].slab.basis.law.unit
+        self._scale_a = unit * math.sqrt(2 / site.in_features)
+        self._scale_b = unit * math.sqrt(2 / method.r)
+        self._scale = unit**2 * math.sqrt(2 / site.in_features) * math.sqrt(2 / method.r)
 
     def factors(self, coefficients: Coefficients) -> Factors:
         """``Λ_b B Λ_d`` of ``[..., out, r]`` and the frozen ``A`` of ``[..., r, in]``.

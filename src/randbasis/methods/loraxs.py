@@ -1,4 +1,4 @@
-"""LoRA-XS, Bałazy et al., 2024, arXiv 2405.17604: math (25)-(26)."""
+"""LoRA-XS, Bałazy et al., 2024, arXiv 2405.17604: math (27)-(28)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,7 +8,7 @@ from randbasis.methods.method import Method, check_finite, check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class LoraXs(Method):
-    """``ΔW = (alpha / r) · U R Σ Vᵀ`` with the leading singular vectors and values of the base weight, math (25).
+    """``ΔW = (alpha / r) · U R Σ Vᵀ`` with the leading singular vectors and values of the base weight, math (27).
 
     Seed and law decide nothing of ΔW, and are compared all the same, as those of every method; from the seed comes the
     noise of ``init_weights=False``.
@@ -32,7 +32,7 @@ class LoraXs(Method):
         check_finite("alpha", self.alpha)
 
     def coefficient_shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-        """``R``, whatever the shape of the matrix, math (26)."""
+        """``R``, whatever the shape of the matrix, math (28)."""
         q = self.rank(out_features, in_features)
         return {"loraxs_r": (q, q)}
 

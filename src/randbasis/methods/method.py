@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from randbasis.basis_storage import BasisStorage, check_storage
-from randbasis.errors import CoefficientCountError, HyperparameterError, RankError
+from randbasis.errors import CoefficientCountError, HyperparameterError, LawError, RankError
 from randbasis.laws import check_seed, parse_law, stream_of
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Method(ABC):
 
     Attributes:
         seed: 64-bit seed of all its bases.
-        law: law of their entries.
+        law: law of their entries; ``"hashed"``, for methods that sum matrices, has their number for its k.
         basis_storage: how the bases are kept between calls; changes cost, never values.
     """
 
@@ -70,6 +70,8 @@ class Method(ABC):
     """How many of the two factors depend on coefficients; the other is frozen."""
     needs_base: ClassVar[bool] = False
     """Whether its frozen matrices are made of the base weight, and not drawn from the seed."""
+    sums_its_basis: ClassVar[bool] = False
+    """Whether coefficients weight whole matrices in a sum, so that these may be disjoint, math (25)."""
 
     seed: int = 0
     law: str = "sign"
@@ -77,8 +79,24 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        parse_law(self.law)
+        self._check_law()
         check_storage(self.basis_storage)
+
+    def _check_law(self) -> None:
+        law = parse_law(self.law)
+        if not law.disjoint:
+            return
+        if not self.sums_its_basis:
+            raise LawError(
+                f"law must be one whose matrices are whole for {self.name}: 'hashed' gives each entry of a sum of "
+                f"matrices to one coefficient (25), and {self.name} has no such sum, got {self.law!r}; use law='sign', "
+                "or nola or pranc with law='hashed'"
+            )
+        if law.matrices:
+            raise LawError(
+                f"law must not say its k for {self.name}: the number of its basis matrices says it, got {self.law!r}; "
+                f"use law='hashed' and num_basis={law.matrices}"
+            )
 
     # --- what is counted and stored ---
 
@@ -121,12 +139,6 @@ class Method(ABC):
             path: module path of the matrix; used only when the basis is not shared.
         """
         return _streams(self.name, self.roles, "" if self.shares_basis else f"/{path}")
-
-    @property
-    def unit(self) -> float:
-        """The part of the real factor for unit variance that the entries do not carry, in [1, 2), math (5)."""
-        law = parse_law(self.law)
-        return law.unit_scale / law.power
 
     # --- coefficients become a change of the layer ---
 

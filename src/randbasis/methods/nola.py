@@ -26,6 +26,7 @@ class Nola(Method):
     name: ClassVar[str] = "nola"
     arithmetic: ClassVar[str] = "randbasis.methods.bound_nola.BoundNola"
     roles: ClassVar[tuple[str, ...]] = ("A", "B", "A0")
+    sums_its_basis: ClassVar[bool] = True
     trained_factors: ClassVar[int] = 2
 
     r: int

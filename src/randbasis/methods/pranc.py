@@ -18,6 +18,7 @@ class Pranc(Method):
     name: ClassVar[str] = "pranc"
     arithmetic: ClassVar[str] = "randbasis.methods.bound_pranc.BoundPranc"
     roles: ClassVar[tuple[str, ...]] = ("W",)
+    sums_its_basis: ClassVar[bool] = True
 
     num_basis: int
     share_basis: bool = True

@@ -13,7 +13,8 @@ op                      what it computes
 ======================  ==========================================================================================
 
 The entries that they multiply by are the integers of math (3) times the power of two of their law, math (5): exact in
-every dtype, and of unit variance within a factor of two, so that float16 holds sums of them.
+every dtype, and of unit variance within a factor of two, so that float16 holds sums of them. Those of the hashed law
+(25) are 1, 0 and −1: a sum of them has one term in each place, is a gather, and its gradient a sum by segments.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from randbasis.basis import Basis
 from randbasis.basis_storage import check_storage
 from randbasis.errors import BasisShapeError
 from randbasis.laws import Law, parse_law
-from randbasis.ops import backends
+from randbasis.ops import backends, hashed
 from randbasis.ops.reference import Slab, Tile, tiles
 from randbasis.ops.storage import (
     Derived,
@@ -227,7 +228,10 @@ def combine(coefficients: Tensor, stored: Stored) -> Tensor:
     Raises:
         BasisShapeError: the coefficients do not end in ``count``.
     """
-    slab, plain = stored.slab, _plain(stored, coefficients)
+    slab = stored.slab
+    if slab.disjoint and transformed():
+        return hashed.gathered(coefficients, stored)
+    plain = _plain(stored, coefficients)
     flat = coefficients.reshape(-1, coefficients.shape[-1])
     if plain is not None and flat.shape[1] == slab.count:
         out = _linear(flat, plain.view(slab.count, -1).T)
@@ -249,7 +253,10 @@ def inner(vectors: Tensor, stored: Stored) -> Tensor:
     Raises:
         BasisShapeError: the vectors do not end in ``rows, cols``.
     """
-    slab, plain = stored.slab, _plain(stored, vectors)
+    slab = stored.slab
+    if slab.disjoint and transformed():
+        return hashed.segment_sums(vectors, stored)
+    plain = _plain(stored, vectors)
     flat = vectors.reshape(-1, vectors.shape[-2] * vectors.shape[-1])
     if plain is not None and vectors.shape[-2:] == (slab.rows, slab.cols):
         out = _linear(flat, plain.view(slab.count, -1))

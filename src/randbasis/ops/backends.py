@@ -86,22 +86,30 @@ def wide(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def words(slab: Slab, device: torch.device) -> Tensor:
-    """Raw words of a whole slab, int32 ``[count, rows, 4 * blocks]``, math (2)."""
+    """Raw words of a whole slab, int32 ``[count, rows, 4 * blocks]``, math (2); of a hashed one, of one matrix."""
+    return _words(slab, slab.drawn, device)
+
+
+def _words(slab: Slab, tile: Tile, device: torch.device) -> Tensor:
     backend = chosen(device, torch.int32)
     if backend == "triton":
-        return triton.words(slab, Tile(0, slab.count, 0, slab.rows), device)
+        return triton.words(slab, tile, device)
     if backend == "cpu":
         basis = slab.basis
-        return cpu.words(*basis.key, basis.stream, 0, slab.count, 0, slab.rows, 0, slab.blocks)
-    parts = [reference.words(slab, tile, device).flatten() for tile in reference.tiles(slab)]
+        return cpu.words(*basis.key, basis.stream, tile.index, tile.count, tile.row, tile.rows, 0, slab.blocks)
+    parts = [reference.words(slab, small, device).flatten() for small in reference.subtiles(slab, tile)]
     empty = torch.empty(0, dtype=torch.int32, device=device)
-    return torch.cat([empty, *parts]).view(slab.count, slab.rows, 4 * slab.blocks)
+    return torch.cat([empty, *parts]).view(tile.count, tile.rows, 4 * slab.blocks)
 
 
 def expand(slab: Slab, tile: Tile, dtype: torch.dtype, device: torch.device, packed: Tensor | None = None) -> Tensor:
     """Entries of a tile in floating point, ``[count, rows, cols]``; see :func:`reference.expand`."""
     if wide(device, dtype) != dtype:
         return expand(slab, tile, wide(device, dtype), device, packed).to(dtype)
+    if slab.basis.law.disjoint:
+        mine = reference.drawn_for(slab, tile)
+        raw = _words(slab, mine, device) if packed is None else reference.part(packed, mine)
+        return reference.scattered(slab, tile, raw, dtype)
     backend = chosen(device, dtype)
     part = None if packed is None else reference.part(packed, tile)
     if backend == "triton":
@@ -158,7 +166,7 @@ def project(x: Tensor, slab: Slab, packed: Tensor | None, *, transpose: bool) ->
             f"{PROJECT_ENVIRONMENT} must be one of {list(PROJECTS)}, got {way!r}; unset it for the default"
         )
     fused = way == "fused" or (way == "auto" and x.shape[0] <= FUSED_VECTORS)
-    if fused and chosen(x.device, x.dtype) == "triton":
+    if fused and not slab.basis.law.disjoint and chosen(x.device, x.dtype) == "triton":
         return triton.project(x, slab, packed, transpose=transpose)
     out = x.new_zeros(x.shape[0], slab.cols if transpose else slab.count * slab.rows)
     for tile in reference.tiles(slab, tile_entries(x.device)):

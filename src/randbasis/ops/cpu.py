@@ -34,6 +34,10 @@ _VECTORS = 128
 """Coefficient vectors that share one pass over the basis: as many as keep their sums in the second-level cache."""
 _PARTS = 32
 """Units of work that :func:`inner` aims at: a constant, so that its sums do not depend on the machine."""
+_PLACES_A_SUM = 16
+"""Places for each sum of a part, at least, where a disjoint slab is cut into parts."""
+_SUMS = 1 << 14
+"""Sums that are added to in turn, in float64: as many as the first two levels of the cache hold."""
 
 
 @cache
@@ -205,10 +209,10 @@ def expand(slab: Slab, tile: Tile, dtype: torch.dtype, packed: Tensor | None = N
 
 
 def combine(coefficients: Tensor, slab: Slab, packed: Tensor | None = None) -> Tensor:
-    """``Σᵢ c[n, i] · entries[i]``, math (6), (8), (18); see :func:`randbasis.ops.reference.combine`.
+    """``Σᵢ c[n, i] · entries[i]``, math (6), (8), (18), (25); see :func:`randbasis.ops.reference.combine`.
 
     The basis is generated, or read from its words, once for 128 vectors of coefficients, and never exists in floating
-    point but for a few kilobytes.
+    point but for a few kilobytes. That of the hashed law is one word a place, read once.
 
     Raises:
         BasisShapeError: the coefficients or the words are not those of the slab.
@@ -218,10 +222,12 @@ def combine(coefficients: Tensor, slab: Slab, packed: Tensor | None = None) -> T
     n = coefficients.shape[0]
     if coefficients.shape != (n, slab.count):
         raise BasisShapeError(f"coefficients must be [n, {slab.count}], got {list(coefficients.shape)}")
-    source = _source(slab.basis, packed, (slab.count, slab.rows, 4 * slab.blocks))
+    source = _source(slab.basis, packed, (slab.drawn.count, slab.rows, 4 * slab.blocks))
     out = torch.empty(n, slab.rows, slab.cols, dtype=coefficients.dtype, device="cpu")
     if not out.numel():
         return out
+    if slab.basis.law.disjoint:
+        return _gather(out, coefficients, source)
     padded = coefficients.new_zeros(n, -(-slab.count // kernels.LINES) * kernels.LINES)
     padded[:, : slab.count] = coefficients
     sums, factors, decoder = out.numpy(), padded.detach().numpy(), _decoder(slab.basis.law)
@@ -236,7 +242,7 @@ def combine(coefficients: Tensor, slab: Slab, packed: Tensor | None = None) -> T
 
 
 def inner(vectors: Tensor, slab: Slab, packed: Tensor | None = None) -> Tensor:
-    """``⟨vectors[n], entries[i]⟩``, math (10); see :func:`randbasis.ops.reference.inner`.
+    """``⟨vectors[n], entries[i]⟩``, math (10), (25); see :func:`randbasis.ops.reference.inner`.
 
     Raises:
         BasisShapeError: the vectors or the words are not those of the slab.
@@ -246,10 +252,13 @@ def inner(vectors: Tensor, slab: Slab, packed: Tensor | None = None) -> Tensor:
     n = vectors.shape[0]
     if vectors.shape != (n, slab.rows, slab.cols):
         raise BasisShapeError(f"vectors must be [n, {slab.rows}, {slab.cols}], got {list(vectors.shape)}")
-    source = _source(slab.basis, packed, (slab.count, slab.rows, 4 * slab.blocks))
+    source = _source(slab.basis, packed, (slab.drawn.count, slab.rows, 4 * slab.blocks))
     if not vectors.numel() or not slab.count:
         return vectors.new_zeros(n, slab.count)
-    matrices, decoder = vectors.detach().contiguous().numpy(), _decoder(slab.basis.law)
+    matrices = vectors.detach().contiguous().numpy()
+    if slab.basis.law.disjoint:
+        return _segment_sums(matrices, slab.count, source).to(vectors.dtype)
+    decoder = _decoder(slab.basis.law)
     spans, places = -(-slab.count // kernels.SPAN), slab.rows * _strips(slab.cols)
     share = -(-places // max(1, _PARTS // spans))
     parts = -(-places // share)
@@ -263,3 +272,38 @@ def inner(vectors: Tensor, slab: Slab, packed: Tensor | None = None) -> Tensor:
     # NumPy's sum, because torch may split one over threads.
     out.numpy()[:] = sums.sum(0)[:, : slab.count] * slab.basis.law.power
     return out
+
+
+# --- the hashed law ----------------------------------------------------------------------------------------------
+
+
+def _gather(out: Tensor, coefficients: Tensor, source: "Source") -> Tensor:
+    """Fill ``out``, ``[n, rows, cols]``, with the one term of each place, math (25)."""
+    from randbasis.ops import hashed_kernels as kernels
+
+    sums, factors = out.numpy(), coefficients.detach().contiguous().numpy()
+
+    def kernel(start: int, stop: int) -> None:
+        kernels.combine(sums, factors, source, start, stop)
+
+    n, rows, cols = out.shape
+    _run(kernel, rows * _strips(cols), rows * cols * (1 + n))
+    return out
+
+
+def _segment_sums(vectors: "Floats", count: int, source: "Source") -> Tensor:
+    """Sums over the places of each matrix, float64 ``[n, count]``, math (25), in parts that the shape alone decides."""
+    from randbasis.ops import hashed_kernels as kernels
+
+    n, rows, cols = vectors.shape
+    places = rows * _strips(cols)
+    # A part has sums of its own, to clear and to add up: it is worth them from several places a sum on.
+    share = -(-places // max(1, min(_PARTS, places, rows * cols // (_PLACES_A_SUM * count))))
+    sums = torch.empty(-(-places // share), n, count, dtype=torch.float64, device="cpu").numpy()
+    group = max(1, _SUMS // count)
+
+    def kernel(start: int, stop: int) -> None:
+        kernels.inner(sums, vectors, share, group, source, start, stop)
+
+    _run(kernel, len(sums) * -(-n // group), rows * cols * (1 + n))
+    return torch.from_numpy(sums.sum(0))  # NumPy's, as in `inner`

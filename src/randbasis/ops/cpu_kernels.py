@@ -49,12 +49,12 @@ _INCREMENT1 = np.uint64(0xBB67AE85)
 _ONE = np.uint32(1)
 
 
-def _inlined(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def inlined(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """numba's decorator with its types: a part of the kernels."""
     return njit(**options)  # pyright: ignore[reportUnknownVariableType]
 
 
-def _kernel(function: Callable[P, R]) -> Callable[P, R]:
+def kernel(function: Callable[P, R]) -> Callable[P, R]:
     """A kernel: it runs without the GIL, and its compiled code is kept on disk where numba finds a place for it."""
     try:
         return njit(nogil=True, cache=True)(function)
@@ -74,7 +74,7 @@ def _say_that_nothing_is_kept() -> None:
     )
 
 
-@_inlined()
+@inlined()
 def _round(
     c0: np.uint64, c1: np.uint64, c2: np.uint64, c3: np.uint64, k0: np.uint64, k1: np.uint64
 ) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
@@ -85,8 +85,8 @@ def _round(
     return (product1 >> _HALF) ^ c1 ^ k0, product1, (product0 >> _HALF) ^ c3 ^ k1, product0
 
 
-@_inlined()
-def _generate(out: Words, lanes: Lanes, first: int, source: Source, count: int) -> None:
+@inlined()
+def generate(out: Words, lanes: Lanes, first: int, source: Source, count: int) -> None:
     """Philox4x32-10, math (1)-(3), on ``count`` lanes; ``first`` is added to every index."""
     block, row, index = lanes
     _, _, key0, key1, stream = source
@@ -102,13 +102,14 @@ def _generate(out: Words, lanes: Lanes, first: int, source: Source, count: int) 
         out[4 * lane + 3] = np.uint32(c3)
 
 
-@_inlined()
-def _new_lanes(count: int) -> Lanes:
+@inlined()
+def new_lanes(count: int) -> Lanes:
+    """Lanes that point nowhere yet."""
     return np.empty(count, np.uint32), np.empty(count, np.uint32), np.empty(count, np.uint32)
 
 
-@_inlined()
-def _aim(lanes: Lanes, line: int, at: tuple[int, int, int], blocks: int) -> None:
+@inlined()
+def aim(lanes: Lanes, line: int, at: tuple[int, int, int], blocks: int) -> None:
     """Point the lanes of one line at ``blocks`` blocks from ``at = (index, row, block)``."""
     block, row, index = lanes
     for b in range(blocks):
@@ -118,7 +119,7 @@ def _aim(lanes: Lanes, line: int, at: tuple[int, int, int], blocks: int) -> None
         block[lane] = at[2] + b
 
 
-@_inlined()
+@inlined()
 def _fetch(
     raw: Words, lanes: Lanes, index: int, source: Source, packed_line: int, step: int, lines: int, strip: int
 ) -> tuple[Words, int, int]:
@@ -130,7 +131,7 @@ def _fetch(
     packed, width = source[0], source[1]
     held = raw.size // LINES
     if not width:
-        _generate(raw, lanes, index, source, raw.size // 4)
+        generate(raw, lanes, index, source, raw.size // 4)
         return raw, 0, held
     first = packed_line * width + strip * held
     count = min(held, width - strip * held)
@@ -143,7 +144,7 @@ def _fetch(
     return raw, 0, held
 
 
-@_inlined()
+@inlined()
 def _popcount(u: np.uint32) -> np.int32:
     """Bits set among the low 16."""
     u = np.uint32(u - ((u >> _ONE) & np.uint32(0x5555)))
@@ -152,7 +153,7 @@ def _popcount(u: np.uint32) -> np.int32:
     return np.int32((u + (u >> np.uint32(8))) & np.uint32(0x1F))
 
 
-@_inlined()
+@inlined()
 def _decode(out: Floats, fetched: tuple[Words, int, int], decoder: Decoder, one: Any) -> None:
     """``LINES`` lines of a strip as floating-point entries, the table of laws in math.md; ``one`` has their dtype."""
     words, first, step = fetched
@@ -181,7 +182,7 @@ def _decode(out: Floats, fetched: tuple[Words, int, int], decoder: Decoder, one:
                 entries[col] = np.int32(np.int32(u < threshold) - np.int32(u >= 65536 - threshold))
 
 
-@_inlined(fastmath={"contract"})
+@inlined(fastmath={"contract"})
 def _add_products(out: Floats, entries: Floats, factors: Floats) -> None:
     """``out[col] += Σ_g factors[g] · entries[g, col]``, in the order of g."""
     for col in range(STRIP):
@@ -193,7 +194,7 @@ def _add_products(out: Floats, entries: Floats, factors: Floats) -> None:
 
 # Reassociation lets the compiler sum in lanes. The order that it picks is fixed in the code that it makes, because the
 # trip count is a constant: it depends on the processor, never on threads or ranges.
-@_inlined(fastmath={"contract", "reassoc"})
+@inlined(fastmath={"contract", "reassoc"})
 def _add_dots(out: Floats, entries: Floats, vector: Floats) -> None:
     """``out[g] += Σ_col vector[col] · entries[g, col]``: a loop over columns that reads the vector once."""
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = vector.dtype.type(0)
@@ -211,7 +212,7 @@ def _add_dots(out: Floats, entries: Floats, vector: Floats) -> None:
         out[g] += s
 
 
-@_kernel
+@kernel
 def words(
     out: Words, source: Source, first: tuple[int, int, int], rows: int, blocks: int, start: int, stop: int
 ) -> None:
@@ -219,7 +220,7 @@ def words(
 
     ``first`` holds the first index, row and block.
     """
-    lanes = _new_lanes(LANES)
+    lanes = new_lanes(LANES)
     block, row, index = lanes
     for unit in range(start, stop):
         done = unit * LANES
@@ -236,10 +237,10 @@ def words(
             lane += run
             line += 1
             b = 0
-        _generate(out[4 * done : 4 * (done + count)], lanes, 0, source, count)
+        generate(out[4 * done : 4 * (done + count)], lanes, 0, source, count)
 
 
-@_kernel
+@kernel
 def expand(
     out: Floats, source: Source, decoder: Decoder, first: tuple[int, int], rows: int, start: int, stop: int
 ) -> None:
@@ -251,7 +252,7 @@ def expand(
     strips = (cols + STRIP - 1) // STRIP
     held = STRIP // decoder[2]
     blocks = held // 4
-    lanes = _new_lanes(LINES * blocks)
+    lanes = new_lanes(LINES * blocks)
     raw = np.zeros(LINES * held, np.uint32)
     entries = np.empty(LINES * STRIP, out.dtype)
     power = out.dtype.type(decoder[3])
@@ -259,7 +260,7 @@ def expand(
         line, strip = unit // strips * LINES, unit % strips
         for g in range(LINES):
             at = (first[0] + (line + g) // rows, first[1] + (line + g) % rows, strip * blocks)
-            _aim(lanes, g, at, blocks)
+            aim(lanes, g, at, blocks)
         fetched = _fetch(raw, lanes, 0, source, line, 1, lines - line, strip)
         _decode(entries, fetched, decoder, out.dtype.type(1))
         left = strip * STRIP
@@ -270,7 +271,7 @@ def expand(
                 target[col] = power * entries[g * STRIP + col]
 
 
-@_kernel
+@kernel
 def combine(out: Floats, factors: Floats, count: int, source: Source, decoder: Decoder, start: int, stop: int) -> None:
     """``out[n, row, col] = power · Σᵢ factors[n, i] · entry(i, row, col)``; a unit is one strip of one row.
 
@@ -280,7 +281,7 @@ def combine(out: Floats, factors: Floats, count: int, source: Source, decoder: D
     strips = (cols + STRIP - 1) // STRIP
     held = STRIP // decoder[2]
     blocks = held // 4
-    lanes = _new_lanes(LINES * blocks)
+    lanes = new_lanes(LINES * blocks)
     raw = np.zeros(LINES * held, np.uint32)
     entries = np.empty(LINES * STRIP, out.dtype)
     part = np.empty(n * STRIP, out.dtype)
@@ -288,7 +289,7 @@ def combine(out: Floats, factors: Floats, count: int, source: Source, decoder: D
     for unit in range(start, stop):
         at, strip = unit // strips, unit % strips
         for g in range(LINES):
-            _aim(lanes, g, (g, at, strip * blocks), blocks)
+            aim(lanes, g, (g, at, strip * blocks), blocks)
         total[:] = 0
         for span in range(0, factors.shape[1], SPAN):
             part[:] = 0
@@ -305,7 +306,7 @@ def combine(out: Floats, factors: Floats, count: int, source: Source, decoder: D
                 out[j, at, left + col] = decoder[3] * total[j * STRIP + col]
 
 
-@_kernel
+@kernel
 def inner(
     out: Floats, vectors: Floats, count: int, share: int, source: Source, decoder: Decoder, start: int, stop: int
 ) -> None:
@@ -319,7 +320,7 @@ def inner(
     held = STRIP // decoder[2]
     blocks = held // 4
     spans = out.shape[2] // SPAN
-    lanes = _new_lanes(LINES * blocks)
+    lanes = new_lanes(LINES * blocks)
     raw = np.zeros(LINES * held, np.uint32)
     entries = np.empty(LINES * STRIP, vectors.dtype)
     strip_of = np.empty(n * STRIP, vectors.dtype)
@@ -335,7 +336,7 @@ def inner(
                 for col in range(min(STRIP, cols - left)):
                     strip_of[j * STRIP + col] = vectors[j, at, left + col]
             for g in range(LINES):
-                _aim(lanes, g, (g, at, strip * blocks), blocks)
+                aim(lanes, g, (g, at, strip * blocks), blocks)
             for i in range(0, min(SPAN, count - span), LINES):
                 fetched = _fetch(raw, lanes, span + i, source, (span + i) * rows + at, rows, count - span - i, strip)
                 _decode(entries, fetched, decoder, vectors.dtype.type(1))

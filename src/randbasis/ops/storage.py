@@ -70,13 +70,18 @@ def choose_storage(
     if held(slab, "dense") is not None:
         return "dense"
     budget = dense_bytes(device) // (1 if shared else 16)
+    if slab.disjoint:  # words are as many as the entries of one sum, and give all that a sum asks for
+        return "packed" if slab.packed_bytes <= PACKED * budget else "recompute"
     if slab.entries * 4 <= budget:
         return "dense"
     return "packed" if slab.packed_bytes <= PACKED * budget else "recompute"
 
 
 class Stored:
-    """One slab in one kind of storage, built on first use for each device and dtype; ``recompute`` stores nothing."""
+    """One slab in one kind of storage, built on first use for each device and dtype; ``recompute`` stores nothing.
+
+    A disjoint slab, nearly all of whose entries are 0, is kept as its words when it is to be dense.
+    """
 
     def __init__(self, slab: Slab, storage: BasisStorage) -> None:
         self.slab = slab
@@ -85,8 +90,8 @@ class Stored:
         self._lock = threading.Lock()
 
     def dense(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Entries ``[count, rows, cols]`` in floating point, or None when this slab is not stored densely."""
-        if self.storage != "dense":
+        """Entries ``[count, rows, cols]`` in floating point, or None when this slab is not stored as those."""
+        if self.storage != "dense" or self.slab.disjoint:
             return None
         key = (device, dtype)
         if key not in self._tensors:
@@ -97,8 +102,8 @@ class Stored:
         return self._tensors[key]
 
     def packed(self, device: torch.device) -> Tensor | None:
-        """Raw words ``[count, rows, 4 * blocks]``, or None when this slab is not stored packed."""
-        if self.storage != "packed":
+        """Raw words ``[count, rows, 4 * blocks]``, of a hashed slab of one matrix; None when they are not stored."""
+        if self.storage != "packed" and not (self.storage == "dense" and self.slab.disjoint):
             return None
         key = (device, torch.int32)
         if key not in self._tensors:
@@ -118,6 +123,7 @@ class Stored:
         """
         if (
             self.storage != "dense"
+            or self.slab.disjoint
             or torch.compiler.is_compiling()
             or FORWARD._current_level >= 0  # these two are `transformed()`, asked a few times in each pass of a layer
             or FUNCTORCH.peek_interpreter_stack() is not None

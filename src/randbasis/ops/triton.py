@@ -1,9 +1,9 @@
 """The ops on a basis as Triton kernels on CUDA: float32, bfloat16 and float16 tensors.
 
 The numbers equal :mod:`randbasis.ops.reference`: words and entries bit for bit, sums within rounding of float32, in
-which all of them are kept. No sum depends on the order in which its programs run: there are no atomics, and parts are
-cut by the shape alone. Nothing waits for the device, so calls can be captured in a CUDA graph once each has run (the
-first call of a kind compiles its kernel).
+which all of them are kept. No sum depends on the order in which its programs run: parts are cut by the shape alone, and
+where programs add to one sum, as for the hashed law, they add integers. Nothing waits for the device, so calls can be
+captured in a CUDA graph once each has run (the first call of a kind compiles its kernel).
 
 The kernels are in :mod:`randbasis.ops.triton_kernels`, imported on first use. With ``TRITON_INTERPRET=1`` set before
 anything imports triton, they run on CPU tensors, slowly: for tests.
@@ -244,6 +244,8 @@ def combine(coefficients: Tensor, slab: Slab, packed: Tensor | None = None) -> T
     n = coefficients.shape[0]
     if coefficients.shape != (n, slab.count):
         raise BasisShapeError(f"coefficients must be [n, {slab.count}], got {list(coefficients.shape)}")
+    if slab.basis.law.disjoint:
+        return _gather(coefficients[None], slab, packed)[0]
     out = _sum(coefficients[None], slab, packed, joined=False, transpose=True)
     return out.view(n, slab.rows, slab.cols)
 
@@ -257,6 +259,8 @@ def inner(vectors: Tensor, slab: Slab, packed: Tensor | None = None) -> Tensor:
     n = vectors.shape[0]
     if vectors.shape != (n, slab.rows, slab.cols):
         raise BasisShapeError(f"vectors must be [n, {slab.rows}, {slab.cols}], got {list(vectors.shape)}")
+    if slab.basis.law.disjoint:
+        return _segment_sums(vectors[None], slab, packed)[0]
     return _sum(vectors[None], slab, packed, joined=False, transpose=False)[0]
 
 
@@ -291,6 +295,8 @@ def combine_each(coefficients: Tensor, slab: Slab, streams: Sequence[int]) -> Te
     """
     m, n, _ = coefficients.shape
     own = _streams(tuple(streams), coefficients.device)
+    if slab.basis.law.disjoint:
+        return _gather(coefficients, slab, None, own)
     out = _sum(coefficients, slab, None, own, joined=False, transpose=True)
     return out.view(m, n, slab.rows, slab.cols)
 
@@ -298,4 +304,65 @@ def combine_each(coefficients: Tensor, slab: Slab, streams: Sequence[int]) -> Te
 def inner_each(vectors: Tensor, slab: Slab, streams: Sequence[int]) -> Tensor:
     """:func:`inner` for many slabs that differ in their stream alone: ``[m, n, rows, cols]`` to ``[m, n, count]``."""
     own = _streams(tuple(streams), vectors.device)
+    if slab.basis.law.disjoint:
+        return _segment_sums(vectors, slab, None, own)
     return _sum(vectors, slab, None, own, joined=False, transpose=False)
+
+
+# --- the hashed law ----------------------------------------------------------------------------------------------
+
+
+_HASHED = {"VECTORS": 8, "LINES": 8, "BLOCKS": 32, "num_warps": 4}
+"""Vectors that share the words of a tile, and the sides of it: as many blocks as there are threads, twice."""
+
+
+def _hashed_grid(slab: Slab, groups: int, n: int) -> tuple[int, int, int]:
+    _check_lines(slab.rows)
+    tiles = -(-slab.rows // _HASHED["LINES"]) * -(-slab.cols // (4 * _HASHED["BLOCKS"]))
+    return tiles, -(-n // _HASHED["VECTORS"]), groups
+
+
+def _gather(x: Tensor, slab: Slab, packed: Tensor | None, streams: Tensor | None = None) -> Tensor:
+    """The one term of each place of the sums, math (25): ``[groups, n, count]`` to ``[groups, n, rows, cols]``."""
+    from randbasis.ops import triton_kernels as kernels
+
+    groups, n, _ = x.shape
+    _check_packed(packed, (1, slab.rows, 4 * slab.blocks))
+    out = torch.empty(groups, n, slab.rows, slab.cols, dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    with _on(x.device):
+        kernels.KERNELS["hashed_spread"][_hashed_grid(slab, groups, n)](
+            out, x.contiguous(), out if packed is None else packed.contiguous(), x if streams is None else streams,
+            n, slab.count, slab.rows, slab.cols, 4 * slab.blocks, **_names(slab),
+            STORED=packed is not None, OWN=streams is not None, **_HASHED,
+        )  # fmt: skip
+    return out
+
+
+def _segment_sums(x: Tensor, slab: Slab, packed: Tensor | None, streams: Tensor | None = None) -> Tensor:
+    """Sums over the places of each matrix, math (25): ``[groups, n, rows, cols]`` to ``[groups, n, count]``.
+
+    In integers: of 62 bits less what the number of places takes, for the largest number of a vector.
+    """
+    from randbasis.ops import triton_kernels as kernels
+
+    groups, n, rows, cols = x.shape
+    _check_packed(packed, (1, slab.rows, 4 * slab.blocks))
+    if not x.numel():
+        return x.new_zeros(groups, n, slab.count)
+    largest = x.flatten(2).abs().amax(-1).float()
+    bits = 62 - (rows * cols - 1).bit_length()
+    scales = torch.exp2((bits - torch.frexp(largest).exponent).clamp(-126, 126).float())
+    copies = max(1, min(32, 2048 // slab.count))
+    sums = torch.zeros(copies, groups, n, slab.count, dtype=torch.int64, device=x.device)
+    with _on(x.device):
+        kernels.KERNELS["hashed_gather"][_hashed_grid(slab, groups, n)](
+            sums, x.contiguous(), scales, sums if packed is None else packed.contiguous(),
+            sums if streams is None else streams,
+            n, slab.count, rows, cols, 4 * slab.blocks, groups, copies, **_names(slab),
+            STORED=packed is not None, OWN=streams is not None, **_HASHED,
+        )  # fmt: skip
+    exact = sums.sum(0).double() / scales.unsqueeze(-1)
+    # An integer cannot say that a number was not finite.
+    return exact.where(largest.isfinite().unsqueeze(-1), torch.nan).to(x.dtype)

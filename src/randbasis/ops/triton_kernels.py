@@ -129,7 +129,8 @@ def _add_product(sums, x, entries, PIECES: tl.constexpr, OPERAND: tl.constexpr):
 
 #: Numbers that differ from call to call without changing the code: no variant of a kernel is compiled for a value.
 _VALUES = [
-    "n", "groups", "basis_stream", "key0", "key1", "threshold", "one", "power", "index0", "row0", "block0", "share"
+    "n", "groups", "basis_stream", "key0", "key1", "threshold", "one", "power", "index0", "row0", "block0", "share",
+    "matrices", "copies",
 ]  # fmt: skip
 
 
@@ -262,7 +263,84 @@ def gather(
     )
 
 
-KERNELS: dict[str, Any] = {"words": words, "expand": expand, "spread": spread, "gather": gather}
+# --- the hashed law ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _owners(
+    packed, row, rows, width, strip, matrices, basis_stream, key0, key1,
+    STORED: tl.constexpr, LINES: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Whose the places ``[LINES, 4 * BLOCKS]`` of some rows in one strip are, and with which sign, math (25)."""
+    if STORED:
+        drawn = _fetch(packed, row, rows, width, strip * (4 * BLOCKS), LINES, 4 * BLOCKS)
+    else:
+        drawn = _generate(tl.zeros_like(row), row, strip * BLOCKS, basis_stream, key0, key1, LINES, BLOCKS)
+    owner = tl.umulhi(drawn, tl.zeros_like(drawn) + matrices.to(tl.uint32)).to(tl.int32)
+    return owner, 1 - 2 * (drawn & 1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=_VALUES)
+def hashed_spread(
+    out, x, packed, streams, n, matrices, rows, cols, width, basis_stream, key0, key1,
+    STORED: tl.constexpr, OWN: tl.constexpr, VECTORS: tl.constexpr, LINES: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """``out[g, v, row, col] = sign · x[g, v, owner]``, math (25); ``OWN``: group ``g`` has a stream, ``streams[g]``."""
+    strips = tl.cdiv(cols, 4 * BLOCKS)
+    group, strip = tl.program_id(2), tl.program_id(0) % strips
+    if OWN:
+        basis_stream = tl.load(streams + group)
+    row = tl.program_id(0) // strips * LINES + tl.arange(0, LINES)
+    col = strip * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
+    owner, sign = _owners(packed, row, rows, width, strip, matrices, basis_stream, key0, key1, STORED, LINES, BLOCKS)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    place = row.to(tl.int64)[:, None] * cols + col[None, :]
+    first = tl.program_id(1) * VECTORS
+    for vector in range(first, tl.minimum(first + VECTORS, n)):
+        at = (group * n + vector).to(tl.int64)
+        value = tl.load(x + at * matrices + owner, mask=inside, other=0.0).to(tl.float32) * sign.to(tl.float32)
+        tl.store(out + at * rows * cols + place, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_VALUES)
+def hashed_gather(
+    out, x, scales, packed, streams, n, matrices, rows, cols, width, groups, copies, basis_stream, key0, key1,
+    STORED: tl.constexpr, OWN: tl.constexpr, VECTORS: tl.constexpr, LINES: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """``out[copy, g, v, owner] += sign · x[g, v, row, col] · scales[g, v]`` in int64: the adjoint of ``hashed_spread``.
+
+    A sum of integers does not depend on the order in which programs add to it. There are some copies, for programs not
+    to wait for each other where the matrices are few; the sum over them is left to the caller.
+    """
+    strips = tl.cdiv(cols, 4 * BLOCKS)
+    group, strip = tl.program_id(2), tl.program_id(0) % strips
+    if OWN:
+        basis_stream = tl.load(streams + group)
+    row = tl.program_id(0) // strips * LINES + tl.arange(0, LINES)
+    col = strip * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
+    owner, sign = _owners(packed, row, rows, width, strip, matrices, basis_stream, key0, key1, STORED, LINES, BLOCKS)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    place = row.to(tl.int64)[:, None] * cols + col[None, :]
+    first = tl.program_id(1) * VECTORS
+    copy = tl.program_id(0) % copies
+    for vector in range(first, tl.minimum(first + VECTORS, n)):
+        at = (group * n + vector).to(tl.int64)
+        value = tl.load(x + at * rows * cols + place, mask=inside, other=0.0).to(tl.float32)
+        # What is not finite is no integer: the caller knows of it.
+        scaled = tl.where(tl.abs(value) <= 3.4028234e38, value * tl.load(scales + at), 0.0)
+        fixed = scaled.to(tl.int64) * sign.to(tl.int64)
+        target = ((copy * groups + group).to(tl.int64) * n + vector) * matrices
+        tl.atomic_add(out + target + owner, fixed, mask=inside, sem="relaxed")
+
+
+KERNELS: dict[str, Any] = {
+    "words": words,
+    "expand": expand,
+    "spread": spread,
+    "gather": gather,
+    "hashed_spread": hashed_spread,
+    "hashed_gather": hashed_gather,
+}
 
 INTERPRETED = not isinstance(words, JITFunction)
 """Whether ``TRITON_INTERPRET`` was set when this module was imported: the kernels then run on the CPU, slowly."""

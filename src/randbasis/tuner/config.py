@@ -30,7 +30,8 @@ class RandbasisConfig(PeftConfig):
     Args:
         method: ``"nola"``, ``"vera"``, ``"randlora"``, ``"pranc"`` or ``"loraxs"``; set by the subclass.
         seed: 64-bit seed that all frozen matrices are drawn from.
-        law: ``"sign"``, ``"uniform"``, ``"normal"`` or ``"sparse(s)"``.
+        law: ``"sign"``, ``"uniform"``, ``"normal"`` or ``"sparse(s)"``; for NOLA and PRANC also ``"hashed"``, whose
+            k is the number of basis matrices, math (25).
         target_modules: module names (list), one regular expression (str), ``"all-linear"``, or None for the usual
             ones of a known architecture. A list may name slices of a fused projection: ``"c_attn[q,v]"``.
         exclude_modules: names (list) or a regular expression (str) of modules to leave alone.
@@ -322,7 +323,7 @@ class PrancConfig(RandbasisConfig):
 
 @dataclass
 class LoraXsConfig(RandbasisConfig):
-    """LoRA-XS, math (25)-(27): ``r²`` coefficients a matrix, between the leading singular vectors of the base weight.
+    """LoRA-XS, math (27)-(29): ``r²`` coefficients a matrix, between the leading singular vectors of the base weight.
 
     Args:
         r: singular vectors.
