@@ -190,6 +190,10 @@ class SettingError(RandbasisError, ValueError):
     """A setting of a training run, or a combination of settings, cannot be used."""
 
 
+class StudyError(RandbasisError, ValueError):
+    """A study file says what it may not, or a comparison cannot be made as it says."""
+
+
 class OptionError(RandbasisError, ValueError):
     """An option of the command was given where it would be ignored."""
 
