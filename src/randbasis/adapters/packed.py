@@ -141,13 +141,16 @@ def exact(found: SavedAdapter, *, model: str | None = None, base_name: str | Non
     )
 
 
-def packed_bytes(config: RandbasisConfig, base: Base, layers: Iterable[tuple[str, int, Sequence[AdaptedPart]]]) -> int:
-    """Size of the file that :func:`pack_adapter` writes at 16 bits of an adapter that is not there, without a head.
+def packed_bytes(
+    config: RandbasisConfig, base: Base, layers: Iterable[tuple[str, int, Sequence[AdaptedPart]]], *, bits: int = 16
+) -> int:
+    """Size of the file that :func:`pack_adapter` writes of an adapter that is not there, without a head.
 
     Args:
         config: of the adapter.
         base: the base model.
         layers: module path, output rows and adapted matrices of each layer.
+        bits: of a coefficient.
     """
     matrices = [
         SpecMatrix(
@@ -156,7 +159,7 @@ def packed_bytes(config: RandbasisConfig, base: Base, layers: Iterable[tuple[str
         for key, out, parts in layers
         for one in parts
     ]
-    spec = Spec(bare(config.method_for("")), base, group_matrices(matrices), 16, 0, peft=peft_options(config))
+    spec = Spec(bare(config.method_for("")), base, group_matrices(matrices), bits, 0, peft=peft_options(config))
     own = [one for one in matrices if not one.method.shares_basis]
     streams = torch.zeros(len(own), len(own[0].method.roles), dtype=torch.int64) if own else None
     return len(PackedAdapter.of(spec, torch.zeros(spec.count), streams=streams).to_bytes())
