@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -15,13 +15,16 @@ from randbasis.cli.parameters import AsJson
 if TYPE_CHECKING:
     from randbasis.compare.pool import Planned
     from randbasis.compare.record import Record
+    from randbasis.compare.study import Job
 
 commands = typer.Typer(rich_markup_mode="markdown")
 
 DATA_VARIABLE = "RANDBASIS_DATA"
 
 
-@commands.command(epilog="Example: randbasis compare studies/glue.toml --data DATA --cores 2 --output docs/results/glue")
+@commands.command(
+    epilog="Example: randbasis compare studies/glue.toml --data DATA --cores 2 --output docs/results/glue"
+)
 def compare(
     study: Annotated[Path, Argument(help="TOML file: data, methods with their budgets and grids, seeds.")],
     data: Annotated[
@@ -32,8 +35,16 @@ def compare(
     output: Annotated[Path | None, Option(help="Folder of the report; by default beside the file of runs.")] = None,
     cores: Annotated[int | None, Option(help="Processes of one thread each; by default one a core.")] = None,
     seconds: Annotated[float | None, Option(help="Begin no run after that many; a later call goes on.")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="List the runs with coefficients and bytes; train nothing.")] = False,
-    report_only: Annotated[bool, Option("--report-only", help="Write the report of what is there.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="List the runs with coefficients and bytes; train nothing.")
+    ] = False,
+    report_only: Annotated[
+        bool, Option("--report-only", help="Write the report of what is there; needs no models and no rows.")
+    ] = False,
+    only: Annotated[list[str] | None, Option(help="Name of a data set; others are left out. May be repeated.")] = None,
+    rows: Annotated[
+        list[str] | None, Option(help="Pattern of names of rows, such as 'NOLA*'; the first stays. May be repeated.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train methods at the same budgets on the same rows, and report quality per byte.
@@ -42,31 +53,34 @@ def compare(
     command can be stopped and called again.
     """
     with reported(as_json):
-        from randbasis.compare.pool import planned, run_study
         from randbasis.compare.record import read_records
         from randbasis.compare.report import write_report
+        from randbasis.compare.study import usable
         from randbasis.compare.study_file import read_study
 
         folder = data or (Path(os.environ[DATA_VARIABLE]) if DATA_VARIABLE in os.environ else None)
-        plan = planned(read_study(study, folder))
-        runs = results / f"{plan.study.name}.jsonl"
-        if dry_run:
-            answer_table(_planned_json(plan, runs), _planned_table(plan), as_json)
-            return
+        whole = read_study(study, folder, must_exist=not report_only)
+        asked = whole.limited(only or (), rows or ())
+        runs, told = results / f"{whole.name}.jsonl", _Told()
+        summary: dict[str, Any] = {"study": whole.name, "results": str(runs)}
         if not report_only:
-            told = _Told()
-            run_study(plan, runs, cores=os.cpu_count() or 1 if cores is None else cores, seconds=seconds, told=told)
-        now = plan.progress(read_records(runs))
-        written = write_report(plan.study, list(now.records), output or results / plan.study.name)
-        summary: dict[str, Any] = {
-            "study": plan.study.name,
-            "runs": len(now.records),
-            "missing": now.total() - len(now.records),
-            "impossible": list(plan.impossible),
-            "results": str(runs),
-            "report": [str(path) for path in written],
-        }
+            from randbasis.compare.pool import planned, run_study
+
+            plan = planned(asked)
+            if dry_run:
+                answer_table(_planned_json(plan, runs), _planned_table(plan), as_json)
+                return
+            count = (os.cpu_count() or 1) if cores is None else cores
+            run_study(plan, runs, cores=count, seconds=seconds, told=told, failed=told.failed)
+            now = plan.progress(read_records(runs))
+            summary |= {"missing": now.total() - len(now.records), "impossible": list(plan.impossible)}
+            summary |= {"diverged": now.diverged(), "failed": told.failures}
+        found = usable(asked, read_records(runs))
+        written = write_report(asked, found, output or results / whole.name)
+        summary |= {"runs": len(found), "report": [str(path) for path in written]}
         answer_table(summary, _summary_table(summary), as_json)
+        if told.failures:
+            raise typer.Exit(1)
 
 
 class _Told:
@@ -74,6 +88,13 @@ class _Told:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
+        self.failures: list[str] = []
+
+    def failed(self, job: "Job", error: Exception) -> None:
+        """Say which run failed, and go on."""
+        what = f"{job.data} · {job.row} · {job.phase} · rate {job.rate:g} · seed {job.seed}"
+        self.failures.append(f"{what}: {type(error).__name__}: {error}")
+        self.console.print(f"failed: {self.failures[-1]}", highlight=False, soft_wrap=True, markup=False)
 
     def __call__(self, record: "Record", done: int, total: int) -> None:
         scores = ", ".join(f"{k} {v:.4f}" for k, v in record.points[0].scores.items()) if record.points else "diverged"
@@ -116,5 +137,5 @@ def _planned_table(plan: "Planned") -> Table:
 def _summary_table(summary: dict[str, Any]) -> Table:
     table = Table(show_header=False)
     for key, value in summary.items():
-        table.add_row(key, "\n".join(map(str, value)) if isinstance(value, list) else str(value))
+        table.add_row(key, "\n".join(cast("list[str]", value)) if isinstance(value, list) else str(value))
     return table

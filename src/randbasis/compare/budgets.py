@@ -9,7 +9,7 @@ from typing import Any
 from peft import get_peft_model
 from torch import nn
 
-from randbasis.compare.study import Budget, Row
+from randbasis.compare.study import Row
 from randbasis.errors import StudyError
 from randbasis.methods import RandLora
 from randbasis.precision import CODED

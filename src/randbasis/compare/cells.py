@@ -106,25 +106,33 @@ def _images(data_set: Data, sample_set: int) -> Cell:
 
 
 def _language(data_set: Data, sample_set: int) -> Cell:
-    """Pairs that fit into ``max_length`` whole; test prompts with all their references."""
+    """Pairs that fit into ``max_length`` whole; held-out and test prompts with all their references.
+
+    Where no file of held-out rows is named, whole prompts of the training rows are held out.
+    """
     data = data_set.base.data
     table = read_sources(data.train_sources, kind=data.kind, wanted=data.columns)
     task = CausalLanguage.prepare(data_set.base, table)
+    if data_set.dev is None:
+        prompts = task.prompts(table)
+        distinct = list(dict.fromkeys(prompts))
+        held = {distinct[i] for i in sample(len(distinct), data_set.dev_rows, SPLIT_SEED)}
+        dev = _references(task, table.subset([i for i, one in enumerate(prompts) if one in held]), None)
+        table = table.subset([i for i, one in enumerate(prompts) if one not in held])
+    else:
+        dev = _references(task, _rows(data_set, data_set.dev), data_set.dev_rows)
     drawn = table.subset(_drawn(len(table.rows), 2 * (data.limit or len(table.rows)), SPLIT_SEED + sample_set))
     train = _fitting(task, task.encode(drawn, training=True))[: data.limit]
     task.answer_length = max(sum(label != -100 for label in example["labels"]) for example in train)
-    return Cell(
-        task,
-        train,
-        _references(data_set, task, data_set.dev or "", data_set.dev_rows),
-        _references(data_set, task, data.eval_sources[0], data.eval_limit),
-    )
+    return Cell(task, train, dev, _references(task, _rows(data_set, *data.eval_sources), data.eval_limit))
 
 
-def _references(data_set: Data, task: CausalLanguage, path: str | Path, limit: int | None) -> list[Example]:
+def _rows(data_set: Data, *paths: str | Path) -> Table:
+    return read_sources(paths, kind=data_set.base.data.kind, wanted=data_set.base.data.columns)
+
+
+def _references(task: CausalLanguage, table: Table, limit: int | None) -> list[Example]:
     """Examples of ``limit`` prompts, one for each reference, of the prompts whose references all fit."""
-    data = data_set.base.data
-    table = read_sources((path,), kind=data.kind, wanted=data.columns)
     examples = task.encode(table, training=False)
     fitting = {id(example) for example in _fitting(task, examples)}
     groups: dict[str, list[Example]] = {}

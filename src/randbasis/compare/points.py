@@ -4,10 +4,10 @@ A LoRA can be truncated: the singular value decomposition of each ΔW, its leadi
 vector. That is the adapter that a small file of random coefficients has to beat, and not a LoRA of 16 bits.
 """
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -20,6 +20,7 @@ from randbasis.adapters.quantization import quantize_tensors
 from randbasis.codes import rounded
 from randbasis.compare.budgets import stored_bytes
 from randbasis.compare.study import PointSpec
+from randbasis.low_rank import triangular
 from randbasis.train.trainer import parameter_groups
 from randbasis.tuner.config import NolaConfig, RandbasisConfig
 from randbasis.tuner.layer import RandbasisLinear
@@ -60,12 +61,15 @@ def as_stored(model: nn.Module, spec: PointSpec) -> Generator[None]:
 def bytes_of(model: nn.Module, spec: PointSpec, head_parameters: int, overhead: int, saved: int) -> Stored:
     """What the file would have.
 
+    Of our methods it is the packed file; of PEFT's as trained, what PEFT saves. A LoRA of few bits is in the same
+    container as ours, and so is a rival that is a seed and coefficients, unless PEFT's own header is smaller.
+
     Args:
         model: the trained model.
         spec: how it is stored.
         head_parameters: trained numbers of the head.
         overhead: bytes of the header of a packed file for these matrices.
-        saved: bytes of what PEFT itself saves, head included: the file of a method of PEFT's as trained.
+        saved: bytes of what PEFT itself saves, head included.
     """
     head = HEAD_BYTES * head_parameters
     if not isinstance(model, PeftModel):
@@ -73,13 +77,28 @@ def bytes_of(model: nn.Module, spec: PointSpec, head_parameters: int, overhead: 
     config = model.peft_config["default"]
     if isinstance(config, RandbasisConfig):
         return Stored(file_bytes(model, config, spec.bits) + head, head)
-    layers = list(lora_layers(model))
-    if not layers or (spec.bits == 32 and spec.rank is None):
+    if spec == PointSpec():
         return Stored(saved, head)
-    pairs = [(a.shape, b.shape, min(spec.rank or a.shape[0], a.shape[0])) for a, b in map(_pair, layers)]
-    numbers = sum(rank * (a[1] + b[0]) for a, b, rank in pairs)
-    numbers += sum(_magnitudes(layer) for layer in layers)
-    return Stored(overhead + stored_bytes(numbers, sum(2 * rank for *_, rank in pairs), spec.bits) + head, head)
+    layers = list(lora_layers(model))
+    if layers:
+        numbers, vectors = _numbers_of_lora(layers, spec.rank)
+    else:
+        sizes = [one.numel() for one in parameter_groups(model)["adapter"].values()]
+        numbers, vectors = sum(sizes), len(sizes)
+        overhead = min(overhead, saved - head - 4 * numbers)
+    return Stored(overhead + stored_bytes(numbers, vectors, spec.bits) + head, head)
+
+
+def _numbers_of_lora(layers: Iterable[LoraLayer], rank: int | None) -> tuple[int, int]:
+    """Numbers and vectors, DoRA's magnitudes included."""
+    numbers = vectors = 0
+    for layer in layers:
+        a, b = _pair(layer)
+        kept = min(rank or a.shape[0], a.shape[0])
+        magnitudes = _magnitudes(layer)
+        numbers += kept * (a.shape[1] + b.shape[0]) + magnitudes
+        vectors += 2 * kept + (magnitudes > 0)
+    return numbers, vectors
 
 
 def file_bytes(model: PeftModel, config: RandbasisConfig, bits: int) -> int:
@@ -106,11 +125,11 @@ def header_bytes(model: nn.Module, targets: tuple[str, ...], head: list[str]) ->
     from peft import get_peft_model
 
     wanted = "all-linear" if targets == ("all-linear",) else list(targets)
-    config = NolaConfig(r=1, num_basis=1, target_modules=wanted, exclude_modules=head or None, basis_storage="recompute")
-    adapted: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
-    matrices = sum(
-        len(list(one.matrices("default"))) for one in adapted.modules() if isinstance(one, RandbasisLinear)
+    config = NolaConfig(
+        r=1, num_basis=1, target_modules=wanted, exclude_modules=head or None, basis_storage="recompute"
     )
+    adapted: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    matrices = sum(len(list(one.matrices("default"))) for one in adapted.modules() if isinstance(one, RandbasisLinear))
     return file_bytes(adapted, adapted.peft_config["default"], 16) - stored_bytes(2 * matrices, 0, 16)
 
 
@@ -120,21 +139,21 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
 
 
 def _pair(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return cast(Tensor, layer.lora_A["default"].weight), cast(Tensor, layer.lora_B["default"].weight)
 
 
 def _magnitudes(layer: LoraLayer) -> int:
     vectors = layer.lora_magnitude_vector
-    return int(vectors["default"].weight.numel()) if "default" in vectors else 0
+    return cast(Tensor, vectors["default"].weight).numel() if "default" in vectors else 0
 
 
 @torch.no_grad()
 def _truncate(layer: LoraLayer, rank: int, bits: int) -> None:
     """The leading terms of ``B A``, ``√σ`` on either side, each vector at so many bits; the other terms are 0."""
     a, b = _pair(layer)
-    left, of_b = torch.linalg.qr(b.double())
-    right, of_a = torch.linalg.qr(a.double().T)
-    u, s, vt = torch.linalg.svd(of_b @ of_a.T)
+    left, of_b = triangular(b.double())
+    right, of_a = triangular(a.double().T)
+    u, s, vt = cast("Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]", torch.linalg.svd)(of_b @ of_a.T)
     count = min(rank, len(s))
     root = s[:count].sqrt()
     up, down = left @ u[:, :count] * root, root[:, None] * (right @ vt[:count].T).T

@@ -17,6 +17,8 @@ from randbasis.errors import StudyError
 
 Told = Callable[[Record, int, int], None]
 """Called with each record as its run ends, how many there are, and how many there will be."""
+Failed = Callable[[Job, Exception], None]
+"""Called with a run that failed, and why; the others go on."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,13 @@ def planned(study: Study) -> Planned:
 
 
 def run_study(
-    plan: Planned, path: Path, *, cores: int, seconds: float | None = None, told: Told | None = None
+    plan: Planned,
+    path: Path,
+    *,
+    cores: int,
+    seconds: float | None = None,
+    told: Told | None = None,
+    failed: Failed | None = None,
 ) -> list[Record]:
     """Make the runs that are missing.
 
@@ -68,43 +76,60 @@ def run_study(
         cores: processes of one thread; 0 runs in this one.
         seconds: begin no run after that many.
         told: is told of each run that ends.
+        failed: is told of each run that fails, which is not tried again in this call; None raises.
 
     Returns:
         The records of the study as it is now.
     """
     records, until = read_records(path), None if seconds is None else time.monotonic() + seconds
-    for record in _ended(plan, records, cores, until):
-        append_record(path, record)
-        records.append(record)
+    lost: set[Job] = set()
+
+    def ready() -> list[Job]:
+        if until is not None and time.monotonic() > until:
+            return []
+        return [job for job in plan.progress(records).ready() if job not in lost]
+
+    for job, result in _ended(plan.study, ready, cores):
+        if isinstance(result, Exception):
+            if failed is None:
+                raise result
+            lost.add(job)
+            failed(job, result)
+            continue
+        append_record(path, result)
+        records.append(result)
         if told is not None:
             now = plan.progress(records)
-            told(record, len(now.records), now.total())
+            told(result, len(now.records), now.total())
     return usable(plan.study, records)
 
 
-def _ended(plan: Planned, records: list[Record], cores: int, until: float | None) -> Iterator[Record]:
-    """Records in the order in which runs end; ``records`` is read again after each, and grows as the caller adds."""
-
-    def ready() -> list[Job]:
-        return [] if until is not None and time.monotonic() > until else plan.progress(records).ready()
-
+def _ended(study: Study, ready: Callable[[], list[Job]], cores: int) -> Iterator[tuple[Job, Record | Exception]]:
+    """Jobs and what came of them in the order in which they end; ``ready`` is asked again after each."""
     if cores == 0:
         while jobs := ready():
-            yield run_job(plan.study, jobs[0])
+            yield jobs[0], _tried(study, jobs[0])
         return
     with _executor(cores) as executor:
-        running: dict[Future[Record], Job] = {}
+        running: dict[Future[Record | Exception], Job] = {}
         while True:
             started = set(running.values())
             waiting = [job for job in ready() if job not in started]
             for job in waiting[: cores - len(running)]:
-                running[executor.submit(run_job, plan.study, job)] = job
+                running[executor.submit(_tried, study, job)] = job
             if not running:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                del running[future]
-                yield future.result()
+                yield running.pop(future), future.result()
+
+
+def _tried(study: Study, job: Job) -> Record | Exception:
+    """The record of a run, or what it raised; a worker that dies takes the study with it."""
+    try:
+        return run_job(study, job)
+    except Exception as error:  # noqa: BLE001 - any fault of one method must not cost the others' runs
+        return error
 
 
 @contextmanager

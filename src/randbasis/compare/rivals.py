@@ -1,11 +1,11 @@
 """OPTIONS → CONFIGURATION: methods of this package in the words of the command, PEFT's own by their arguments.
 
-The rivals are PEFT's code as it is installed. Where PEFT's defaults of a rate are none, the middle of the rates that are
-tried comes from :data:`RATES`, with where it is from; every method is given the same number of rates around it.
+The rivals are PEFT's code as it is installed. Where PEFT has no default of a rate, the middle of the rates
+that are tried comes from :data:`RATES`, with where it is from; every method is given as many rates around it.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import peft
@@ -14,7 +14,7 @@ from peft import PeftConfig
 from randbasis.compare.budgets import NOLA_RANK, Shape
 from randbasis.compare.study import NO_ADAPTER, WHOLE
 from randbasis.train.default_choices import HEAD_ALONE, choose
-from randbasis.train.method_table import method_words, peft_config
+from randbasis.train.method_table import METHOD_NAMES, method_words, peft_config
 from randbasis.train.settings import AdapterSettings
 
 RIVALS: Mapping[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -38,11 +38,22 @@ RATES: Mapping[str, tuple[str, float]] = {
     "tinylora": ("loraxs", 1.0),
 }
 """Method → the method whose default rate is the middle of those that are tried, and the share of it. VB-LoRA's
-authors take the rates of LoRA's order (1e-3 for the bank, arXiv 2405.15179, table 7), Uni-LoRA's 5e-3, FourierFT's those of
-VeRA's order (5e-2 on GLUE, arXiv 2405.03003, table 9); TinyLoRA is LoRA-XS with tied, projected entries."""
+authors take the rates of LoRA's order (1e-3 for the bank, arXiv 2405.15179, table 7), Uni-LoRA's 5e-3, FourierFT's
+those of VeRA's order (5e-2 on GLUE, arXiv 2405.03003, table 9); TinyLoRA is LoRA-XS with tied, projected entries."""
+
+TRAINED_AT = "quantize_coefficients"
+"""Option of the bits that a method is trained at; what LoRA lacks, :mod:`randbasis.compare.lora_precision` adds."""
+SEED_AND_COEFFICIENTS = ("unilora", "fourierft")
+"""Rivals whose file holds coefficients and nothing else, so that it can hold codes of few bits as well."""
+QUANTIZABLE = (*(name for name in METHOD_NAMES if name != NO_ADAPTER), "dora", *SEED_AND_COEFFICIENTS)
+"""Methods that can be stored at fewer bits than they were trained at."""
+OF_FOURIER = 150.0 / 768**2
+"""FourierFT's scale an entry of ΔW: PEFT's default is for the 768 x 768 matrices of RoBERTa-base, and the inverse
+transform divides by the number of entries; on matrices of 64 x 64 it would start with noise larger than the weights."""
 
 METHODS: Mapping[str, tuple[str, ...]] = {
     **{name: tuple(sorted(words - {"targets", "seed"})) for name, words in method_words().items()},
+    "lora": ("alpha", "dropout", TRAINED_AT, "rank"),
     **{name: options for name, (_, _, options) in RIVALS.items()},
     WHOLE: (),
 }
@@ -50,7 +61,13 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 
 
 def configuration(
-    method: str, options: Mapping[str, Any], shapes: Sequence[Shape], *, targets: tuple[str, ...], seed: int, **kept: Any
+    method: str,
+    options: Mapping[str, Any],
+    shapes: Sequence[Shape],
+    *,
+    targets: tuple[str, ...],
+    seed: int,
+    **kept: Any,
 ) -> PeftConfig | None:
     """The PEFT configuration of a row.
 
@@ -73,13 +90,14 @@ def configuration(
     name, fixed, _ = RIVALS[method]
     arguments = fixed | _of_rival(method, dict(options), shapes, seed)
     head: list[str] = kept["head"]
-    config: Callable[..., PeftConfig] = getattr(peft, name)
+    config: Any = getattr(peft, name)
+    if targets == ("all-linear",) and head and "exclude_modules" in config.__dataclass_fields__:
+        arguments["exclude_modules"] = head
     return config(
         **arguments,
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         task_type=kept["task_type"],
         modules_to_save=head or None,
-        **({"exclude_modules": head} if targets == ("all-linear",) and head and "exclude_modules" in config.__dataclass_fields__ else {}),
     )
 
 
@@ -89,6 +107,8 @@ def _own(method: str, options: dict[str, Any]) -> dict[str, Any]:
         options.setdefault("rank", NOLA_RANK)
     if method in ("nola", "lora", "loraxs"):
         options.setdefault("alpha", float(options["rank"]))
+    if method == "lora":
+        options.pop(TRAINED_AT, None)
     return options
 
 
@@ -100,6 +120,9 @@ def _of_rival(method: str, options: dict[str, Any], shapes: Sequence[Shape], see
         # It must divide every side of every matrix; the authors' 256 does for models of the usual widths.
         sides = math.gcd(*(side for shape in shapes for side in shape))
         options["vector_length"] = max(n for n in range(1, min(256, sides) + 1) if sides % n == 0)
+    if method == "fourierft" and "scaling" not in options:
+        entries = [out * in_ for out, in_ in shapes]
+        options["scaling"] = float(f"{OF_FOURIER * sum(entries) / len(entries):.2g}")
     seeds = {"unilora": "proj_seed", "fourierft": "random_loc_seed", "tinylora": "projection_seed"}
     seeds |= {"peft-vera": "projection_prng_key", "peft-randlora": "projection_prng_key"}
     return options | ({seeds[method]: seed} if method in seeds else {})
@@ -117,6 +140,10 @@ def middle_rate(method: str, task: str, width: int | None) -> float:
         return HEAD_ALONE
     if method == WHOLE:
         # What is usual for whole fine-tuning, 2e-5 to 5e-5 at width 768, by the law of LoRA's rate.
-        return float(f"{choose('lora', task, width)['learning_rate'].value / 20:.1g}")
+        return float(f"{_default('lora', task, width) / 20:.1g}")
     of, share = RATES.get(method, (method, 1.0))
-    return float(f"{choose(of, task, width)['learning_rate'].value * share:.2g}")
+    return float(f"{_default(of, task, width) * share:.2g}")
+
+
+def _default(method: str, task: str, width: int | None) -> float:
+    return float(choose(method, task, width)["learning_rate"].value)

@@ -5,7 +5,9 @@ import platform
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
@@ -18,13 +20,14 @@ from torch import nn
 from randbasis.compare.budgets import Shape, adapted_shapes, sized
 from randbasis.compare.cells import Cell, read_cell
 from randbasis.compare.forgetting import perplexity
+from randbasis.compare.lora_precision import settle, train_at_bits
 from randbasis.compare.points import as_stored, bytes_of, header_bytes
 from randbasis.compare.record import Point, Record
-from randbasis.compare.rivals import configuration, middle_rate
+from randbasis.compare.rivals import TRAINED_AT, configuration, middle_rate
 from randbasis.compare.study import WHOLE, Data, Job, PointSpec, Row, Study, fingerprint
 from randbasis.errors import NonFiniteLossError
 from randbasis.methods.bound import Delta
-from randbasis.train import CausalLanguage, FitResult, LoopSettings, fit
+from randbasis.train import CausalLanguage, FitResult, LoopSettings, Task, fit
 from randbasis.train.model_reading import width_of
 from randbasis.train.threads import torch_threads
 from randbasis.train.trained_parameters import save_parameters
@@ -72,7 +75,10 @@ class _Measures:
     forwards: list[float] = field(default_factory=list[float])
 
     def watch(self, model: nn.Module) -> None:
-        model.register_forward_pre_hook(lambda *_: self.forwards.append(time.perf_counter()))
+        def note(module: nn.Module, inputs: Any) -> None:
+            self.forwards.append(time.perf_counter())
+
+        model.register_forward_pre_hook(note)
 
     @property
     def step(self) -> float:
@@ -134,15 +140,24 @@ def run_job(study: Study, job: Job) -> Record:
 def _specs(row: Row, phase: str) -> tuple[PointSpec, ...]:
     if phase == "trial" or not row.adapted:
         return (AS_TRAINED,)
-    return (AS_TRAINED, *(spec for spec in row.points if spec != AS_TRAINED))
+    specs = list(row.points)
+    bits = dict(row.options).get(TRAINED_AT)
+    if bits is not None and PointSpec(bits) not in specs:  # what it was trained for
+        specs.append(PointSpec(bits))
+    return (AS_TRAINED, *(spec for spec in specs if spec != AS_TRAINED))
 
 
-def _trained(
-    model: nn.Module, config: Any, cell: Cell, loop: LoopSettings, row: Row, measures: _Measures
-) -> FitResult:
+def _trained(model: nn.Module, config: Any, cell: Cell, loop: LoopSettings, row: Row, measures: _Measures) -> FitResult:
     """``fit`` scores before and after training; one batch does for that, because the whole set is scored afterwards."""
+    bits = dict(row.options).get(TRAINED_AT) if row.method == "lora" else None
+
+    def prepare(adapted: nn.Module) -> None:
+        measures.watch(adapted)
+        if bits is not None:
+            train_at_bits(adapted, bits)
+
     with tempfile.TemporaryDirectory(prefix="randbasis-compare-") as folder:
-        return fit(
+        result = fit(
             model,
             config,
             cell.task,
@@ -150,9 +165,11 @@ def _trained(
             eval=cell.dev[: loop.batch_size],
             loop=loop,
             checkpoints=folder,
-            prepare=measures.watch,
+            prepare=prepare,
             whole=row.method == WHOLE,
         )
+    settle(result.model)
+    return result
 
 
 def _loop(data: Data, job: Job) -> LoopSettings:
@@ -177,17 +194,24 @@ def _point(
     around, head = surroundings(data), result.head_parameters if result else 0
     stored = bytes_of(model, spec, head, around.header, saved)
     with as_stored(model, spec):
-        language = isinstance(cell.task, CausalLanguage)
-        if language and job.phase == "final":  # scored by the texts that it writes, too
-            cell.task.with_generation = True
-        try:
+        with _generating(cell.task, job.phase == "final"):
             scores = cell.task.score(model, rows, data.base.loop.eval_batch_size or 64)
-        finally:
-            if language:
-                cell.task.with_generation = False
         left = None if forgets is None else perplexity(model, getattr(cell.task, "tokenizer", None), forgets)
     name = "as trained" if spec == AS_TRAINED else spec.name
     return Point(name, spec.bits, spec.rank, stored.total, stored.head, scores, left)
+
+
+@contextmanager
+def _generating(task: Task, wanted: bool) -> Generator[None]:
+    """A language model is scored by the texts that it writes, too."""
+    if not (wanted and isinstance(task, CausalLanguage)):
+        yield
+        return
+    task.with_generation = True
+    try:
+        yield
+    finally:
+        task.with_generation = False
 
 
 def _saved_bytes(model: nn.Module) -> int:
@@ -208,6 +232,7 @@ def _expansion(model: nn.Module) -> float | None:
     if not deltas or deltas[0].bound.method.needs_base:
         return None
     fresh = [replace(one.bound.method, basis_storage="recompute").bind(one.bound.site) for one in deltas]
+    fresh[0].factors(deltas[0].coefficients)  # what a process compiles once is not the method's time
     began = time.perf_counter()
     for one, bound in zip(deltas, fresh, strict=True):
         bound.factors(one.coefficients)

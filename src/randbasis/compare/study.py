@@ -8,8 +8,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from randbasis.compare.record import Phase, Record
 from randbasis.errors import StudyError, near
@@ -148,6 +149,20 @@ class Study:
         """The rows that are run on a data set."""
         return tuple(row for row in self.rows if not row.data or data.name in row.data)
 
+    def limited(self, data: Sequence[str] = (), rows: Sequence[str] = ()) -> "Study":
+        """The part of the study on some data sets, or with the rows whose names match a pattern; the first row stays.
+
+        Raises:
+            StudyError: nothing is left.
+        """
+        for name in data:
+            self.data_named(name)
+        kept = tuple(one for one in self.data if not data or one.name in data)
+        found = [row for row in self.rows if not rows or any(fnmatchcase(row.name, one) for one in rows)]
+        if not found:
+            raise StudyError(f"rows {list(rows)} match none; there are: {', '.join(row.name for row in self.rows)}")
+        return replace(self, data=kept, rows=tuple(dict.fromkeys((self.rows[0], *found))))
+
     def data_named(self, name: str) -> Data:
         """The data set of that name."""
         return _named(self.data, name, "data set")
@@ -231,22 +246,30 @@ class Progress:
         return [job for job in (*trials, *sorted(finals, key=lambda job: job.seed)) if job not in done]
 
     def chosen(self, data: Data, row: Row) -> float | None:
-        """The learning rate with the lowest loss on the held-out rows; None while trials are missing.
-
-        Raises:
-            StudyError: all of them diverged.
-        """
+        """The learning rate with the lowest loss on the held-out rows; None while some lack, or if all diverged."""
         rates = self._rates(data, row)
         if len(rates) == 1:
             return rates[0]
-        runs = [r for r in self.records if (r.data, r.row, r.phase) == (data.name, row.name, "trial")]
-        losses = {run.rate: run.points[0].scores["loss"] if run.points else float("inf") for run in runs}
+        losses = self._losses(data, row)
         if not set(rates) <= losses.keys():
             return None
         best = min(rates, key=lambda rate: (losses[rate], rate))
-        if losses[best] == float("inf"):
-            raise StudyError(f"{data.name}: every learning rate of {row.name!r} diverged; give the row a smaller rate")
-        return best
+        return best if losses[best] < float("inf") else None
+
+    def diverged(self) -> list[str]:
+        """A sentence for each row that has no final runs because the loss was not finite at any rate."""
+        return [
+            f"{data.name}: every learning rate of {row.name!r} diverged; give the row a smaller rate"
+            for data in self.study.data
+            for row in self.study.rows_on(data)
+            if {*self._rates(data, row)} <= {r for r, loss in self._losses(data, row).items() if loss == float("inf")}
+        ]
+
+    def _losses(self, data: Data, row: Row) -> dict[float, float]:
+        """Learning rate → loss of its trial on the held-out rows."""
+        runs = [r for r in self.records if (r.data, r.row, r.phase) == (data.name, row.name, "trial")]
+        found = {run.rate: run.points[0].scores["loss"] if run.points else float("inf") for run in runs}
+        return {rate: loss if loss == loss else float("inf") for rate, loss in found.items()}
 
     def _rates(self, data: Data, row: Row) -> tuple[float, ...]:
         if not row.adapted and row.method == NO_ADAPTER and not data.has_head:
@@ -302,5 +325,5 @@ def _told(value: Any) -> Any:
             if getattr(value, one.name) != one.default
         }
     if isinstance(value, (tuple, list)):
-        return [_told(item) for item in value]
+        return [_told(item) for item in cast("Sequence[Any]", value)]
     return Path(value).name if isinstance(value, Path) or (isinstance(value, str) and "/" in value) else value

@@ -5,10 +5,10 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from randbasis.compare.budgets import SIZED, byte_count
-from randbasis.compare.rivals import METHODS
+from randbasis.compare.rivals import METHODS, QUANTIZABLE
 from randbasis.compare.study import Budget, Data, PointSpec, Row, Study
 from randbasis.errors import DataMissingError, StudyError, near
 from randbasis.files.text_files import read_text
@@ -17,8 +17,10 @@ from randbasis.train.loop_settings import LoopSettings
 from randbasis.train.settings import TASKS, DataSettings, TrainSettings
 
 _OF_STUDY = ("name", "title", "claim", "seeds", "trials", "anchor", "gain_of")
-_OF_RUN = ("model", "task", "max_length", "pooling", "separator", "prompt_template", "target_template", "end_token")
-_OF_RUN += ("image_size", "flip", "loss_on", "packing")
+_OF_RUN = (
+    *("model", "task", "max_length", "pooling", "separator", "prompt_template", "target_template", "end_token"),
+    *("image_size", "flip", "loss_on", "packing"),
+)
 _OF_LOOP = ("batch_size", "eval_batch_size", "schedule", "warmup", "weight_decay", "max_grad_norm", "label_smoothing")
 _OF_ROWS = tuple(one.name for one in fields(DataSettings) if one.name != "eval_fraction")
 _OF_DATA = ("name", "targets", "steps", "trial_steps", "dev_rows", "dev", "dev_words", "sample_sets", "metric")
@@ -27,12 +29,13 @@ _ROW_KEYS = ("name", "curve", "method", "rate", "data", "points", "bits", "budge
 _PATHS = ("train", "eval", "dev", "model", "forgetting")
 
 
-def read_study(path: Path, folder: Path | None = None) -> Study:
+def read_study(path: Path, folder: Path | None = None, *, must_exist: bool = True) -> Study:
     """The study of a file.
 
     Args:
         path: of the TOML file.
         folder: where its models and rows are; None: beside the file.
+        must_exist: whether they have to be there, which a report of what has run does not need.
 
     Raises:
         StudyError: it says what no study may, or leaves out what it must say.
@@ -44,7 +47,7 @@ def read_study(path: Path, folder: Path | None = None) -> Study:
         found = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise StudyError(f"{path} is not TOML: {error}") from error
-    reader = _Reader(path, folder or path.parent)
+    reader = _Reader(path, folder or path.parent, must_exist)
     reader.check_keys(found, ("study", "data", "row"), "the file")
     return reader.study(found)
 
@@ -52,9 +55,10 @@ def read_study(path: Path, folder: Path | None = None) -> Study:
 class _Reader:
     """What is read knows where it stands, for messages."""
 
-    def __init__(self, path: Path, folder: Path) -> None:
+    def __init__(self, path: Path, folder: Path, must_exist: bool) -> None:
         self.path = path
         self.folder = folder
+        self.must_exist = must_exist
 
     def study(self, found: Mapping[str, Any]) -> Study:
         head = found.get("study", {})
@@ -66,7 +70,7 @@ class _Reader:
             raise StudyError(f"{self.path} must have at least one [[data]] and one [[row]]; see docs/comparing.md")
         if rows[0].method != "none":
             raise StudyError(
-                f"{self.path}: the first [[row]] must be the base alone (method = \"none\"): it chooses the head's "
+                f'{self.path}: the first [[row]] must be the base alone (method = "none"): it chooses the head\'s '
                 f"learning rate, got {rows[0].method!r}; put such a row first"
             )
         twice = next((row.name for i, row in enumerate(rows) if row.name in [one.name for one in rows[:i]]), None)
@@ -137,11 +141,15 @@ class _Reader:
                 raise StudyError(f"{self.path}: {where}: data {name!r} is unknown; {near(name, names)}")
         points = self.points(found, where)
         budgets = self.budgets(found, where, method, points)
-        for chosen in itertools.product(*(values if isinstance(values, list) else [values] for values in grid.values())):
+        for chosen in itertools.product(*map(_listed, grid.values())):
             of_grid = dict(zip(grid, chosen, strict=True))
             told = ", ".join(f"{key} {value}" for key, value in of_grid.items())
             for budget, called in budgets:
-                name = found.get("name", curve) if not (budget or told) else " ".join((curve, *filter(None, (told, called))))
+                name = (
+                    found.get("name", curve)
+                    if not (budget or told)
+                    else " ".join((curve, *filter(None, (told, called))))
+                )
                 own = tuple(sorted((options | of_grid).items()))
                 line = curve if not told else f"{curve} {told}"
                 yield Row(name, line, method, own, budget, points, self.rate(found, where), where_run)
@@ -151,11 +159,18 @@ class _Reader:
             raise StudyError(f"{self.path}: {where} may have points or bits, got both; keep one")
         specs = [PointSpec(**one) for one in found.get("points", [])]
         specs += [PointSpec(bits) for bits in found.get("bits", [])]
+        if specs and found["method"] not in QUANTIZABLE:
+            raise StudyError(
+                f"{self.path}: {where}: only {', '.join(QUANTIZABLE)} can be stored at fewer bits than they were "
+                f"trained at, got {found['method']!r}, whose file holds more than coefficients; leave them out"
+            )
         for one in specs:
             if one.bits not in BITS:
                 raise StudyError(f"{self.path}: {where}: bits must be one of {list(BITS)}, got {one.bits}")
             if one.rank is not None and found["method"] != "lora":
-                raise StudyError(f"{self.path}: {where}: only a lora can be truncated to a rank, got {found['method']!r}")
+                raise StudyError(
+                    f"{self.path}: {where}: only a lora can be truncated to a rank, got {found['method']!r}"
+                )
         return tuple(specs)
 
     def budgets(
@@ -186,19 +201,19 @@ class _Reader:
     def check_keys(self, found: Any, known: Sequence[str], where: str) -> None:
         if not isinstance(found, Mapping):
             raise StudyError(f"{self.path}: {where} must be a table, got {found!r}; see docs/comparing.md")
-        for key in found:
+        for key in cast("Mapping[str, Any]", found):
             if key not in known:
                 raise StudyError(f"{self.path}: {where} has no key {key!r}; {near(key, known)}")
 
     def there(self, value: Any, where: str) -> Any:
         """A path below the folder, as far as the file is there."""
         if isinstance(value, list):
-            return tuple(self.there(one, where) for one in value)
+            return tuple(self.there(one, where) for one in cast("list[Any]", value))
         path = self.folder / str(value)
-        if not path.exists():
+        if self.must_exist and not path.exists():
             raise DataMissingError(
-                f"{self.path}: {where} names {value!r}, and there is no {path}; give the folder of models and data with "
-                "--data"
+                f"{self.path}: {where} names {value!r}, and there is no {path}; give the folder of models and data "
+                "with --data"
             )
         return str(path)
 
@@ -213,3 +228,7 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise StudyError(f"{self.path}: {where}: {key} must be a whole number from 1, got {value!r}")
         return value
+
+
+def _listed(value: Any) -> list[Any]:
+    return cast("list[Any]", value) if isinstance(value, list) else [value]
