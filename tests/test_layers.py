@@ -52,6 +52,7 @@ ROWS: dict[str, set[str]] = {
         "matplotlib", "rich", "yaml", "jinja2", "huggingface_hub", "datasets", "pyarrow",
     },
     "use": {"torch"},
+    "compare": {"torch", "numpy", "peft", "matplotlib", "scipy"},
     "__init__": set(),
     "hub": {"huggingface_hub"},
     "serve": {"torch", "transformers", "fastapi", "uvicorn", "prometheus_client", "pydantic"},

@@ -194,6 +194,10 @@ class BudgetError(RandbasisError, ValueError):
     """A budget is no number of bytes, or less than any adapter has."""
 
 
+class StudyError(RandbasisError, ValueError):
+    """A study file says what it may not, or a comparison cannot be made as it says."""
+
+
 class OptionError(RandbasisError, ValueError):
     """An option of the command was given where it would be ignored."""
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from randbasis import __version__
-from randbasis.cli import adapter, compare, serve, store, train, transfer, use
+from randbasis.cli import adapter, arithmetic, compare, serve, store, train, transfer, use
 from randbasis.cli.command import Command
 from randbasis.cli.console import EXIT_CODES
 from randbasis.cli.noise import no_bars_in_a_pipe
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},  # those of the subcommands, too
 )
-groups = (train, use, adapter, transfer, compare, store, serve)
+groups = (train, use, adapter, transfer, arithmetic, compare, store, serve)
 for commands in (*(group.commands for group in groups), serve.keys):
     for command in commands.registered_commands:
         if not issubclass(command.cls or object, Command):

@@ -1,114 +1,141 @@
-"""``randbasis diff`` and ``randbasis average``: how far apart adapters are, and weighted sums of them."""
+"""``randbasis compare``: methods side by side, from a study file to a report."""
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
 
-from randbasis.cli.console import answer, answer_table, reported
-from randbasis.cli.options import AVERAGE, DIFF, check_options
-from randbasis.cli.parameters import AsJson, Overwrite
-from randbasis.defaults import AVERAGED_HEADS
-from randbasis.errors import WeightsError
-from randbasis.progress import tracking
+from randbasis.cli.console import answer_table, reported
+from randbasis.cli.parameters import AsJson
 
 if TYPE_CHECKING:
-    from randbasis.arithmetic import Difference
-    from randbasis.arithmetic.difference import Apart
+    from randbasis.compare.pool import Planned
+    from randbasis.compare.record import Record
+    from randbasis.compare.study import Job
 
 commands = typer.Typer(rich_markup_mode="markdown")
 
-Base = Annotated[str | None, Option(help="Folder or hub name of the base, for adapters that do not tell their shapes.")]
+DATA_VARIABLE = "RANDBASIS_DATA"
 
 
-@commands.command(epilog="Example: randbasis diff runs/a runs/b --json")
-def diff(
-    context: typer.Context,
-    first: Annotated[
-        str, Argument(help="Folder, packed file, URL, or store:NAME@VERSION; a LoRA, VeRA or RandLoRA of PEFT too.")
-    ],
-    second: Annotated[str, Argument(help="Another one for the same base.")],
-    base: Base = None,
+@commands.command(
+    epilog="Example: randbasis compare studies/glue.toml --data DATA --cores 2 --output docs/results/glue"
+)
+def compare(
+    study: Annotated[Path, Argument(help="TOML file: data, methods with their budgets and grids, seeds.")],
+    data: Annotated[
+        Path | None,
+        Option(help="Folder of models and rows; by default RANDBASIS_DATA, else that of the study."),
+    ] = None,
+    results: Annotated[Path, Option(help="Folder of the file of runs, NAME.jsonl.")] = Path("benchmarks/results"),
+    output: Annotated[Path | None, Option(help="Folder of the report; by default beside the file of runs.")] = None,
+    cores: Annotated[int | None, Option(help="Processes of one thread each; by default one a core.")] = None,
+    seconds: Annotated[float | None, Option(help="Begin no run after that many; a later call goes on.")] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="List the runs with coefficients and bytes; train nothing.")
+    ] = False,
+    report_only: Annotated[
+        bool, Option("--report-only", help="Write the report of what is there; needs no models and no rows.")
+    ] = False,
+    only: Annotated[list[str] | None, Option(help="Name of a data set; others are left out. May be repeated.")] = None,
+    rows: Annotated[
+        list[str] | None, Option(help="Pattern of names of rows, such as 'NOLA*'; the first stays. May be repeated.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two adapters: norm of the difference of ΔW and cosine, by layer and in all.
+    """Train methods at the same budgets on the same rows, and report quality per byte.
 
-    Methods and seeds may differ. Coefficients are compared too where both have one basis.
+    Every row tries as many learning rates, chosen by loss on rows that are held out. What has run is kept, so the
+    command can be stopped and called again.
     """
     with reported(as_json):
-        from randbasis.arithmetic import difference
+        from randbasis.compare.record import read_records
+        from randbasis.compare.report import write_report
+        from randbasis.compare.study import usable
+        from randbasis.compare.study_file import read_study
 
-        check_options(context, DIFF)
-        found = difference(first, second, model=base, track=tracking("layers"))
-        answer_table(found.as_json(), _difference_table(found), as_json)
+        folder = data or (Path(os.environ[DATA_VARIABLE]) if DATA_VARIABLE in os.environ else None)
+        whole = read_study(study, folder, must_exist=not report_only)
+        asked = whole.limited(only or (), rows or ())
+        runs, told = results / f"{whole.name}.jsonl", _Told()
+        summary: dict[str, Any] = {"study": whole.name, "results": str(runs)}
+        if not report_only:
+            from randbasis.compare.pool import planned, run_study
 
-
-@commands.command(epilog="Example: randbasis average runs/a runs/b --weights 0.5,0.5 --output runs/mean")
-def average(
-    context: typer.Context,
-    adapters: Annotated[
-        list[str], Argument(help="Adapters of one basis: folders, packed files, URLs, store:NAME@VERSION.")
-    ],
-    output: Annotated[Path, Option(help="Folder to write; a packed file if it ends in .safetensors.")],
-    weights: Annotated[str | None, Option(help="One for each: 0.5,0.5, or 1,-1; by default the mean.")] = None,
-    heads: Annotated[str, Option(help="average or first: what becomes of heads.")] = AVERAGED_HEADS,
-    base_name: Annotated[str | None, Option(help="Name of the base, where the adapters name it otherwise.")] = None,
-    base: Base = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Add the coefficients of adapters of one method, seed and shape, each times its weight.
-
-    For nola, vera and randlora the ΔW of the sum is not the sum of the ΔW; how far it is from it is told.
-    """
-    with reported(as_json):
-        from randbasis.adapters.saved import open_adapter
-        from randbasis.arithmetic import average_adapters
-        from randbasis.arithmetic.average import HEADS
-
-        def with_heads() -> bool:  # a word that is none of these is refused elsewhere
-            return heads not in HEADS or any(open_adapter(one).head for one in adapters)
-
-        check_options(context, AVERAGE, with_heads=with_heads)
-        shares = None if weights is None else _numbers(weights)
-        options: dict[str, Any] = {"weights": shares, "heads": heads, "base_name": base_name, "model": base}
-        done = average_adapters(adapters, output, **options, overwrite=overwrite, track=tracking("layers"))
-        answer(done.as_json(), as_json)
+            plan = planned(asked)
+            if dry_run:
+                answer_table(_planned_json(plan, runs), _planned_table(plan), as_json)
+                return
+            count = (os.cpu_count() or 1) if cores is None else cores
+            run_study(plan, runs, cores=count, seconds=seconds, told=told, failed=told.failed)
+            now = plan.progress(read_records(runs))
+            summary |= {"missing": now.total() - len(now.records), "impossible": list(plan.impossible)}
+            summary |= {"diverged": now.diverged(), "failed": told.failures}
+        found = usable(asked, read_records(runs))
+        written = write_report(asked, found, output or results / whole.name)
+        summary |= {"runs": len(found), "report": [str(path) for path in written]}
+        answer_table(summary, _summary_table(summary), as_json)
+        if told.failures:
+            raise typer.Exit(1)
 
 
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(word) for word in text.split(",")]
-    except ValueError as error:
-        raise WeightsError(
-            f"weights must be numbers with commas between them, got {text!r}; write for example 0.5,0.5"
-        ) from error
+class _Told:
+    """One line a run."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.failures: list[str] = []
+
+    def failed(self, job: "Job", error: Exception) -> None:
+        """Say which run failed, and go on."""
+        what = f"{job.data} · {job.row} · {job.phase} · rate {job.rate:g} · seed {job.seed}"
+        self.failures.append(f"{what}: {type(error).__name__}: {error}")
+        self.console.print(f"failed: {self.failures[-1]}", highlight=False, soft_wrap=True, markup=False)
+
+    def __call__(self, record: "Record", done: int, total: int) -> None:
+        scores = ", ".join(f"{k} {v:.4f}" for k, v in record.points[0].scores.items()) if record.points else "diverged"
+        what = f"{record.data} · {record.row} · {record.phase} · rate {record.rate:g} · seed {record.seed}"
+        self.console.print(f"{done}/{total} {what}: {scores} ({record.seconds:.0f} s)", highlight=False, soft_wrap=True)
 
 
-def _difference_table(found: "Difference") -> Table:
-    table = Table(title=f"{found.methods[0]} and {found.methods[1]}", caption=_caption(found), min_width=60)
-    table.add_column("layer")
-    for name in ("‖ΔW₁‖", "‖ΔW₂‖", "‖ΔW₁ − ΔW₂‖", "relative", "cosine"):
-        table.add_column(name, justify="right")
-    for one in found.layers:
-        table.add_row(one.name, *_shown(one.change))
-    for name, size in found.only_first.items():
-        table.add_row(name, f"{size:.4g}", "not adapted", f"{size:.4g}", "", "")
-    for name, size in found.only_second.items():
-        table.add_row(name, "not adapted", f"{size:.4g}", f"{size:.4g}", "", "")
-    table.add_section()
-    table.add_row("all", *_shown(found.total))
-    if found.coefficients is not None:
-        table.add_row("coefficients", *_shown(found.coefficients))
+def _planned_json(plan: "Planned", runs: Path) -> dict[str, Any]:
+    from randbasis.compare.budgets import sized
+    from randbasis.compare.runs import surroundings
+    from randbasis.compare.study import trial_rates
+
+    rows = [
+        {
+            "data": data.name,
+            "row": row.name,
+            "method": row.method,
+            "options": sized(row, surroundings(data).shapes),
+            "rates": trial_rates(plan.middles[data.name, row.name], plan.study.trials),
+            "seeds": plan.study.seeds,
+        }
+        for data in plan.study.data
+        for row in plan.study.rows_on(data)
+    ]
+    return {"study": plan.study.name, "runs": plan.progress([]).total(), "results": str(runs), "rows": rows,
+            "impossible": list(plan.impossible)}  # fmt: skip
+
+
+def _planned_table(plan: "Planned") -> Table:
+    found = _planned_json(plan, Path())
+    table = Table(title=f"{found['study']}: {found['runs']} runs", caption="\n".join(found["impossible"]) or None)
+    for name in ("data", "row", "options", "learning rates tried"):
+        table.add_column(name)
+    for row in found["rows"]:
+        options = ", ".join(f"{key} {value}" for key, value in row["options"].items())
+        table.add_row(row["data"], row["row"], options, ", ".join(f"{rate:g}" for rate in row["rates"]))
     return table
 
 
-def _shown(apart: "Apart") -> list[str]:
-    numbers = (apart.first, apart.second, apart.distance, apart.relative, apart.cosine)
-    return ["" if number is None else f"{number:.4g}" for number in numbers]
-
-
-def _caption(found: "Difference") -> str | None:
-    return None if found.other_basis is None else f"coefficients are not compared: {found.other_basis}"
+def _summary_table(summary: dict[str, Any]) -> Table:
+    table = Table(show_header=False)
+    for key, value in summary.items():
+        table.add_row(key, "\n".join(cast("list[str]", value)) if isinstance(value, list) else str(value))
+    return table

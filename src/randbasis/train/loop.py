@@ -35,7 +35,7 @@ from randbasis.train.randomness import confined_randomness
 from randbasis.train.ranks import Ranks
 from randbasis.train.task import Example, Task
 from randbasis.train.threads import torch_threads
-from randbasis.train.trainer import AdapterTrainer, checkpoint_to_resume, parameter_groups
+from randbasis.train.trainer import HEAD_OF_WHOLE, AdapterTrainer, checkpoint_to_resume, parameter_groups
 
 TRACKED = "trackers"
 """Folder of what trackers write, beside that of the checkpoints."""
@@ -83,6 +83,7 @@ def fit(
     ranks: Ranks | None = None,
     origin: SavedAdapter | None = None,
     stop_after: int | None = None,
+    whole: bool = False,
 ) -> FitResult:
     """Train an adapter and a head.
 
@@ -100,6 +101,7 @@ def fit(
         ranks: the processes of the run; ``None`` for this one alone.
         origin: an adapter to start from, which takes the place of ``config``.
         stop_after: end after so many steps, evaluated and not saved, at the learning rates that they have in the run.
+        whole: train every parameter of the base at the adapter's rate, and no adapter: to compare with.
 
     Returns:
         The trained model and its metrics before and after.
@@ -123,7 +125,7 @@ def fit(
     loop = _filled(loop, origin.method if origin else method_of(config), task.name, model)
     start = ranks.agreed(lambda: checkpoint_to_resume(folder)) if resume else None
     with torch_threads(loop.threads), _quiet_logging(), confined_randomness(loop.train_seed):
-        adapted = ranks.agreed(lambda: adapt(model, config, task.head_modules(model), origin))
+        adapted = ranks.agreed(lambda: adapt(model, config, task.head_modules(model), origin, whole=whole))
         if prepare is not None:
             prepare(adapted)
         arguments = training_arguments(loop, len(train), folder, task, processes=ranks.count, evaluated=len(eval) > 0)
@@ -165,9 +167,14 @@ def _filled(loop: LoopSettings, method: str, task: str, model: nn.Module) -> Loo
 
 
 def adapt(
-    model: nn.Module, config: PeftConfig | None, head: Sequence[str], origin: SavedAdapter | None = None
+    model: nn.Module,
+    config: PeftConfig | None,
+    head: Sequence[str],
+    origin: SavedAdapter | None = None,
+    *,
+    whole: bool = False,
 ) -> nn.Module:
-    """Put the adapter in, a new one or that of ``origin``; without one, freeze all but the head.
+    """Put the adapter in, a new one or that of ``origin``; without one, freeze all but the head, or nothing.
 
     Raises:
         SettingError: no adapter and no head, so nothing to train.
@@ -175,6 +182,9 @@ def adapt(
     """
     for name in head:
         model.get_submodule(name).float()
+    if whole:
+        setattr(model.requires_grad_(True), HEAD_OF_WHOLE, tuple(head))
+        return model
     if origin is not None and not origin.is_head:
         return put_on(model, origin, head)
     if config is None:

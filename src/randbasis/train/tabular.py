@@ -26,7 +26,7 @@ MISSING_TEXTS = ("nan", "NaN", "<NA>")
 
 _OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _CHAT_TEXT = re.compile(r"""\s*\[?\s*\{\s*['"](role|from)['"]\s*:""")
-_STORY_END = "<|endoftext|>"
+STORY_END = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ def _from_records(records: list[Any], name: str) -> tuple[tuple[str, ...], list[
 def _read_txt(stream: io.TextIOWrapper, name: str, header: bool) -> tuple[tuple[str, ...], list[Row]]:
     with stream:
         content = stream.read()
-    parts = content.split(_STORY_END) if _STORY_END in content else content.splitlines()
+    parts = content.split(STORY_END) if STORY_END in content else content.splitlines()
     return ("text",), [{"text": part.strip()} for part in parts if part.strip()]
 
 

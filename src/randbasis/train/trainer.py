@@ -30,6 +30,9 @@ STATE_FILE = "trainer_state.json"
 NO_ROW = "no_row"
 """Key of an example, and of a batch, that a process computes with only to keep step with the others."""
 
+HEAD_OF_WHOLE = "randbasis_head_of_whole"
+"""Attribute of a model all of which is trained: the names of its head's modules; the rest is in the adapter's place."""
+
 
 class Rows(Dataset[Example]):
     """Examples as a dataset of torch; row ``None`` stands in where a process has no row of its own left."""
@@ -314,13 +317,17 @@ class AdapterTrainer(Trainer):
 def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """Trained parameters by name: ``adapter``, the ``head``'s matrices, and the head's vectors.
 
-    A head is what PEFT keeps under ``modules_to_save``; without an adapter every trained parameter is of the head.
+    A head is what PEFT keeps under ``modules_to_save``; without an adapter every trained parameter is of the head, but
+    where all of a model is trained (:data:`HEAD_OF_WHOLE`).
     """
     groups: dict[str, dict[str, nn.Parameter]] = {"adapter": {}, "head": {}, "head_vectors": {}}
-    adapted = hasattr(model, "peft_config")
+    adapted, heads = hasattr(model, "peft_config"), getattr(model, HEAD_OF_WHOLE, None)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            head = not adapted or ".modules_to_save." in name
+            if heads is not None:
+                head = any(name.startswith(f"{one}.") for one in heads)
+            else:
+                head = not adapted or ".modules_to_save." in name
             groups["adapter" if not head else "head" if parameter.ndim > 1 else "head_vectors"][name] = parameter
     return groups
 

@@ -1,4 +1,4 @@
-"""The rows that a setting trains on, chooses learning rates by, and is tested on."""
+"""The rows that runs on a data set train on, choose learning rates by, and are tested on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from randbasis.compare.study import LANGUAGE, Data
 from randbasis.errors import EmptyDataError
 from randbasis.train import CausalLanguage, ImageClassification, Table, Task, TextClassification, read_images
 from randbasis.train.images import EVAL_SPLITS
 from randbasis.train.sources import read_sources
 from randbasis.train.splits import few_shot, sample
 from randbasis.train.task import Example
-from studies.study import LANGUAGE, Setting
 
 SPLIT_SEED = 20_000
 """Of every draw of rows that does not depend on the run."""
@@ -21,7 +21,7 @@ SPLIT_SEED = 20_000
 
 @dataclass(frozen=True)
 class Cell:
-    """A setting with its rows read.
+    """A data set with its rows read.
 
     Args:
         task: the task, shared by all runs.
@@ -37,36 +37,37 @@ class Cell:
 
 
 @lru_cache(maxsize=4)
-def read_cell(setting: Setting, sample_set: int) -> Cell:
-    """Read the rows of a setting; the same ones in every process.
+def read_cell(data_set: Data, sample_set: int) -> Cell:
+    """Read the rows of a data set; the same ones in every process.
 
     Args:
-        setting: which.
+        data_set: which.
         sample_set: which draw of the training rows.
 
     Raises:
-        EmptyDataError: there are fewer rows than the setting asks for.
+        EmptyDataError: there are fewer rows than the study asks for.
     """
-    if setting.base.task == LANGUAGE:
-        return _language(setting, sample_set)
-    if setting.base.task == ImageClassification.name:
-        return _images(setting, sample_set)
-    return _text(setting, sample_set)
+    if data_set.base.task == LANGUAGE:
+        return _language(data_set, sample_set)
+    if data_set.base.task == ImageClassification.name:
+        return _images(data_set, sample_set)
+    return _text(data_set, sample_set)
 
 
-def _text(setting: Setting, sample_set: int) -> Cell:
+def _text(data_set: Data, sample_set: int) -> Cell:
     """Whole held-out texts, and training texts of which none is a part of one of them, nor the other way round."""
-    data = setting.base.data
+    data = data_set.base.data
     table = read_sources(data.train_sources, kind=data.kind, wanted=data.columns)
-    texts = [str(text) for text in table.column(data.text_column or "")]
-    long_enough = [i for i, text in enumerate(texts) if len(text.split()) >= setting.dev_words]
-    dev = [long_enough[i] for i in sample(len(long_enough), setting.dev_rows, SPLIT_SEED)]
+    columns = [table.column(name) for name in (data.text_column, data.text_pair_column) if name is not None]
+    texts = [" ".join(str(text) for text in row) for row in zip(*columns, strict=True)]
+    long_enough = [i for i, text in enumerate(texts) if len(text.split()) >= data_set.dev_words]
+    dev = [long_enough[i] for i in sample(len(long_enough), data_set.dev_rows, SPLIT_SEED)]
     apart = apart_from([texts[i] for i in dev], texts)
     if data.limit is not None and len(apart) < data.limit:
         raise EmptyDataError(f"{table.source} leaves {len(apart)} training rows, {data.limit} are asked for")
     train = [apart[i] for i in sample(len(apart), data.limit or len(apart), SPLIT_SEED + sample_set)]
     test = read_sources(data.eval_sources, kind=data.kind, wanted=data.columns)
-    task = TextClassification.prepare(setting.base, table)
+    task = TextClassification.prepare(data_set.base, table)
     return Cell(
         task,
         task.encode(table.subset(train), training=True),
@@ -85,45 +86,53 @@ def apart_from(held: Sequence[str], texts: Sequence[str]) -> list[int]:
     return [i for i in rest if not any(text in texts[i] for text in within)]
 
 
-def _images(setting: Setting, sample_set: int) -> Cell:
+def _images(data_set: Data, sample_set: int) -> Cell:
     """``shots`` images a class to train on, ``dev_rows`` others a class held out, the test split of the archive."""
-    splits = read_images(*setting.base.data.train_sources)
+    splits = read_images(*data_set.base.data.train_sources)
     table = next(rows for name, rows in splits.items() if name not in EVAL_SPLITS)
     test = next(rows for name, rows in splits.items() if name in EVAL_SPLITS)
     labels = [str(label) for label in table.column("label")]
-    dev = few_shot(labels, setting.dev_rows, SPLIT_SEED)
+    dev = few_shot(labels, data_set.dev_rows, SPLIT_SEED)
     rest = sorted(set(range(len(labels))) - set(dev))
-    shots = setting.base.data.shots or 1
+    shots = data_set.base.data.shots or 1
     train = [rest[i] for i in few_shot([labels[i] for i in rest], shots, SPLIT_SEED + sample_set)]
-    task = ImageClassification.prepare(setting.base, table)
+    task = ImageClassification.prepare(data_set.base, table)
     return Cell(
         task,
         task.encode(table.subset(train), training=True),
         task.encode(table.subset(dev), training=False),
-        task.encode(_limited(test, setting.base.data.eval_limit), training=False),
+        task.encode(_limited(test, data_set.base.data.eval_limit), training=False),
     )
 
 
-def _language(setting: Setting, sample_set: int) -> Cell:
-    """Pairs that fit into ``max_length`` whole; test prompts with all their references."""
-    data = setting.base.data
+def _language(data_set: Data, sample_set: int) -> Cell:
+    """Pairs that fit into ``max_length`` whole; held-out and test prompts with all their references.
+
+    Where no file of held-out rows is named, whole prompts of the training rows are held out.
+    """
+    data = data_set.base.data
     table = read_sources(data.train_sources, kind=data.kind, wanted=data.columns)
-    task = CausalLanguage.prepare(setting.base, table)
+    task = CausalLanguage.prepare(data_set.base, table)
+    if data_set.dev is None:
+        prompts = task.prompts(table)
+        distinct = list(dict.fromkeys(prompts))
+        held = {distinct[i] for i in sample(len(distinct), data_set.dev_rows, SPLIT_SEED)}
+        dev = _references(task, table.subset([i for i, one in enumerate(prompts) if one in held]), None)
+        table = table.subset([i for i, one in enumerate(prompts) if one not in held])
+    else:
+        dev = _references(task, _rows(data_set, data_set.dev), data_set.dev_rows)
     drawn = table.subset(_drawn(len(table.rows), 2 * (data.limit or len(table.rows)), SPLIT_SEED + sample_set))
     train = _fitting(task, task.encode(drawn, training=True))[: data.limit]
     task.answer_length = max(sum(label != -100 for label in example["labels"]) for example in train)
-    return Cell(
-        task,
-        train,
-        _references(setting, task, setting.dev or "", setting.dev_rows),
-        _references(setting, task, data.eval_sources[0], data.eval_limit),
-    )
+    return Cell(task, train, dev, _references(task, _rows(data_set, *data.eval_sources), data.eval_limit))
 
 
-def _references(setting: Setting, task: CausalLanguage, path: str | Path, limit: int | None) -> list[Example]:
+def _rows(data_set: Data, *paths: str | Path) -> Table:
+    return read_sources(paths, kind=data_set.base.data.kind, wanted=data_set.base.data.columns)
+
+
+def _references(task: CausalLanguage, table: Table, limit: int | None) -> list[Example]:
     """Examples of ``limit`` prompts, one for each reference, of the prompts whose references all fit."""
-    data = setting.base.data
-    table = read_sources((path,), kind=data.kind, wanted=data.columns)
     examples = task.encode(table, training=False)
     fitting = {id(example) for example in _fitting(task, examples)}
     groups: dict[str, list[Example]] = {}

@@ -1,0 +1,151 @@
+"""BUDGET → SIZE: which rank or basis gives a method as many coefficients, or bytes, as a row may have."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft import get_peft_model
+from torch import nn
+
+from randbasis.compare.study import Row
+from randbasis.errors import StudyError
+from randbasis.methods import RandLora
+from randbasis.precision import CODED
+from randbasis.tuner.config import VeraConfig
+from randbasis.tuner.layer import RandbasisLinear
+
+Shape = tuple[int, int]
+"""``(out, in)`` of one adapted matrix."""
+
+NOLA_RANK = 8
+"""Rank of NOLA's factors where a row names none: it costs no coefficients."""
+_UNITS = {"": 1, "b": 1, "kb": 1000, "kib": 1024, "mb": 1000**2, "mib": 1024**2}
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
+
+
+def byte_count(text: str | int) -> int:
+    """Bytes of ``"64"``, ``"512 B"``, ``"16KB"`` (of 1,000) or ``"16KiB"`` (of 1,024).
+
+    Raises:
+        StudyError: it is none of these.
+    """
+    match = _BYTES.fullmatch(str(text).strip())
+    if match is None or match.group(2).lower() not in _UNITS or float(match.group(1)) <= 0:
+        raise StudyError(f"a budget must be bytes such as 512, 16KB or 16KiB, got {text!r}")
+    return int(float(match.group(1)) * _UNITS[match.group(2).lower()])
+
+
+def adapted_shapes(model: nn.Module, targets: tuple[str, ...], head: Iterable[str] = ()) -> list[Shape]:
+    """The matrices that an adapter on these targets has.
+
+    Args:
+        model: adapted in place; give one that is not used again.
+        targets: names of modules, slices included, or ``("all-linear",)``.
+        head: modules that are trained whole instead.
+    """
+    wanted = "all-linear" if targets == ("all-linear",) else list(targets)
+    config = VeraConfig(r=1, target_modules=wanted, exclude_modules=list(head) or None, basis_storage="recompute")
+    adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    return [
+        (one.part.rows, layer.in_features)
+        for layer in adapted.modules()
+        if isinstance(layer, RandbasisLinear)
+        for one in layer.matrices("default")
+    ]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a method is, by the one number that decides it.
+
+    Attributes:
+        word: option that the number is given as.
+        count: ``(number, shapes, options) → (coefficients, vectors)``; each vector has a scale where it is quantized.
+        largest: of the number.
+        falls: whether a larger number has fewer coefficients.
+    """
+
+    word: str
+    count: Callable[[int, Sequence[Shape], Mapping[str, Any]], tuple[int, int]]
+    largest: Callable[[Sequence[Shape]], int]
+    falls: bool = False
+
+
+def _smallest(shapes: Sequence[Shape]) -> int:
+    return min(min(shape) for shape in shapes)
+
+
+def _each(count: Callable[[int, Shape], int], vectors: int = 1) -> Callable[..., tuple[int, int]]:
+    def total(size: int, shapes: Sequence[Shape], options: Mapping[str, Any]) -> tuple[int, int]:
+        return sum(count(size, shape) for shape in shapes), vectors * len(shapes)
+
+    return total
+
+
+def _lora(size: int, shapes: Sequence[Shape], options: Mapping[str, Any]) -> tuple[int, int]:
+    return sum(size * (out + in_) for out, in_ in shapes), 2 * size * len(shapes)
+
+
+def _any(shapes: Sequence[Shape]) -> int:
+    return 1 << 16
+
+
+SIZED: Mapping[str, Size] = {
+    "nola": Size("basis", _each(lambda k, _: 2 * k, 2), _any),
+    "pranc": Size("basis", _each(lambda k, _: k), _any),
+    "vera": Size("rank", _each(lambda r, shape: r + shape[0], 2), _any),
+    "randlora": Size("rank", _each(lambda r, shape: RandLora(r=r).count(*shape), 2), _smallest, falls=True),
+    "loraxs": Size("rank", _each(lambda r, shape: min(r, *shape) ** 2), _smallest),
+    "lora": Size("rank", _lora, _smallest),
+    "dora": Size("rank", lambda r, shapes, o: (_lora(r, shapes, o)[0] + sum(s[0] for s in shapes), 0), _smallest),
+    "unilora": Size("theta_d_length", lambda n, shapes, o: (n, 1), _any),
+    "fourierft": Size("n_frequency", _each(lambda n, _: n), lambda shapes: min(out * in_ for out, in_ in shapes)),
+    "tinylora": Size("u", _each(lambda u, _: u), _any),
+}
+"""Methods that a budget can be asked of."""
+
+
+def stored_bytes(coefficients: int, vectors: int, bits: int) -> int:
+    """Bytes of coefficients, and of the scales of those that are codes, without header and head."""
+    return math.ceil(coefficients * bits / 8) + (4 * vectors if bits in CODED else 0)
+
+
+def sized(row: Row, shapes: Sequence[Shape]) -> dict[str, Any]:
+    """The options of a row with the size that its budget means: the largest that fits.
+
+    Args:
+        row: a method at a budget.
+        shapes: the adapted matrices.
+
+    Raises:
+        StudyError: not even the smallest fits.
+    """
+    options = dict(row.options)
+    if row.budget is None:
+        return options
+    size = SIZED[row.method]
+    if size.word in options:
+        raise StudyError(f"row {row.name!r} has a budget and {size.word}, which the budget decides; keep one")
+    budget = row.budget
+
+    def cost(number: int) -> int:
+        coefficients, vectors = size.count(number, shapes, options)
+        return coefficients if budget.unit == "coefficients" else stored_bytes(coefficients, vectors, budget.bits)
+
+    least, most = 1, size.largest(shapes)
+    best = most if size.falls else least
+    if cost(best) > budget.amount:
+        raise StudyError(
+            f"row {row.name!r}: {row.method} has no configuration of {budget.amount:,} {budget.unit}: the smallest, "
+            f"{size.word} {best}, has {cost(best):,}"
+        )
+    while least < most:  # the cost rises or falls all the way
+        middle = (least + most) // 2 if size.falls else (least + most + 1) // 2
+        fits = cost(middle) <= budget.amount
+        if size.falls:
+            least, most = (least, middle) if fits else (middle + 1, most)
+        else:
+            least, most = (middle, most) if fits else (least, middle - 1)
+    return options | {size.word: least}

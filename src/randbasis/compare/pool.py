@@ -1,0 +1,150 @@
+"""JOBS → RECORDS: a study, run by several processes of one thread each; what has ended is on disk."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from randbasis.compare.budgets import sized
+from randbasis.compare.record import Record, append_record, read_records
+from randbasis.compare.runs import middle_of, run_job, surroundings
+from randbasis.compare.study import Job, Progress, Study, usable
+from randbasis.errors import StudyError
+
+Told = Callable[[Record, int, int], None]
+"""Called with each record as its run ends, how many there are, and how many there will be."""
+Failed = Callable[[Job, Exception], None]
+"""Called with a run that failed, and why; the others go on."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A study with what has to be known before its first run.
+
+    Attributes:
+        study: without the rows that have no configuration on any data set.
+        middles: ``(data, row)`` → the learning rate in the middle of those that are tried.
+        impossible: what was left out, and why, one sentence each.
+    """
+
+    study: Study
+    middles: dict[tuple[str, str], float]
+    impossible: tuple[str, ...] = field(default=())
+
+    def progress(self, records: list[Record]) -> Progress:
+        """Where the study stands."""
+        return Progress(self.study, self.middles, usable(self.study, records))
+
+
+def planned(study: Study) -> Planned:
+    """Find the size and the learning rates of each row on each data set; reads models, trains nothing."""
+    middles: dict[tuple[str, str], float] = {}
+    impossible: list[str] = []
+    data_of: dict[str, list[str]] = {row.name: [] for row in study.rows}
+    for data in study.data:
+        shapes = surroundings(data).shapes
+        for row in study.rows_on(data):
+            try:
+                sized(row, shapes)
+            except StudyError as error:
+                impossible.append(f"{data.name}: {error}")
+                continue
+            middles[data.name, row.name] = middle_of(data, row)
+            data_of[row.name].append(data.name)
+    rows = tuple(replace(row, data=tuple(data_of[row.name])) for row in study.rows if data_of[row.name])
+    return Planned(replace(study, rows=rows), middles, tuple(impossible))
+
+
+def run_study(
+    plan: Planned,
+    path: Path,
+    *,
+    cores: int,
+    seconds: float | None = None,
+    told: Told | None = None,
+    failed: Failed | None = None,
+) -> list[Record]:
+    """Make the runs that are missing.
+
+    Args:
+        plan: what to run.
+        path: its file of results; a line is added when a run ends, so a kill loses only the runs under way.
+        cores: processes of one thread; 0 runs in this one.
+        seconds: begin no run after that many.
+        told: is told of each run that ends.
+        failed: is told of each run that fails, which is not tried again in this call; None raises.
+
+    Returns:
+        The records of the study as it is now.
+    """
+    records, until = read_records(path), None if seconds is None else time.monotonic() + seconds
+    lost: set[Job] = set()
+
+    def ready() -> list[Job]:
+        if until is not None and time.monotonic() > until:
+            return []
+        return [job for job in plan.progress(records).ready() if job not in lost]
+
+    for job, result in _ended(plan.study, ready, cores):
+        if isinstance(result, Exception):
+            if failed is None:
+                raise result
+            lost.add(job)
+            failed(job, result)
+            continue
+        append_record(path, result)
+        records.append(result)
+        if told is not None:
+            now = plan.progress(records)
+            told(result, len(now.records), now.total())
+    return usable(plan.study, records)
+
+
+def _ended(study: Study, ready: Callable[[], list[Job]], cores: int) -> Iterator[tuple[Job, Record | Exception]]:
+    """Jobs and what came of them in the order in which they end; ``ready`` is asked again after each."""
+    if cores == 0:
+        while jobs := ready():
+            yield jobs[0], _tried(study, jobs[0])
+        return
+    with _executor(cores) as executor:
+        running: dict[Future[Record | Exception], Job] = {}
+        while True:
+            started = set(running.values())
+            waiting = [job for job in ready() if job not in started]
+            for job in waiting[: cores - len(running)]:
+                running[executor.submit(_tried, study, job)] = job
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield running.pop(future), future.result()
+
+
+def _tried(study: Study, job: Job) -> Record | Exception:
+    """The record of a run, or what it raised; a worker that dies takes the study with it."""
+    try:
+        return run_job(study, job)
+    except Exception as error:  # noqa: BLE001 - any fault of one method must not cost the others' runs
+        return error
+
+
+@contextmanager
+def _executor(cores: int) -> Generator[Executor]:
+    """Fresh processes whose libraries see one thread each."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in (*names, "TOKENIZERS_PARALLELISM")}
+    os.environ.update(dict.fromkeys(names, "1"), TOKENIZERS_PARALLELISM="false")
+    executor = ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

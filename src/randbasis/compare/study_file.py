@@ -1,0 +1,236 @@
+"""TOML → study: every table and key is checked, so that nothing in a study file is ignored."""
+
+import itertools
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+from randbasis.compare.budgets import SIZED, byte_count
+from randbasis.compare.rivals import METHODS, QUANTIZABLE
+from randbasis.compare.study import Budget, Data, PointSpec, Row, Study
+from randbasis.errors import DataMissingError, StudyError, near
+from randbasis.files.text_files import read_text
+from randbasis.precision import BITS
+from randbasis.train.loop_settings import LoopSettings
+from randbasis.train.settings import TASKS, DataSettings, TrainSettings
+
+_OF_STUDY = ("name", "title", "claim", "seeds", "trials", "anchor", "gain_of")
+_OF_RUN = (
+    *("model", "task", "max_length", "pooling", "separator", "prompt_template", "target_template", "end_token"),
+    *("image_size", "flip", "loss_on", "packing"),
+)
+_OF_LOOP = ("batch_size", "eval_batch_size", "schedule", "warmup", "weight_decay", "max_grad_norm", "label_smoothing")
+_OF_ROWS = tuple(one.name for one in fields(DataSettings) if one.name != "eval_fraction")
+_OF_DATA = ("name", "targets", "steps", "trial_steps", "dev_rows", "dev", "dev_words", "sample_sets", "metric")
+_DATA_KEYS = (*_OF_DATA, "forgetting", *_OF_RUN, *_OF_LOOP, *_OF_ROWS)
+_ROW_KEYS = ("name", "curve", "method", "rate", "data", "points", "bits", "budgets", "coefficients", "budget_bits")
+_PATHS = ("train", "eval", "dev", "model", "forgetting")
+
+
+def read_study(path: Path, folder: Path | None = None, *, must_exist: bool = True) -> Study:
+    """The study of a file.
+
+    Args:
+        path: of the TOML file.
+        folder: where its models and rows are; None: beside the file.
+        must_exist: whether they have to be there, which a report of what has run does not need.
+
+    Raises:
+        StudyError: it says what no study may, or leaves out what it must say.
+        DataMissingError: a file that it names is not there.
+    """
+    if not path.is_file():
+        raise DataMissingError(f"study {str(path)!r} is not a file; give the path of a .toml file (docs/comparing.md)")
+    try:
+        found = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"{path} is not TOML: {error}") from error
+    reader = _Reader(path, folder or path.parent, must_exist)
+    reader.check_keys(found, ("study", "data", "row"), "the file")
+    return reader.study(found)
+
+
+class _Reader:
+    """What is read knows where it stands, for messages."""
+
+    def __init__(self, path: Path, folder: Path, must_exist: bool) -> None:
+        self.path = path
+        self.folder = folder
+        self.must_exist = must_exist
+
+    def study(self, found: Mapping[str, Any]) -> Study:
+        head = found.get("study", {})
+        self.check_keys(head, _OF_STUDY, "[study]")
+        data = tuple(self.data(one, f"[[data]] {i + 1}") for i, one in enumerate(found.get("data", [])))
+        names = [one.name for one in data]
+        rows = [row for i, one in enumerate(found.get("row", [])) for row in self.rows(one, f"[[row]] {i + 1}", names)]
+        if not data or not rows:
+            raise StudyError(f"{self.path} must have at least one [[data]] and one [[row]]; see docs/comparing.md")
+        if rows[0].method != "none":
+            raise StudyError(
+                f'{self.path}: the first [[row]] must be the base alone (method = "none"): it chooses the head\'s '
+                f"learning rate, got {rows[0].method!r}; put such a row first"
+            )
+        twice = next((row.name for i, row in enumerate(rows) if row.name in [one.name for one in rows[:i]]), None)
+        if twice is not None or len(set(names)) < len(names):
+            raise StudyError(f"{self.path}: names must differ, got {twice or names} twice; give a row a `name`")
+        study = Study(
+            name=self.word(head, "name", "[study]", default=self.path.stem),
+            title=self.word(head, "title", "[study]", default=self.path.stem),
+            claim=self.word(head, "claim", "[study]", default=""),
+            seeds=self.number(head, "seeds", "[study]", default=3),
+            trials=self.number(head, "trials", "[study]", default=4),
+            rows=tuple(rows),
+            data=data,
+            anchor=head.get("anchor"),
+            gain_of=head.get("gain_of"),
+        )
+        curves = [row.curve for row in rows]
+        for key, known in (("anchor", curves), ("gain_of", [row.name for row in rows])):
+            if head.get(key) is not None and head[key] not in known:
+                raise StudyError(f"{self.path}: [study] {key} {head[key]!r} is no row; {near(head[key], known)}")
+        return study
+
+    def data(self, found: Mapping[str, Any], where: str) -> Data:
+        self.check_keys(found, _DATA_KEYS, where)
+        for key in ("name", "task", "model", "train", "steps", "metric", "targets"):
+            if key not in found:
+                raise StudyError(f"{self.path}: {where} must say {key}; see docs/comparing.md")
+        if found["task"] not in TASKS:
+            raise StudyError(f"{self.path}: {where}: task {found['task']!r} is unknown; {near(found['task'], TASKS)}")
+        values = {key: self.there(value, f"{where}: {key}") if key in _PATHS else value for key, value in found.items()}
+        steps = self.number(found, "steps", where)
+        loop = LoopSettings(
+            max_steps=steps, threads=1, device="cpu", **{key: values[key] for key in _OF_LOOP if key in values}
+        )
+        base = TrainSettings(
+            data=DataSettings(**{key: values[key] for key in _OF_ROWS if key in values}),
+            loop=loop,
+            output="",
+            **{key: values[key] for key in _OF_RUN if key in values},
+        )
+        return Data(
+            name=self.word(found, "name", where),
+            base=base,
+            targets=tuple(found["targets"]),
+            steps=steps,
+            trial_steps=self.number(found, "trial_steps", where, default=steps),
+            dev_rows=self.number(found, "dev_rows", where, default=200),
+            metric=self.word(found, "metric", where),
+            dev=values.get("dev"),
+            dev_words=self.number(found, "dev_words", where, default=1),
+            sample_sets=self.number(found, "sample_sets", where, default=1),
+            forgetting=values.get("forgetting"),
+        )
+
+    def rows(self, found: Mapping[str, Any], where: str, names: Sequence[str]) -> Iterator[Row]:
+        """One row a budget and a combination of the grid."""
+        method = self.word(found, "method", where)
+        if method not in METHODS:
+            raise StudyError(f"{self.path}: {where}: method {method!r} is unknown; {near(method, METHODS)}")
+        options = {key: value for key, value in found.items() if key not in (*_ROW_KEYS, "grid")}
+        self.check_keys(options, METHODS[method], f"{where} (method {method!r})")
+        grid = found.get("grid", {})
+        self.check_keys(grid, METHODS[method], f"{where}: grid (method {method!r})")
+        curve = found.get("curve", found.get("name", method))
+        where_run = tuple(found.get("data", ()))
+        for name in where_run:
+            if name not in names:
+                raise StudyError(f"{self.path}: {where}: data {name!r} is unknown; {near(name, names)}")
+        points = self.points(found, where)
+        budgets = self.budgets(found, where, method, points)
+        for chosen in itertools.product(*map(_listed, grid.values())):
+            of_grid = dict(zip(grid, chosen, strict=True))
+            told = ", ".join(f"{key} {value}" for key, value in of_grid.items())
+            for budget, called in budgets:
+                name = (
+                    found.get("name", curve)
+                    if not (budget or told)
+                    else " ".join((curve, *filter(None, (told, called))))
+                )
+                own = tuple(sorted((options | of_grid).items()))
+                line = curve if not told else f"{curve} {told}"
+                yield Row(name, line, method, own, budget, points, self.rate(found, where), where_run)
+
+    def points(self, found: Mapping[str, Any], where: str) -> tuple[PointSpec, ...]:
+        if "points" in found and "bits" in found:
+            raise StudyError(f"{self.path}: {where} may have points or bits, got both; keep one")
+        for one in found.get("points", []):
+            self.check_keys(one, ("rank", "bits"), f"{where}: points")
+        specs = [PointSpec(**one) for one in found.get("points", [])]
+        specs += [PointSpec(bits) for bits in found.get("bits", [])]
+        if specs and found["method"] not in QUANTIZABLE:
+            raise StudyError(
+                f"{self.path}: {where}: only {', '.join(QUANTIZABLE)} can be stored at fewer bits than they were "
+                f"trained at, got {found['method']!r}, whose file holds more than coefficients; leave them out"
+            )
+        for one in specs:
+            if one.bits not in BITS:
+                raise StudyError(f"{self.path}: {where}: bits must be one of {list(BITS)}, got {one.bits}")
+            if one.rank is not None and found["method"] != "lora":
+                raise StudyError(
+                    f"{self.path}: {where}: only a lora can be truncated to a rank, got {found['method']!r}"
+                )
+        return tuple(specs)
+
+    def budgets(
+        self, found: Mapping[str, Any], where: str, method: str, points: Sequence[PointSpec]
+    ) -> list[tuple[Budget | None, str]]:
+        given = [key for key in ("budgets", "coefficients") if key in found]
+        if not given:
+            return [(None, "")]
+        if len(given) > 1 or method not in SIZED:
+            raise StudyError(
+                f"{self.path}: {where}: budgets are bytes or coefficients of one of {', '.join(SIZED)}, got {given} "
+                f"of {method!r}; keep one, or name the size itself (rank, basis, …)"
+            )
+        if given == ["coefficients"]:
+            return [(Budget(count, "coefficients"), f"{count:,} coefficients") for count in found["coefficients"]]
+        bits = found.get("budget_bits", min((one.bits for one in points), default=16))
+        sizes = [(byte_count(text), text) for text in found["budgets"]]
+        return [(Budget(size, "bytes", bits), f"{size:,} B") for size, _ in sizes]
+
+    def rate(self, found: Mapping[str, Any], where: str) -> float | None:
+        rate = found.get("rate")
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0):
+            raise StudyError(f"{self.path}: {where}: rate must be a number above 0, got {rate!r}")
+        return rate
+
+    # --- values ---
+
+    def check_keys(self, found: Any, known: Sequence[str], where: str) -> None:
+        if not isinstance(found, Mapping):
+            raise StudyError(f"{self.path}: {where} must be a table, got {found!r}; see docs/comparing.md")
+        for key in cast("Mapping[str, Any]", found):
+            if key not in known:
+                raise StudyError(f"{self.path}: {where} has no key {key!r}; {near(key, known)}")
+
+    def there(self, value: Any, where: str) -> Any:
+        """A path below the folder, as far as the file is there."""
+        if isinstance(value, list):
+            return tuple(self.there(one, where) for one in cast("list[Any]", value))
+        path = self.folder / str(value)
+        if self.must_exist and not path.exists():
+            raise DataMissingError(
+                f"{self.path}: {where} names {value!r}, and there is no {path}; give the folder of models and data "
+                "with --data"
+            )
+        return str(path)
+
+    def word(self, found: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
+        value = found.get(key, default)
+        if not isinstance(value, str):
+            raise StudyError(f"{self.path}: {where} must say {key} as text, got {value!r}")
+        return value
+
+    def number(self, found: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+        value = found.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise StudyError(f"{self.path}: {where}: {key} must be a whole number from 1, got {value!r}")
+        return value
+
+
+def _listed(value: Any) -> list[Any]:
+    return cast("list[Any]", value) if isinstance(value, list) else [value]
