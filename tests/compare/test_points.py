@@ -9,8 +9,9 @@ from transformers import BertConfig, BertModel
 
 from randbasis import NolaConfig
 from randbasis.adapters import pack_adapter
+from randbasis.adapters.budget import stored_bytes
 from randbasis.codes import quantize
-from randbasis.compare.budgets import adapted_shapes, stored_bytes
+from randbasis.compare.budgets import adapted_shapes
 from randbasis.compare.lora_precision import settle, train_at_bits
 from randbasis.compare.points import as_stored, bytes_of, header_bytes, lora_layers
 from randbasis.compare.rivals import configuration

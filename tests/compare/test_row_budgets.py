@@ -4,7 +4,8 @@ import pytest
 from peft import get_peft_model
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from randbasis.compare.budgets import SIZED, adapted_shapes, sized, stored_bytes
+from randbasis.adapters.budget import stored_bytes
+from randbasis.compare.budgets import SIZED, adapted_shapes, sized
 from randbasis.compare.rivals import configuration
 from randbasis.compare.study import Budget, Row
 from randbasis.errors import StudyError

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from study_texts import HEAD, ROWS, WriteStudy
 
-from randbasis.compare.budgets import byte_count
 from randbasis.compare.study import Budget, PointSpec, Study
 from randbasis.compare.study_file import read_study
 from randbasis.errors import DataMissingError, StudyError
@@ -29,19 +28,6 @@ def test_rows_are_what_their_budgets_and_grids_multiply_to(write_study: WriteStu
 
 
 @pytest.mark.parametrize(
-    ("text", "bytes_"), [("64", 64), (512, 512), ("16KB", 16_000), ("1.5 KiB", 1536), ("2MB", 2_000_000), ("7 b", 7)]
-)
-def test_bytes_of_a_budget(text: str | int, bytes_: int):
-    assert byte_count(text) == bytes_
-
-
-@pytest.mark.parametrize("text", ["", "KB", "-1", "0", "1 GB", "1e3"])
-def test_a_budget_that_is_no_size_is_refused(text: str):
-    with pytest.raises(StudyError, match="a budget must be bytes"):
-        byte_count(text)
-
-
-@pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("seeds = 2", "seed = 2", r"\[study\] has no key 'seed'; did you mean seeds"),
@@ -58,6 +44,7 @@ def test_a_budget_that_is_no_size_is_refused(text: str):
         ("coefficients = [64]", 'coefficients = [64]\nbudgets = ["1KB"]', "keep one"),
         ("coefficients = [64]", "grid = {ranks = [1]}", "grid .* has no key 'ranks'; did you mean rank"),
         ("bits = [16, 2]", "bits = [16, 5]", "bits must be one of"),
+        ("coefficients = [64]", 'budgets = ["1 GB"]', "[[]{2}row[]]{2} 3: a budget must be bytes"),
         ("bits = [16, 2]", "points = [{rank = 1, bits = 8}]", "only a lora can be truncated"),
         ("bits = [16, 2]", "bits = [8]\npoints = [{bits = 8}]", "points or bits, got both"),
         ("bits = [16, 2]", "rate = 0", "rate must be a number above 0"),

@@ -27,8 +27,8 @@ TOKENS = 512
 """Tokens of the training step that costs are told of."""
 BYTES_OF_A_COEFFICIENT = 16
 """In training: value, gradient and the two moments of Adam, in float32."""
-LAWS = ("sign", "uniform", "normal", "sparse(6)")
-"""Laws that are told of, the cheapest first."""
+LAWS = ("sign", "uniform", "normal", "sparse(6)", "hashed")
+"""Laws that are told of; ``hashed`` of methods that sum basis matrices alone."""
 
 PREFERRED: tuple[tuple[str, int, str], ...] = (
     ("vera", 64, "lowest loss at LoRA r=1's count in three of five tables; measured at ranks from 79"),
@@ -197,7 +197,7 @@ class _Sizes:
     def config(self, size: int) -> RandbasisConfig:
         """The configuration of that size."""
         told = _SIZES[self.method]
-        given = {told.option: size, **told.fixed(size)} | ({} if self.law is None else {"law": self.law})
+        given: dict[str, Any] = {told.option: size, **told.fixed(size)} | ({} if self.law is None else {"law": self.law})
         return config_class(self.method)(target_modules=self.base.targets, task_type="CAUSAL_LM", **given)
 
     def counts(self, size: int) -> tuple[int, int]:
@@ -233,8 +233,13 @@ class _Sizes:
         return sizes[least]
 
 
+def _laws(method: str) -> tuple[str | None, ...]:
+    kind = config_class(method).method_cls
+    return tuple(law for law in LAWS if kind.sums_its_basis or law != "hashed") if kind.roles else (None,)
+
+
 def _of_method(base: AdaptedBase, method: str, budget: int) -> Iterator[Configuration]:
-    for law in LAWS if config_class(method).method_cls.roles else (None,):
+    for law in _laws(method):
         sizes = _Sizes(base, method, law)
         for bits in BITS:
             size = sizes.largest(bits, budget)
@@ -264,9 +269,11 @@ def _factor_bytes(bounds: Sequence[Bound[Any]]) -> int:
 
 def _basis_bytes(bounds: Sequence[Bound[Any]]) -> int:
     """Stored bases, each once."""
-    kept = {(one.slab, one.storage): one for bound in bounds for one in bound.bases}
-    sizes = {"dense": lambda slab: 4 * slab.entries, "packed": lambda slab: slab.packed_bytes, "recompute": lambda _: 0}
-    return sum(sizes[storage](slab) for slab, storage in kept)
+    kept = {(one.slab, one.storage) for bound in bounds for one in bound.bases}
+    return sum(
+        0 if storage == "recompute" else slab.packed_bytes if storage == "packed" or slab.disjoint else 4 * slab.entries
+        for slab, storage in kept
+    )
 
 
 def _cost(bounds: Sequence[Bound[Any]]) -> float:
@@ -281,7 +288,8 @@ def _cost(bounds: Sequence[Bound[Any]]) -> float:
             above += bound.pair_cost(TOKENS)
         else:
             above += bound.weight_cost(TOKENS, training=True, fused=True)
-        above += sum(2 * one.basis.slab.entries for one in bound.sums.values())
+        slabs = [one.basis.slab for one in bound.sums.values()]
+        above += sum(2 * slab.summands * slab.rows * slab.cols for slab in slabs)
     return above / own
 
 
@@ -311,5 +319,5 @@ def _shortest(base: AdaptedBase) -> int:
 
 def _smallest(base: AdaptedBase) -> Iterator[tuple[int, str]]:
     for method in _SIZES:
-        sizes = _Sizes(base, method, LAWS[0] if config_class(method).method_cls.roles else None)
+        sizes = _Sizes(base, method, _laws(method)[0])
         yield from ((sizes.bytes(sizes.sizes()[0], bits), f"{method} at {bits} bits") for bits in BITS)

@@ -207,7 +207,8 @@ def adapted_base(model: str | Path, targets: str | list[str]) -> AdaptedBase:
         for key, layer in _layers(adapted)
     )
     name = Path(model).name if Path(model).exists() else str(model)
-    made: Any = adapted.peft_config["default"].target_modules  # as PEFT saves it: all-linear by the names of layers
+    # As PEFT saves it: all-linear by the names of layers.
+    made = cast("str | set[str] | list[str]", cast("Any", adapted.peft_config["default"]).target_modules)
     resolved = made if isinstance(made, str) else sorted(made)
     return AdaptedBase(Base(name, cast("Any", base).config.model_type, None), type(base).__name__, parts, resolved)
 

@@ -1,7 +1,5 @@
 """BUDGET → SIZE: which rank or basis gives a method as many coefficients, or bytes, as a row may have."""
 
-import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +7,10 @@ from typing import Any
 from peft import get_peft_model
 from torch import nn
 
+from randbasis.adapters.budget import stored_bytes
 from randbasis.compare.study import Row
 from randbasis.errors import StudyError
 from randbasis.methods import RandLora
-from randbasis.precision import CODED
 from randbasis.tuner.config import VeraConfig
 from randbasis.tuner.layer import RandbasisLinear
 
@@ -21,20 +19,6 @@ Shape = tuple[int, int]
 
 NOLA_RANK = 8
 """Rank of NOLA's factors where a row names none: it costs no coefficients."""
-_UNITS = {"": 1, "b": 1, "kb": 1000, "kib": 1024, "mb": 1000**2, "mib": 1024**2}
-_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
-
-
-def byte_count(text: str | int) -> int:
-    """Bytes of ``"64"``, ``"512 B"``, ``"16KB"`` (of 1,000) or ``"16KiB"`` (of 1,024).
-
-    Raises:
-        StudyError: it is none of these.
-    """
-    match = _BYTES.fullmatch(str(text).strip())
-    if match is None or match.group(2).lower() not in _UNITS or float(match.group(1)) <= 0:
-        raise StudyError(f"a budget must be bytes such as 512, 16KB or 16KiB, got {text!r}")
-    return int(float(match.group(1)) * _UNITS[match.group(2).lower()])
 
 
 def adapted_shapes(model: nn.Module, targets: tuple[str, ...], head: Iterable[str] = ()) -> list[Shape]:
@@ -105,11 +89,6 @@ SIZED: Mapping[str, Size] = {
     "tinylora": Size("u", _each(lambda u, _: u), _any),
 }
 """Methods that a budget can be asked of."""
-
-
-def stored_bytes(coefficients: int, vectors: int, bits: int) -> int:
-    """Bytes of coefficients, and of the scales of those that are codes, without header and head."""
-    return math.ceil(coefficients * bits / 8) + (4 * vectors if bits in CODED else 0)
 
 
 def sized(row: Row, shapes: Sequence[Shape]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from randbasis.adapter_file import Base
+from randbasis.adapters.budget import stored_bytes
 from randbasis.adapters.packed import packed_bytes
 from randbasis.adapters.quantization import quantize_tensors
 from randbasis.codes import rounded
-from randbasis.compare.budgets import stored_bytes
 from randbasis.compare.study import PointSpec
 from randbasis.low_rank import triangular
 from randbasis.train.trainer import parameter_groups

@@ -7,10 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
-from randbasis.compare.budgets import SIZED, byte_count
+from randbasis.adapters.budget import byte_count
+from randbasis.compare.budgets import SIZED
 from randbasis.compare.rivals import METHODS, QUANTIZABLE
 from randbasis.compare.study import Budget, Data, PointSpec, Row, Study
-from randbasis.errors import DataMissingError, StudyError, near
+from randbasis.errors import BudgetError, DataMissingError, StudyError, near
 from randbasis.files.text_files import read_text
 from randbasis.precision import BITS
 from randbasis.train.loop_settings import LoopSettings
@@ -189,8 +190,11 @@ class _Reader:
         if given == ["coefficients"]:
             return [(Budget(count, "coefficients"), f"{count:,} coefficients") for count in found["coefficients"]]
         bits = found.get("budget_bits", min((one.bits for one in points), default=16))
-        sizes = [(byte_count(text), text) for text in found["budgets"]]
-        return [(Budget(size, "bytes", bits), f"{size:,} B") for size, _ in sizes]
+        try:
+            sizes = [byte_count(text) for text in found["budgets"]]
+        except BudgetError as error:
+            raise StudyError(f"{self.path}: {where}: {error}") from error
+        return [(Budget(size, "bytes", bits), f"{size:,} B") for size in sizes]
 
     def rate(self, found: Mapping[str, Any], where: str) -> float | None:
         rate = found.get("rate")
