@@ -31,14 +31,16 @@ from randbasis.errors import (
 )
 from randbasis.files.locations import Location, local_path
 from randbasis.precision import CODED, check_precision, run_lengths
+from randbasis.ties import UNTIED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = "randbasis"
 """``__metadata__["format"]``."""
-VERSION = "1"
-"""``__metadata__["version"]``: the version of the format that is written, and the only one that is read."""
+VERSION, TIED_VERSION = "1", "2"
+"""``__metadata__["version"]``: the second is that of adapters whose matrices share coefficients, math (26); a reader
+that knows the first alone refuses it by name."""
 COEFFICIENTS, SCALES, STREAMS, EXTRA = "coefficients", "scales", "streams", "extra."
 """Names of the tensors; :data:`EXTRA` is how the name of what was saved beside the adapter begins."""
 
@@ -101,6 +103,7 @@ class Contents:
     def load(cls, found: Container, where: str) -> "Contents":
         """Read what a safetensors file holds; see :func:`randbasis.adapter_file.read` for what is refused."""
         spec, digests = parse_spec(_spec_text(found.metadata, where), where)
+        _check_version(spec, found.metadata["version"], where)
         _check_names(spec, found.tensors, where)
         contents = cls(spec, found.tensors, where)
         contents._check_length()
@@ -122,7 +125,8 @@ class Contents:
         """
         text = canonical(self.spec.document(*_digests(self.tensors)))
         parse_spec(text.decode(), self.where)
-        metadata = {"format": FORMAT, "version": VERSION, "spec": text.decode(), "sha256": sha256(text)}
+        version = _version_of(self.spec)
+        metadata = {"format": FORMAT, "version": version, "spec": text.decode(), "sha256": sha256(text)}
         return container.to_bytes(Container(metadata, self.tensors))
 
     @cached_property
@@ -144,7 +148,7 @@ class Contents:
             check_count(spec, stored.size, self.where)
         elif stored.size != (wanted := -(-spec.count * spec.bits // 8)):
             raise _wrong_count(spec, f"a tensor of {wanted}", stored.size, self.where)
-        if spec.streams_shape is not None:
+        if spec.streams_shape is not None and not spec.path_streams:
             _check_tensor(STREAMS, self.tensors[STREAMS], ("U32",), spec.streams_shape, self.where)
         if spec.bits in CODED:
             _check_tensor(SCALES, self.tensors[SCALES], ("F32",), (spec.run_count,), self.where)
@@ -248,10 +252,11 @@ def _spec_text(metadata: Mapping[str, str], where: str) -> str:
             f"{where}: a packed adapter must have the format {FORMAT!r} in its metadata, got "
             f"{metadata.get('format')!r}; `randbasis pack` makes a packed file of an adapter directory"
         )
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in (VERSION, TIED_VERSION):
         raise FormatVersionError(
-            f"{where}: version {VERSION} of the format is what randbasis {version('randbasis')} reads, got version "
-            f"{metadata.get('version')!r}; a newer version of randbasis reads a newer format: upgrade it"
+            f"{where}: versions {VERSION} and {TIED_VERSION} of the format are what randbasis {version('randbasis')} "
+            f"reads, got version {metadata.get('version')!r}; a newer version of randbasis reads a newer format: "
+            "upgrade it"
         )
     missing = [key for key in ("spec", "sha256") if key not in metadata]
     if missing:
@@ -263,10 +268,22 @@ def _spec_text(metadata: Mapping[str, str], where: str) -> str:
     return text
 
 
+def _version_of(spec: Spec) -> str:
+    return VERSION if spec.tie == UNTIED else TIED_VERSION
+
+
+def _check_version(spec: Spec, found: str, where: str) -> None:
+    if found != _version_of(spec):
+        raise FormatVersionError(
+            f"{where}: a file whose spec says tie={spec.tie!r} has version {_version_of(spec)} of the format, got "
+            f"version {found!r}; pack the adapter again"
+        )
+
+
 def _check_names(spec: Spec, tensors: Mapping[str, RawTensor], where: str) -> None:
     named = {COEFFICIENTS, *(EXTRA + name for name in spec.extra)}
     named |= {SCALES} if spec.bits in CODED else set()
-    named |= set() if spec.streams_shape is None else {STREAMS}
+    named |= set() if spec.streams_shape is None or spec.path_streams else {STREAMS}
     for name in tensors.keys() - named:
         check_name(name, "the name of a tensor", where)
     unknown, missing = sorted(tensors.keys() - named), sorted(named - tensors.keys())

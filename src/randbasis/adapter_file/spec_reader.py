@@ -11,10 +11,11 @@ from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from randbasis.adapter_file.header import parse_object
 from randbasis.adapter_file.paths import Numbers, check_module_path, check_name, parse_ranges
-from randbasis.adapter_file.spec import Base, MatrixGroup, Spec, SpecMatrix
+from randbasis.adapter_file.spec import STORED, Base, MatrixGroup, Spec, SpecMatrix
 from randbasis.errors import RandbasisError, SpecKeyError, SpecSyntaxError, SpecValueError, near
 from randbasis.methods import Method, method_class
 from randbasis.precision import check_precision
+from randbasis.ties import UNTIED, check_tie
 
 SIDE_LIMIT = 1 << 32
 """Rows and columns of a layer stay below this: the counters of math (2) have 32 bits."""
@@ -28,7 +29,7 @@ _DIGEST_VALUE = re.compile(r'"(digest|digest_rest)":"([0-9a-f]{64})"')
 _KNOWN: dict[str, tuple[Spec, str]] = {}
 _KNOWN_LOCK = threading.Lock()
 _KEYS = {"method", "options", "seed", "law", "base", "matrices", "bits", "digest"}
-_MAY = {"group", "digest_rest", "extra", "peft", "task"}
+_MAY = {"group", "digest_rest", "extra", "peft", "task", "tie", "streams"}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _WEIGHTS = re.compile(r"[0-9a-f]{16}")
 _PART = re.compile(r"[0-9A-Za-z_]+([:/][0-9A-Za-z_]+)?")
@@ -112,11 +113,26 @@ def _parse_spec(text: str, where: str) -> tuple[Spec, Digests]:
     if list(extra) != sorted(set(extra)):
         raise _wrong("extra", "sorted names without repetition", list(extra), where)
     peft, task = _object(document, "peft", where, missing=True), _task(document, where)
-    spec = Spec(common, base, groups, bits, group, extra, peft, task)
+    spec = Spec(common, base, groups, bits, group, extra, peft, task, *_tie(document, where))
     if not 1 <= spec.size <= MATRIX_LIMIT:
         raise _wrong("matrices", f"1 to {MATRIX_LIMIT} matrices", spec.size, where)
+    with naming(where):
+        _ = spec.tie == UNTIED or spec.owners
     rest = _digest(document, "digest_rest", where) if "digest_rest" in document else None
     return spec, Digests(_digest(document, "digest", where), rest, print_)
+
+
+def _tie(document: Mapping[str, Any], where: str) -> tuple[str, bool]:
+    """What shares coefficients, and whether the streams are those of the paths."""
+    with naming(where):
+        tie = check_tie(document.get("tie", UNTIED))
+    if tie == UNTIED and document.keys() & {"tie", "streams"}:
+        raise _wrong("tie", "left out, and streams with it, where nothing is shared", document.get("tie"), where)
+    if document.get("streams", STORED) != STORED:
+        raise _wrong(
+            "streams", f"{STORED!r}, or left out where they are those of the paths", document["streams"], where
+        )
+    return tie, tie != UNTIED and "streams" not in document
 
 
 def check_layers(spec: Spec, where: str) -> None:

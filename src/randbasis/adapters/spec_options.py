@@ -19,12 +19,13 @@ from randbasis.tuner.meaning import meaning_tensor
 from randbasis.tuner.registration import PREFIX
 from randbasis.tuner.saved_files import SAVED_PREFIX
 from randbasis.tuner.targets import Part, parts_of
+from randbasis.tuner.tied import holders
 
 STREAMS = f"{PREFIX}streams"
 _ELSEWHERE = {
     *("method", "seed", "law", "peft_type", "peft_version", "inference_mode"),
     *("base_model_name_or_path", "base_shapes", "base_rows", "base_model_type", "base_weights"),
-    "quantize_coefficients",
+    *("quantize_coefficients", "tie"),
 }
 """Keys of a PEFT configuration that the spec holds in its own words, or that PEFT fills in when it writes.
 
@@ -57,16 +58,18 @@ def named_tensors(adapter: PackedAdapter) -> dict[str, Tensor]:
     """The tensors of a packed adapter, under the names that they have in a directory."""
     tensors = dict(adapter.extra)
     streams: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
-    for one, delta in adapter.matrices():
+    kept = holders(adapter.spec.matrices, adapter.spec.tie)
+    for place, (one, delta) in enumerate(adapter.matrices()):
         suffix = Part(one.part, one.start, one.start + one.rows).suffix
-        for name, values in delta.coefficients.items():
+        for name, values in delta.coefficients.items() if kept[place] == place else ():
             tensors[f"{SAVED_PREFIX}{one.name}.{PREFIX}{name}{suffix}.weight"] = values.clone()
         streams.setdefault(one.name, []).append((one.start, delta.bound.site.streams))
     if adapter.streams is not None:
         for name, rows in streams.items():
             stored = torch.tensor([values for _, values in sorted(rows)], dtype=torch.int64)
             tensors[f"{SAVED_PREFIX}{name}.{STREAMS}.weight"] = stored
-    return tensors | meaning_tensor(adapter.spec.method, None, adapter.spec.matrices, adapter.spec.base.weights)
+    spec = adapter.spec
+    return tensors | meaning_tensor(spec.method, None, spec.matrices, spec.base.weights, tie=spec.tie)
 
 
 def config_of(spec: Spec, where: str, base_name: str | None = None) -> RandbasisConfig:
@@ -86,6 +89,7 @@ def config_of(spec: Spec, where: str, base_name: str | None = None) -> Randbasis
     told: dict[str, Any] = {
         **{key: value for key, value in vars(common).items() if key != "basis_storage"},
         "method": common.name,
+        "tie": spec.tie,
         "base_model_name_or_path": base_name or spec.base.name,
         "base_model_type": spec.base.architecture,
         "base_weights": spec.base.weights,
