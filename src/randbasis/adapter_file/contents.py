@@ -17,7 +17,8 @@ from randbasis.adapter_file import container
 from randbasis.adapter_file.codec import check_codes, pack_codes, unpack_codes
 from randbasis.adapter_file.container import Container, RawTensor, data_order
 from randbasis.adapter_file.paths import check_name
-from randbasis.adapter_file.spec import Spec, canonical, sha256
+from randbasis.adapter_file.short_spec import short_matrices
+from randbasis.adapter_file.spec import Spec, canonical, ordered, sha256
 from randbasis.adapter_file.spec_reader import Digests, check_layers, naming, parse_spec
 from randbasis.errors import (
     CoefficientCountError,
@@ -28,6 +29,7 @@ from randbasis.errors import (
     FormatVersionError,
     NotPackedError,
     SpecKeyError,
+    SpecValueError,
 )
 from randbasis.files.locations import Location, local_path
 from randbasis.precision import CODED, check_precision, run_lengths
@@ -102,7 +104,7 @@ class Contents:
     @classmethod
     def load(cls, found: Container, where: str) -> "Contents":
         """Read what a safetensors file holds; see :func:`randbasis.adapter_file.read` for what is refused."""
-        spec, digests = parse_spec(_spec_text(found.metadata, where), where)
+        spec, digests = parse_spec(_spec_text(found, where), where)
         _check_version(spec, found.metadata["version"], where)
         _check_names(spec, found.tensors, where)
         contents = cls(spec, found.tensors, where)
@@ -123,10 +125,18 @@ class Contents:
         Raises:
             PackedFileError: the spec is one that no reader would take.
         """
-        text = canonical(self.spec.document(*_digests(self.tensors)))
-        parse_spec(text.decode(), self.where)
-        version = _version_of(self.spec)
-        metadata = {"format": FORMAT, "version": version, "spec": text.decode(), "sha256": sha256(text)}
+        spec, where = self.spec, self.where
+        if spec.tie == UNTIED:
+            document = spec.document(*_digests(self.tensors))
+        elif spec.groups != ordered(spec.groups):
+            raise _unordered(where)  # that of version 2 is none of its own
+        else:
+            document = spec.values(short_matrices(spec.groups, spec.method))
+        text = canonical(document)
+        parse_spec(text.decode(), where)
+        version = _version_of(spec)
+        seal = _seal(text, self.tensors, version)
+        metadata = {"format": FORMAT, "version": version, "spec": text.decode(), "sha256": seal}
         return container.to_bytes(Container(metadata, self.tensors))
 
     @cached_property
@@ -153,7 +163,9 @@ class Contents:
         if spec.bits in CODED:
             _check_tensor(SCALES, self.tensors[SCALES], ("F32",), (spec.run_count,), self.where)
 
-    def _check_digests(self, said: Digests) -> None:
+    def _check_digests(self, said: Digests | None) -> None:
+        if said is None:
+            return  # the digest of the spec is one of everything
         coefficients, rest = _digests(self.tensors)
         for what, wanted, found in (
             ("coefficients", said.coefficients, coefficients),
@@ -246,7 +258,8 @@ def not_finite(value: float, index: int, where: str) -> CoefficientValueError:
     return CoefficientValueError(f"{where}: coefficients must be finite, got {value} at index {index}; {DIVERGED}")
 
 
-def _spec_text(metadata: Mapping[str, str], where: str) -> str:
+def _spec_text(found: Container, where: str) -> str:
+    metadata = found.metadata
     if metadata.get("format") != FORMAT:
         raise NotPackedError(
             f"{where}: a packed adapter must have the format {FORMAT!r} in its metadata, got "
@@ -262,10 +275,23 @@ def _spec_text(metadata: Mapping[str, str], where: str) -> str:
     if missing:
         raise SpecKeyError(f"{where}: its metadata must have {missing[0]!r}, got none; pack the adapter again")
     text = metadata["spec"]
-    digest = sha256(text.encode(errors="surrogatepass"))
+    digest = _seal(text.encode(errors="surrogatepass"), found.tensors, metadata["version"])
     if digest != metadata["sha256"]:
-        raise _altered(where, "spec", metadata["sha256"], digest)
+        what = "spec" if metadata["version"] == VERSION else "spec with all tensors"
+        raise _altered(where, what, metadata["sha256"], digest)
     return text
+
+
+def _seal(text: bytes, tensors: Mapping[str, RawTensor], version: str) -> str:
+    """SHA-256 of the spec; in version 2 of the tensors too, in the order of their data."""
+    return sha256(text, *(tensors[name].data for name in data_order(tensors) if version != VERSION))
+
+
+def _unordered(where: str) -> SpecValueError:
+    return SpecValueError(
+        f"{where}: the matrices of a spec must be in the order that group_matrices gives them, got another; make the "
+        "spec with group_matrices"
+    )
 
 
 def _version_of(spec: Spec) -> str:

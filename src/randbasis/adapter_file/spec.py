@@ -135,7 +135,7 @@ class MatrixGroup:
     def document(self, common: Method) -> dict[str, Any]:
         """Plain values; what the method has in common with the others is left out."""
         one = self.like
-        options = {key: value for key, value in options_of(one.method).items() if value != getattr(common, key)}
+        options = changed_options(one.method, common)
         return {
             "name": one.name,
             "out": one.out_features,
@@ -157,13 +157,22 @@ def group_matrices(matrices: Iterable[SpecMatrix]) -> tuple[MatrixGroup, ...]:
         pattern, numbers = split_path(one.name)
         key = SpecMatrix(pattern, one.part, one.start, one.rows, one.out_features, one.in_features, one.method)
         alike.setdefault(key, set()).add(numbers)
-    groups = [MatrixGroup(like, layers) for like, numbers in alike.items() for layers in boxes(numbers)]
+    return ordered(MatrixGroup(like, layers) for like, numbers in alike.items() for layers in boxes(numbers))
+
+
+def ordered(groups: Iterable[MatrixGroup]) -> tuple[MatrixGroup, ...]:
+    """In the order that a file has them."""
     return tuple(sorted(groups, key=_place))
 
 
 def options_of(method: Method) -> dict[str, Any]:
     """The hyper-parameters of a method that decide values: all but how its basis is kept."""
     return {f.name: getattr(method, f.name) for f in fields(method) if f.name not in ("seed", "law", "basis_storage")}
+
+
+def changed_options(method: Method, common: Method) -> dict[str, Any]:
+    """Those that are not the common ones."""
+    return {key: value for key, value in options_of(method).items() if value != getattr(common, key)}
 
 
 def fingerprint(architecture: str | None, shapes: Shapes) -> str:
@@ -312,29 +321,32 @@ class Spec:
         return None
 
     def document(self, digest: str, digest_rest: str | None) -> dict[str, Any]:
-        """The spec as plain values.
+        """The spec as plain values, of version 1 of the format.
 
         Args:
             digest: SHA-256 of the bytes of the coefficients.
             digest_rest: SHA-256 of the bytes of all other tensors, where there are any.
         """
-        base = {
-            "fingerprint": self.fingerprint,
-            "architecture": self.base.architecture,
-            "name": self.base.name,
-            "weights": self.base.weights,
-        }
+        found = self.values([group.document(self.method) for group in self.groups])
+        found["base"]["fingerprint"] = self.fingerprint
+        return found | {"digest": digest, **({"digest_rest": digest_rest} if digest_rest is not None else {})}
+
+    def values(self, matrices: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the spec says but for digests.
+
+        Args:
+            matrices: as plain values.
+        """
+        base = {"architecture": self.base.architecture, "name": self.base.name, "weights": self.base.weights}
         return {
             "method": self.method.name,
             "options": options_of(self.method),
             "seed": self.method.seed,
             "law": self.method.law,
             "base": {key: value for key, value in base.items() if value is not None},
-            "matrices": [group.document(self.method) for group in self.groups],
+            "matrices": matrices,
             "bits": self.bits,
             **({"group": self.group} if self.group else {}),
-            "digest": digest,
-            **({"digest_rest": digest_rest} if digest_rest is not None else {}),
             **({"extra": list(self.extra)} if self.extra else {}),
             **({"peft": dict(self.peft)} if self.peft else {}),
             **({"task": dict(self.task)} if self.task else {}),

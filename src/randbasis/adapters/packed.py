@@ -17,7 +17,7 @@ from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, Verifi
 from randbasis.adapter_file.paths import check_name
 from randbasis.adapters.base_model import linear_shapes, meta_model, read_config, shape_of
 from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter, open_packed, paths_of, write_task
-from randbasis.adapters.spec_options import STREAMS, bare, config_of, named_tensors, peft_options
+from randbasis.adapters.spec_options import STREAMS, bare, config_of, named_tensors, short_options
 from randbasis.codes import rounded
 from randbasis.defaults import ONE_SCALE, PACKED_BITS
 from randbasis.errors import (
@@ -125,7 +125,8 @@ def exact(found: SavedAdapter, *, model: str | None = None, base_name: str | Non
     name = base_name or _plain_name(config.base_model_name_or_path)
     base = Base(name, config.base_model_type, config.base_weights)
     groups = group_matrices(one.matrix for one in stored.values())
-    spec = Spec(bare(config.method_for("")), base, groups, 32, 0, (), peft_options(config), found.task, config.tie)
+    options = short_options(config, (one.matrix.name for one in stored.values()))
+    spec = Spec(bare(config.method_for("")), base, groups, 32, 0, (), options, found.task, config.tie)
     ordered = [stored[one.name, one.part] for one in spec.matrices]
     for one in ordered:
         coefficients = {name: tensors[tensor] for name, tensor in one.tensors.items()}
@@ -159,7 +160,8 @@ def packed_bytes(config: RandbasisConfig, base: Base, layers: Iterable[tuple[str
         for one in parts
     ]
     groups = group_matrices(matrices)
-    spec = Spec(bare(config.method_for("")), base, groups, 16, 0, peft=peft_options(config), tie=config.tie)
+    options = short_options(config, (one.name for one in matrices))
+    spec = Spec(bare(config.method_for("")), base, groups, 16, 0, peft=options, tie=config.tie)
     streams = None if spec.streams_shape is None else torch.tensor(spec.streams_of_paths, dtype=torch.int64)
     return len(PackedAdapter.of(spec, torch.zeros(spec.count), streams=streams).to_bytes())
 

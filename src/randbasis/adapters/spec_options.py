@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from randbasis.adapter_file import PackedAdapter, Spec
 from randbasis.errors import RandbasisError, SpecValueError
 from randbasis.methods import Method
+from randbasis.ties import UNTIED
 from randbasis.tuner.base_shapes import compress_shapes
 from randbasis.tuner.config import RandbasisConfig, config_class
 from randbasis.tuner.meaning import meaning_tensor
@@ -43,6 +44,23 @@ def peft_options(config: RandbasisConfig) -> dict[str, Any]:
         if isinstance(options.get(key), list):
             options[key].sort()
     return options
+
+
+def short_options(config: RandbasisConfig, paths: Iterable[str]) -> dict[str, Any]:
+    """As :func:`peft_options`; where coefficients are shared, without targets that are the last names of all layers.
+
+    Args:
+        config: of the adapter.
+        paths: of the layers.
+    """
+    options = peft_options(config)
+    if config.tie != UNTIED and options.get("target_modules") == _last_names(paths):
+        del options["target_modules"]
+    return options
+
+
+def _last_names(paths: Iterable[str]) -> list[str]:
+    return sorted({path.rpartition(".")[2] for path in paths})
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,8 +115,9 @@ def config_of(spec: Spec, where: str, base_name: str | None = None) -> Randbasis
         "base_rows": compress_shapes(rows) if rows else None,
         "inference_mode": True,
     }
-    # A file that another writer made may not say how PEFT picks the layers: by their paths, then.
-    picked: dict[str, Any] = {"target_modules": list(spec.shapes)}
+    # A file may not say how PEFT picks the layers: by their paths, then, or as `short_options` leaves it out.
+    names = list(spec.shapes) if spec.tie == UNTIED else _last_names(spec.shapes)
+    picked: dict[str, Any] = {"target_modules": names}
     try:
         config = RandbasisConfig(**(picked | deepcopy(dict(spec.peft)) | told))  # PEFT writes into lists
         agrees = not (spec.peft.keys() & told.keys()) and _means(config, spec)

@@ -376,12 +376,12 @@ class RandbasisLinear(MergeableLayer):
         one = group.like
 
         def compute(places: list[int]) -> list[dict[str, Tensor]]:
-            own = [self._widened(group.names[place], one) for place in places]
+            own = [self._widened(group.names[place], group.own[place]) for place in places]
             stacked = {key: torch.stack([c[key] for c in own]) for key in own[0]}
             together = one.bound.prepare(stacked)
             return [{key: value[at].clone() for key, value in together.items()} for at in range(len(places))]
 
-        wanted = [self._key("prepared", name, [one]) for name in group.names]
+        wanted = [self._key("prepared", name, [own]) for name, own in zip(group.names, group.own, strict=True)]
         made = self._cache.get_all(wanted, compute, usable=not self.training, decoding=decoding)
         slots = group.slots if len(made) > 1 else [0]
         return {key: torch.stack([made[slot][key] for slot in slots]).to(dtype) for key in made[0]}
