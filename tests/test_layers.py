@@ -25,6 +25,7 @@ ROWS: dict[str, set[str]] = {
     "lazy": set(),
     "defaults": set(),
     "precision": set(),
+    "ties": set(),
     "laws": set(),
     "basis_storage": set(),
     "basis": {"torch"},

@@ -50,6 +50,10 @@ class HyperparameterError(RandbasisError, ValueError):
     """A hyper-parameter of a method or of its configuration has a value that it cannot take."""
 
 
+class TieError(HyperparameterError):
+    """Matrices cannot share one coefficient vector: of this method or shape, or where it is not at hand."""
+
+
 class ContractionError(RandbasisError, ValueError):
     """An order of contraction is unknown, or was forced where it cannot be used."""
 

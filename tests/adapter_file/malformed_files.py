@@ -162,7 +162,8 @@ FILES: dict[str, tuple[bytes, type[errors.RandbasisError]]] = {
     # --- metadata and spec ---
     "not-packed": (with_metadata(put("format", "pt")), errors.NotPackedError),
     "no-metadata": (with_header(drop("__metadata__")), errors.NotPackedError),
-    "version-2": (with_metadata(put("version", "2")), errors.FormatVersionError),
+    "version-2-of-nothing-shared": (with_metadata(put("version", "2")), errors.DigestError),
+    "version-3": (with_metadata(put("version", "3")), errors.FormatVersionError),
     "no-version": (with_metadata(drop("version")), errors.FormatVersionError),
     "no-spec": (with_metadata(drop("spec")), errors.SpecKeyError),
     "no-seal": (with_metadata(drop("sha256")), errors.SpecKeyError),

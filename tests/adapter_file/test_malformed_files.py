@@ -49,7 +49,7 @@ def test_every_class_of_a_broken_rule_has_a_file():
     [
         ("one-byte-short", ["1135", "1136", "copy it again"]),
         ("header-longer-than-limit", ["16777216", "16777217", "take it from its source"]),
-        ("version-2", ["version 1", "'2'", "randbasis", "upgrade"]),
+        ("version-3", ["versions 1 and 2", "'3'", "randbasis", "upgrade"]),
         ("spec-key-unknown", ["'adaptor'", "upgrade"]),
         ("method-unknown", ["'lora'", "nola"]),
         ("coefficients-too-many", ["49 coefficients", "got 56"]),

@@ -1,5 +1,6 @@
 """Tiny models, our methods, and every pair of the two: what the tests of the tuner are run on."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -152,6 +153,13 @@ OPTIONS: dict[str, tuple[type[RandbasisConfig], dict[str, Any]]] = {
     "nola-hashed": (NolaConfig, {"r": 3, "num_basis": 6, "num_basis_b": 5, "law": "hashed"}),
     "pranc-hashed": (PrancConfig, {"num_basis": 6, "law": "hashed"}),
 }
+#: Those that share coefficients, math (26): each has tests of its own beside those of its method.
+TIED: dict[str, tuple[type[RandbasisConfig], dict[str, Any]]] = {
+    "nola-tied": (NolaConfig, {"r": 3, "num_basis": 6, "num_basis_b": 5, "tie": "model"}),
+    "nola-tied-blocks": (NolaConfig, {"r": 3, "num_basis": 6, "parametrization": "plain", "tie": "block:1"}),
+    "pranc-tied": (PrancConfig, {"num_basis": 6, "law": "normal", "tie": "block:1"}),
+    "pranc-tied-whole": (PrancConfig, {"num_basis": 6, "tie": "model"}),
+}
 #: One of each method, for tests in which its options do not matter.
 ONE_EACH = ("nola", "vera", "randlora", "pranc", "loraxs")
 
@@ -161,7 +169,7 @@ OF_SEEDS = tuple(name for name in ONE_EACH if not METHODS[name].needs_base)
 
 
 def make_config(method: str, targets: Any = None, **options: Any) -> RandbasisConfig:
-    config_class, common = OPTIONS[method]
+    config_class, common = (OPTIONS | TIED)[method]
     listed = list(targets) if isinstance(targets, tuple) else targets
     return config_class(**{"seed": 11, "target_modules": listed, **common, **options})
 
@@ -194,6 +202,7 @@ class Case:
 
 
 CASES = [pytest.param(Case(place, method), id=f"{place}-{method}") for place in PLACES for method in OPTIONS]
+TIED_CASES = [pytest.param(Case(place, method), id=f"{place}-{method}") for place in PLACES for method in TIED]
 #: Without those whose ΔW is made of the base weight too.
 CASES_OF_SEEDS = [one for one in CASES if one.values[0].method != "loraxs"]
 #: For costly tests: each method in each place, without the variants of NOLA.
@@ -316,6 +325,21 @@ def parts_by_hand(targets: Iterable[str], key: str, out: int) -> list[tuple[str,
     return [(part, *rows[last][part]) for part in wanted] or [("", 0, out)]
 
 
+def shared_coefficients(model: nn.Module, tie: str, path: str, name: str, adapter: str = "default") -> nn.Parameter:
+    """The one tensor of that name that the group of a module has: its block's of the tiny models, or the model's."""
+    block = re.search(r"^.*?\.\d+\.", path)
+    wanted = "" if tie == "model" else block[0] if block else ""
+    found = {
+        key.rpartition(f".randbasis_{name}")[0]: parameter
+        for key, parameter in coefficients_of(model, adapter).items()
+        if f".randbasis_{name}" in key and wanted in key
+    }
+    if tie != "model" and not block:
+        found = {key: parameter for key, parameter in found.items() if not re.search(r"\.\d+\.", key)}
+    (only,) = found.values()
+    return only
+
+
 def naive_deltas(model: PeftModel, case: Case, adapter: str = "default") -> dict[str, Tensor]:
     """The whole ΔW `[out, in]` in float64 of every adapted layer of a model, by module path in the base model."""
     config = model.peft_config[adapter]
@@ -327,7 +351,10 @@ def naive_deltas(model: PeftModel, case: Case, adapter: str = "default") -> dict
             path = f"{name}[{part}]" if part else name
             tail = "_" + part.replace("/", "_") if part else ""
             names = METHODS[config.method].coefficient_shapes(config.method_for(name), stop - start, layer.in_features)
-            mine = {n: layer.get_submodule(f"randbasis_{n}{tail}.{adapter}").weight for n in names}
+            if config.tie == "matrix":
+                mine = {n: layer.get_submodule(f"randbasis_{n}{tail}.{adapter}").weight for n in names}
+            else:
+                mine = {n: shared_coefficients(model, config.tie, name, n, adapter) for n in names}
             weight = frozen_weight(layer)[start:stop]
             total[start:stop] = naive_delta(config, path, mine, stop - start, layer.in_features, weight)
         found[name] = total

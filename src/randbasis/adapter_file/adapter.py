@@ -1,6 +1,6 @@
 """A packed adapter: spec and numbers together, to bytes and back."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -22,11 +22,12 @@ from randbasis.adapter_file.contents import (
 from randbasis.adapter_file.spec import Spec, SpecMatrix
 from randbasis.basis import check_streams
 from randbasis.codes import dequantize, narrowed, quantize
-from randbasis.errors import CoefficientTensorError, CoefficientValueError, PrecisionError
+from randbasis.errors import CoefficientTensorError, CoefficientValueError, PrecisionError, StreamValueError
 from randbasis.files.locations import Location
 from randbasis.files.whole_file import write
 from randbasis.methods import Delta
 from randbasis.precision import CODED, check_precision, run_lengths
+from randbasis.ties import UNTIED
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -95,7 +96,8 @@ class PackedAdapter:
         elif values.dtype not in (torch.float16, torch.bfloat16):
             values = narrowed(values, torch.float32 if spec.bits == 32 else torch.float16)
         bits = spec.bits if scales is not None else 8 * values.element_size()
-        return cls(replace(spec, bits=bits, extra=tuple(extra)), values, scales, streams, extra)
+        by_path = spec.tie != UNTIED and streams is not None and _are_of_paths(spec, streams)
+        return cls(replace(spec, bits=bits, extra=tuple(extra), path_streams=by_path), values, scales, streams, extra)
 
     def check(self, where: str) -> None:
         """Raise unless the numbers are those of the spec: what was read always is, what was made by hand may not be.
@@ -128,13 +130,21 @@ class PackedAdapter:
                     "with PackedAdapter.of"
                 )
         if self.streams is not None:
-            check_streams(f"{where}: {STREAMS}", self.streams)
+            self._check_streams(self.streams, where)
         values = values if self.scales is None else self.values()
         if not bool(torch.isfinite(values).all()):
             _check_finite(values, where)
         for name, tensor in self.extra.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise CoefficientValueError(f"{where}: {name!r} must be finite; {DIVERGED}")
+
+    def _check_streams(self, streams: Tensor, where: str) -> None:
+        check_streams(f"{where}: {STREAMS}", streams)
+        if self.spec.path_streams and not _are_of_paths(self.spec, streams):
+            raise StreamValueError(
+                f"{where}: {STREAMS} must be those of the paths of the matrices where the spec says so (path_streams), "
+                "got others; make the adapter with PackedAdapter.of"
+            )
 
     def values(self) -> Tensor:
         """The coefficients ``[n]`` as numbers: as stored, or float32 where they are codes."""
@@ -155,12 +165,11 @@ class PackedAdapter:
 
     def matrices(self) -> Iterator[tuple[SpecMatrix, Delta]]:
         """Each adapted matrix with its ΔW."""
-        split = cast("Callable[[Tensor, list[int]], tuple[Tensor, ...]]", torch.split)
-        vectors = iter(split(self.values(), self.spec.vector_lengths))
         streams = None if self.streams is None else cast("list[list[int]]", self.streams.tolist())
-        for index, one in enumerate(self.spec.matrices):
+        values = self.values()
+        for index, (one, start) in enumerate(zip(self.spec.matrices, self.spec.starts, strict=True)):
             bound = one.bind(None if streams is None else tuple(streams[index]))
-            yield one, bound.delta({name: next(vectors).reshape(shape) for name, shape in one.shapes.items()})
+            yield one, bound.delta(one.coefficients(values, start))
 
     # --- bytes ---
 
@@ -176,8 +185,9 @@ class PackedAdapter:
         if self.scales is not None:
             tensors[SCALES] = self.scales
         if self.streams is not None:
-            check_streams(f"{where}: {STREAMS}", self.streams)
-            tensors[STREAMS] = self.streams.to(torch.uint32)
+            self._check_streams(self.streams, where)
+            if not self.spec.path_streams:
+                tensors[STREAMS] = self.streams.to(torch.uint32)
         contents = Contents.of(self.spec, {name: _raw(tensor, name) for name, tensor in tensors.items()}, where)
         return contents.to_bytes()
 
@@ -190,12 +200,14 @@ class PackedAdapter:
     def from_contents(cls, contents: Contents) -> "PackedAdapter":
         """What a file holds, as tensors."""
         tensors = contents.tensors
-        streams = tensors.get(STREAMS)
+        streams = _tensor(tensors[STREAMS]).to(torch.int64) if STREAMS in tensors else None
+        if contents.spec.path_streams:
+            streams = torch.tensor(contents.spec.streams_of_paths, dtype=torch.int64)
         return cls(
             contents.spec,
             _tensor(contents.coefficients),
             _tensor(tensors[SCALES]) if SCALES in tensors else None,
-            None if streams is None else _tensor(streams).to(torch.int64),
+            streams,
             {name: _tensor(tensors[EXTRA + name]) for name in contents.spec.extra},
         )
 
@@ -231,6 +243,10 @@ def read(path: Location) -> PackedAdapter:
         RandbasisError: a hyper-parameter is one that its method cannot take.
     """
     return PackedAdapter.from_contents(Contents.load(container.read(path)[0], str(path)))
+
+
+def _are_of_paths(spec: Spec, streams: Tensor) -> bool:
+    return [tuple(row) for row in cast("list[list[int]]", streams.tolist())] == spec.streams_of_paths
 
 
 def _check_finite(values: Tensor, where: str) -> None:

@@ -17,7 +17,8 @@ from randbasis.adapter_file import container
 from randbasis.adapter_file.codec import check_codes, pack_codes, unpack_codes
 from randbasis.adapter_file.container import Container, RawTensor, data_order
 from randbasis.adapter_file.paths import check_name
-from randbasis.adapter_file.spec import Spec, canonical, sha256
+from randbasis.adapter_file.short_spec import short_matrices
+from randbasis.adapter_file.spec import Spec, canonical, ordered, sha256
 from randbasis.adapter_file.spec_reader import Digests, check_layers, naming, parse_spec
 from randbasis.errors import (
     CoefficientCountError,
@@ -28,17 +29,20 @@ from randbasis.errors import (
     FormatVersionError,
     NotPackedError,
     SpecKeyError,
+    SpecValueError,
 )
 from randbasis.files.locations import Location, local_path
 from randbasis.precision import CODED, check_precision, run_lengths
+from randbasis.ties import UNTIED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = "randbasis"
 """``__metadata__["format"]``."""
-VERSION = "1"
-"""``__metadata__["version"]``: the version of the format that is written, and the only one that is read."""
+VERSION, TIED_VERSION = "1", "2"
+"""``__metadata__["version"]``: the second is that of adapters whose matrices share coefficients, math (26); a reader
+that knows the first alone refuses it by name."""
 COEFFICIENTS, SCALES, STREAMS, EXTRA = "coefficients", "scales", "streams", "extra."
 """Names of the tensors; :data:`EXTRA` is how the name of what was saved beside the adapter begins."""
 
@@ -100,7 +104,8 @@ class Contents:
     @classmethod
     def load(cls, found: Container, where: str) -> "Contents":
         """Read what a safetensors file holds; see :func:`randbasis.adapter_file.read` for what is refused."""
-        spec, digests = parse_spec(_spec_text(found.metadata, where), where)
+        spec, digests = parse_spec(_spec_text(found, where), where)
+        _check_version(spec, found.metadata["version"], where)
         _check_names(spec, found.tensors, where)
         contents = cls(spec, found.tensors, where)
         contents._check_length()
@@ -120,9 +125,18 @@ class Contents:
         Raises:
             PackedFileError: the spec is one that no reader would take.
         """
-        text = canonical(self.spec.document(*_digests(self.tensors)))
-        parse_spec(text.decode(), self.where)
-        metadata = {"format": FORMAT, "version": VERSION, "spec": text.decode(), "sha256": sha256(text)}
+        spec, where = self.spec, self.where
+        if spec.tie == UNTIED:
+            document = spec.document(*_digests(self.tensors))
+        elif spec.groups != ordered(spec.groups):
+            raise _unordered(where)  # that of version 2 is none of its own
+        else:
+            document = spec.values(short_matrices(spec.groups, spec.method))
+        text = canonical(document)
+        parse_spec(text.decode(), where)
+        version = _version_of(spec)
+        seal = _seal(text, self.tensors, version)
+        metadata = {"format": FORMAT, "version": version, "spec": text.decode(), "sha256": seal}
         return container.to_bytes(Container(metadata, self.tensors))
 
     @cached_property
@@ -144,12 +158,14 @@ class Contents:
             check_count(spec, stored.size, self.where)
         elif stored.size != (wanted := -(-spec.count * spec.bits // 8)):
             raise _wrong_count(spec, f"a tensor of {wanted}", stored.size, self.where)
-        if spec.streams_shape is not None:
+        if spec.streams_shape is not None and not spec.path_streams:
             _check_tensor(STREAMS, self.tensors[STREAMS], ("U32",), spec.streams_shape, self.where)
         if spec.bits in CODED:
             _check_tensor(SCALES, self.tensors[SCALES], ("F32",), (spec.run_count,), self.where)
 
-    def _check_digests(self, said: Digests) -> None:
+    def _check_digests(self, said: Digests | None) -> None:
+        if said is None:
+            return  # the digest of the spec is one of everything
         coefficients, rest = _digests(self.tensors)
         for what, wanted, found in (
             ("coefficients", said.coefficients, coefficients),
@@ -242,31 +258,58 @@ def not_finite(value: float, index: int, where: str) -> CoefficientValueError:
     return CoefficientValueError(f"{where}: coefficients must be finite, got {value} at index {index}; {DIVERGED}")
 
 
-def _spec_text(metadata: Mapping[str, str], where: str) -> str:
+def _spec_text(found: Container, where: str) -> str:
+    metadata = found.metadata
     if metadata.get("format") != FORMAT:
         raise NotPackedError(
             f"{where}: a packed adapter must have the format {FORMAT!r} in its metadata, got "
             f"{metadata.get('format')!r}; `randbasis pack` makes a packed file of an adapter directory"
         )
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in (VERSION, TIED_VERSION):
         raise FormatVersionError(
-            f"{where}: version {VERSION} of the format is what randbasis {version('randbasis')} reads, got version "
-            f"{metadata.get('version')!r}; a newer version of randbasis reads a newer format: upgrade it"
+            f"{where}: versions {VERSION} and {TIED_VERSION} of the format are what randbasis {version('randbasis')} "
+            f"reads, got version {metadata.get('version')!r}; a newer version of randbasis reads a newer format: "
+            "upgrade it"
         )
     missing = [key for key in ("spec", "sha256") if key not in metadata]
     if missing:
         raise SpecKeyError(f"{where}: its metadata must have {missing[0]!r}, got none; pack the adapter again")
     text = metadata["spec"]
-    digest = sha256(text.encode(errors="surrogatepass"))
+    digest = _seal(text.encode(errors="surrogatepass"), found.tensors, metadata["version"])
     if digest != metadata["sha256"]:
-        raise _altered(where, "spec", metadata["sha256"], digest)
+        what = "spec" if metadata["version"] == VERSION else "spec with all tensors"
+        raise _altered(where, what, metadata["sha256"], digest)
     return text
+
+
+def _seal(text: bytes, tensors: Mapping[str, RawTensor], version: str) -> str:
+    """SHA-256 of the spec; in version 2 of the tensors too, in the order of their data."""
+    return sha256(text, *(tensors[name].data for name in data_order(tensors) if version != VERSION))
+
+
+def _unordered(where: str) -> SpecValueError:
+    return SpecValueError(
+        f"{where}: the matrices of a spec must be in the order that group_matrices gives them, got another; make the "
+        "spec with group_matrices"
+    )
+
+
+def _version_of(spec: Spec) -> str:
+    return VERSION if spec.tie == UNTIED else TIED_VERSION
+
+
+def _check_version(spec: Spec, found: str, where: str) -> None:
+    if found != _version_of(spec):
+        raise FormatVersionError(
+            f"{where}: a file whose spec says tie={spec.tie!r} has version {_version_of(spec)} of the format, got "
+            f"version {found!r}; pack the adapter again"
+        )
 
 
 def _check_names(spec: Spec, tensors: Mapping[str, RawTensor], where: str) -> None:
     named = {COEFFICIENTS, *(EXTRA + name for name in spec.extra)}
     named |= {SCALES} if spec.bits in CODED else set()
-    named |= set() if spec.streams_shape is None else {STREAMS}
+    named |= set() if spec.streams_shape is None or spec.path_streams else {STREAMS}
     for name in tensors.keys() - named:
         check_name(name, "the name of a tensor", where)
     unknown, missing = sorted(tensors.keys() - named), sorted(named - tensors.keys())

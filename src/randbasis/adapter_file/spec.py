@@ -14,12 +14,18 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from randbasis.adapter_file.paths import Numbers, boxes, expand, range_text, split_path
-from randbasis.errors import BaseMismatchError
+from randbasis.errors import BaseMismatchError, TieError
 from randbasis.methods import Method
 from randbasis.precision import run_count
+from randbasis.ties import UNTIED, owners
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from randbasis.methods import Bound
+
+STORED = "stored"
+"""What the spec of an adapter that shares coefficients says where its streams are not those of the paths."""
 
 Shapes = Mapping[str, tuple[int, int]]
 """Module path → ``(out, in)`` of a linear layer of the base model."""
@@ -73,6 +79,20 @@ class SpecMatrix:
         """Its coefficients: math (9), (13), (16) or (18)."""
         return self.method.count(self.rows, self.in_features)
 
+    def coefficients(self, values: "Tensor", start: int) -> dict[str, "Tensor"]:
+        """Coefficient name → tensor, views of all coefficients of an adapter.
+
+        Args:
+            values: ``[..., n]``.
+            start: place of the first one of this matrix.
+        """
+        found: dict[str, Tensor] = {}
+        for name, shape in self.shapes.items():
+            size = math.prod(shape)
+            found[name] = values[..., start : start + size].unflatten(-1, shape)
+            start += size
+        return found
+
     def bind(self, streams: tuple[int, ...] | None = None) -> "Bound[Any]":
         """Its method there. No basis is kept: an adapter at rest may have thousands of them.
 
@@ -115,7 +135,7 @@ class MatrixGroup:
     def document(self, common: Method) -> dict[str, Any]:
         """Plain values; what the method has in common with the others is left out."""
         one = self.like
-        options = {key: value for key, value in options_of(one.method).items() if value != getattr(common, key)}
+        options = changed_options(one.method, common)
         return {
             "name": one.name,
             "out": one.out_features,
@@ -137,13 +157,22 @@ def group_matrices(matrices: Iterable[SpecMatrix]) -> tuple[MatrixGroup, ...]:
         pattern, numbers = split_path(one.name)
         key = SpecMatrix(pattern, one.part, one.start, one.rows, one.out_features, one.in_features, one.method)
         alike.setdefault(key, set()).add(numbers)
-    groups = [MatrixGroup(like, layers) for like, numbers in alike.items() for layers in boxes(numbers)]
+    return ordered(MatrixGroup(like, layers) for like, numbers in alike.items() for layers in boxes(numbers))
+
+
+def ordered(groups: Iterable[MatrixGroup]) -> tuple[MatrixGroup, ...]:
+    """In the order that a file has them."""
     return tuple(sorted(groups, key=_place))
 
 
 def options_of(method: Method) -> dict[str, Any]:
     """The hyper-parameters of a method that decide values: all but how its basis is kept."""
     return {f.name: getattr(method, f.name) for f in fields(method) if f.name not in ("seed", "law", "basis_storage")}
+
+
+def changed_options(method: Method, common: Method) -> dict[str, Any]:
+    """Those that are not the common ones."""
+    return {key: value for key, value in options_of(method).items() if value != getattr(common, key)}
 
 
 def fingerprint(architecture: str | None, shapes: Shapes) -> str:
@@ -179,6 +208,9 @@ class Spec:
         peft: options of the PEFT configuration that are not the usual ones; not read here.
         task: what the adapter was trained for, as training describes it: labels, columns, lengths; empty where that is
             not known. Not read here.
+        tie: which matrices share one vector of coefficients, math (26); see :mod:`randbasis.ties`.
+        path_streams: whether the streams of an adapter that shares coefficients are those that the paths of its
+            matrices give, so that the file holds none.
     """
 
     method: Method
@@ -189,6 +221,8 @@ class Spec:
     extra: tuple[str, ...] = ()
     peft: Mapping[str, Any] = field(default_factory=dict[str, Any])
     task: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tie: str = UNTIED
+    path_streams: bool = False
 
     @cached_property
     def size(self) -> int:
@@ -197,12 +231,16 @@ class Spec:
 
     @cached_property
     def count(self) -> int:
-        """Number of coefficients; takes no memory however many the spec claims."""
+        """Number of coefficients; takes no memory however many the spec claims, where none are shared."""
+        if self.tie != UNTIED:
+            return sum(self.vector_lengths)
         return sum(group.size * group.like.count for group in self.groups)
 
     @cached_property
     def run_count(self) -> int:
         """Number of scales, were the coefficients quantized."""
+        if self.tie != UNTIED:
+            return sum(run_count(length, self.group) for length in self.vector_lengths)
         return sum(
             group.size * sum(run_count(math.prod(shape), self.group) for shape in group.like.shapes.values())
             for group in self.groups
@@ -210,15 +248,48 @@ class Spec:
 
     @cached_property
     def streams_shape(self) -> tuple[int, int] | None:
-        """Matrices and roles, of the stored streams; None where all layers share a basis."""
+        """Matrices and roles, of the streams; None where all layers share a basis."""
         return None if self.method.shares_basis else (self.size, len(self.method.roles))
 
     @cached_property
+    def streams_of_paths(self) -> list[tuple[int, ...]]:
+        """The streams that the paths of the matrices give, math (4)."""
+        return [self.method.streams(f"{one.name}[{one.part}]" if one.part else one.name) for one in self.matrices]
+
+    @cached_property
     def vector_lengths(self) -> list[int]:
-        """Entries of each coefficient tensor of each matrix, in the order of the file."""
+        """Entries of each coefficient tensor, in the order of the file; those that matrices share stand once."""
+        if self.tie != UNTIED:
+            own = [one for place, one in enumerate(self.matrices) if self.owners[place] == place]
+            return [math.prod(shape) for one in own for shape in one.shapes.values()]
         return [
             math.prod(shape) for group in self.groups for _ in range(group.size) for shape in group.like.shapes.values()
         ]
+
+    @cached_property
+    def owners(self) -> tuple[int, ...]:
+        """For each matrix the place of the first one that has its coefficients: its own where nothing is shared.
+
+        Raises:
+            TieError: the method has no streams for each matrix, or coefficients of one group have several shapes.
+        """
+        if self.tie == UNTIED:
+            return tuple(range(self.size))
+        check_tied(self.method)
+        found = owners([one.name for one in self.matrices], self.tie)
+        for one, place in zip(self.matrices, found, strict=True):
+            check_alike(self.matrices[place], one, self.tie)
+        return tuple(found)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """For each matrix the place of its first coefficient among all."""
+        found: list[int] = []
+        stop = 0
+        for place, (one, owner) in enumerate(zip(self.matrices, self.owners, strict=True)):
+            found.append(stop if owner == place else found[owner])
+            stop += one.count if owner == place else 0
+        return tuple(found)
 
     @cached_property
     def matrices(self) -> tuple[SpecMatrix, ...]:
@@ -250,32 +321,37 @@ class Spec:
         return None
 
     def document(self, digest: str, digest_rest: str | None) -> dict[str, Any]:
-        """The spec as plain values.
+        """The spec as plain values, of version 1 of the format.
 
         Args:
             digest: SHA-256 of the bytes of the coefficients.
             digest_rest: SHA-256 of the bytes of all other tensors, where there are any.
         """
-        base = {
-            "fingerprint": self.fingerprint,
-            "architecture": self.base.architecture,
-            "name": self.base.name,
-            "weights": self.base.weights,
-        }
+        found = self.values([group.document(self.method) for group in self.groups])
+        found["base"]["fingerprint"] = self.fingerprint
+        return found | {"digest": digest, **({"digest_rest": digest_rest} if digest_rest is not None else {})}
+
+    def values(self, matrices: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the spec says but for digests.
+
+        Args:
+            matrices: as plain values.
+        """
+        base = {"architecture": self.base.architecture, "name": self.base.name, "weights": self.base.weights}
         return {
             "method": self.method.name,
             "options": options_of(self.method),
             "seed": self.method.seed,
             "law": self.method.law,
             "base": {key: value for key, value in base.items() if value is not None},
-            "matrices": [group.document(self.method) for group in self.groups],
+            "matrices": matrices,
             "bits": self.bits,
             **({"group": self.group} if self.group else {}),
-            "digest": digest,
-            **({"digest_rest": digest_rest} if digest_rest is not None else {}),
             **({"extra": list(self.extra)} if self.extra else {}),
             **({"peft": dict(self.peft)} if self.peft else {}),
             **({"task": dict(self.task)} if self.task else {}),
+            **({"tie": self.tie} if self.tie != UNTIED else {}),
+            **({"streams": STORED} if self.tie != UNTIED and not self.path_streams else {}),
         }
 
     def check_base(self, shapes: Shapes, architecture: str | None, where: str) -> None:
@@ -306,6 +382,33 @@ class Spec:
                 f"{where}: this adapter was made for another base model; {len(differing)} of {len(self.shapes)} layers "
                 f"differ (out×in): {'; '.join(differing[:3])}{more}; {made_for}"
             )
+
+
+def check_tied(method: Method) -> None:
+    """Raise unless matrices of a method may share coefficients: each needs streams of its own, which are stored.
+
+    Raises:
+        TieError: they may not.
+    """
+    if method.shares_basis:
+        raise TieError(
+            f"tie needs a method with a basis of its own for each matrix, whose streams are stored (nola, pranc), got "
+            f"{method.name!r}: with one basis, or frozen matrices that no stream names, one vector means the same "
+            f"change or none in every layer; leave tie at {UNTIED!r}, or use one of these methods"
+        )
+
+
+def check_alike(first: SpecMatrix, one: SpecMatrix, tie: str) -> None:
+    """Raise unless one vector can serve two matrices.
+
+    Raises:
+        TieError: their coefficients have other shapes.
+    """
+    if first.method is not one.method and first.shapes != one.shapes:
+        raise TieError(
+            f"tie={tie!r} needs one shape of coefficients for all matrices that share them, but {first.name!r} has "
+            f"{first.shapes} and {one.name!r} {one.shapes}; give them the same num_basis, or use another tie"
+        )
 
 
 def canonical(value: Any) -> bytes:

@@ -11,10 +11,12 @@ from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from randbasis.adapter_file.header import parse_object
 from randbasis.adapter_file.paths import Numbers, check_module_path, check_name, parse_ranges
-from randbasis.adapter_file.spec import Base, MatrixGroup, Spec, SpecMatrix
+from randbasis.adapter_file.short_spec import long_entries
+from randbasis.adapter_file.spec import STORED, Base, MatrixGroup, Spec, SpecMatrix, ordered
 from randbasis.errors import RandbasisError, SpecKeyError, SpecSyntaxError, SpecValueError, near
 from randbasis.methods import Method, method_class
 from randbasis.precision import check_precision
+from randbasis.ties import UNTIED, check_tie
 
 SIDE_LIMIT = 1 << 32
 """Rows and columns of a layer stay below this: the counters of math (2) have 32 bits."""
@@ -25,10 +27,12 @@ KNOWN_LIMIT, KNOWN_TEXT, KNOWN_MATRICES = 128, 1 << 16, 4096
 """How many specs are remembered; their longest text in characters, and most matrices."""
 
 _DIGEST_VALUE = re.compile(r'"(digest|digest_rest)":"([0-9a-f]{64})"')
-_KNOWN: dict[str, tuple[Spec, str]] = {}
+_KNOWN: dict[str, tuple[Spec, str | None]] = {}
 _KNOWN_LOCK = threading.Lock()
-_KEYS = {"method", "options", "seed", "law", "base", "matrices", "bits", "digest"}
-_MAY = {"group", "digest_rest", "extra", "peft", "task"}
+_KEYS = {"method", "options", "seed", "law", "base", "matrices", "bits"}
+_MAY = {"group", "extra", "peft", "task"}
+_LONG_MAY, _SHORT_MAY = {"digest_rest"}, {"tie", "streams"}
+"""Of versions 1 and 2."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _WEIGHTS = re.compile(r"[0-9a-f]{16}")
 _PART = re.compile(r"[0-9A-Za-z_]+([:/][0-9A-Za-z_]+)?")
@@ -49,7 +53,7 @@ class Digests:
     fingerprint: str
 
 
-def parse_spec(text: str, where: str) -> tuple[Spec, Digests]:
+def parse_spec(text: str, where: str) -> tuple[Spec, Digests | None]:
     """Read the text of a spec.
 
     Adapters of one kind have specs that differ in their digests alone; they share one :class:`Spec`, with all that is
@@ -58,6 +62,9 @@ def parse_spec(text: str, where: str) -> tuple[Spec, Digests]:
     Args:
         text: of ``__metadata__["spec"]``.
         where: the file, for messages.
+
+    Returns:
+        The spec, and its digests: None of version 2, whose file has one digest of everything.
 
     Raises:
         SpecSyntaxError: it is not a JSON object.
@@ -74,13 +81,14 @@ def parse_spec(text: str, where: str) -> tuple[Spec, Digests]:
     with _KNOWN_LOCK:
         known = _KNOWN.get(kind)
     if known is not None:
-        return known[0], Digests(found["digest"], found.get("digest_rest"), known[1])
+        print_ = known[1]
+        return known[0], None if print_ is None else Digests(found["digest"], found.get("digest_rest"), print_)
     spec, digests = _parse_spec(text, where)
     if spec.size <= KNOWN_MATRICES and _own_digests(text, len(pairs), found):
         with _KNOWN_LOCK:
             if len(_KNOWN) >= KNOWN_LIMIT:
                 del _KNOWN[next(iter(_KNOWN))]
-            _KNOWN[kind] = spec, digests.fingerprint
+            _KNOWN[kind] = spec, None if digests is None else digests.fingerprint
     return spec, digests
 
 
@@ -92,31 +100,54 @@ def _own_digests(text: str, pairs: int, found: Mapping[str, str]) -> bool:
     return all(marked.get(name) == ("?" if name in found else None) for name in ("digest", "digest_rest"))
 
 
-def _parse_spec(text: str, where: str) -> tuple[Spec, Digests]:
+def _parse_spec(text: str, where: str) -> tuple[Spec, Digests | None]:
     try:
         document = parse_object(text)
     except ValueError as error:
         raise SpecSyntaxError(
             f"{where}: the spec must be a JSON object, but {error} in {text[:60]!r}; take the file from its source"
         ) from error
-    _check_keys(document, _KEYS, _MAY, "the spec", where)
+    short = "tie" in document
+    digests = set[str]() if short else {"digest"}
+    _check_keys(document, _KEYS | digests, _MAY | (_SHORT_MAY if short else _LONG_MAY), "the spec", where)
     common = _method(document, where)
     bits, group = _whole(document, "bits", where), _whole(document, "group", where, missing=0)
     with naming(where):
         check_precision(bits, group)
-    base, print_ = _base(_object(document, "base", where), where, weights=common.needs_base)
-    groups = tuple(_group(entry, common, where) for entry in _list(document, "matrices", where))
+    base, print_ = _base(_object(document, "base", where), where, weights=common.needs_base, short=short)
+    entries = _list(document, "matrices", where)
+    if short:
+        entries = [one for entry in entries for one in _long_entries(entry, where)]
+    groups = tuple(_group(entry, common, where) for entry in entries)
+    groups = ordered(groups) if short else groups
     extra = tuple(_text(name, "a name in extra", where) for name in _list(document, "extra", where, missing=True))
     for name in extra:
         check_name(name, "the name of a tensor", where)
     if list(extra) != sorted(set(extra)):
         raise _wrong("extra", "sorted names without repetition", list(extra), where)
     peft, task = _object(document, "peft", where, missing=True), _task(document, where)
-    spec = Spec(common, base, groups, bits, group, extra, peft, task)
+    spec = Spec(common, base, groups, bits, group, extra, peft, task, *_tie(document, where))
     if not 1 <= spec.size <= MATRIX_LIMIT:
         raise _wrong("matrices", f"1 to {MATRIX_LIMIT} matrices", spec.size, where)
+    with naming(where):
+        _ = spec.tie == UNTIED or spec.owners
+    if print_ is None:
+        return spec, None
     rest = _digest(document, "digest_rest", where) if "digest_rest" in document else None
     return spec, Digests(_digest(document, "digest", where), rest, print_)
+
+
+def _tie(document: Mapping[str, Any], where: str) -> tuple[str, bool]:
+    """What shares coefficients, and whether the streams are those of the paths."""
+    with naming(where):
+        tie = check_tie(document.get("tie", UNTIED))
+    if tie == UNTIED and document.keys() & {"tie", "streams"}:
+        raise _wrong("tie", "left out, and streams with it, where nothing is shared", document.get("tie"), where)
+    if document.get("streams", STORED) != STORED:
+        raise _wrong(
+            "streams", f"{STORED!r}, or left out where they are those of the paths", document["streams"], where
+        )
+    return tie, tie != UNTIED and "streams" not in document
 
 
 def check_layers(spec: Spec, where: str) -> None:
@@ -178,16 +209,32 @@ def _kind_name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
-def _base(document: dict[str, Any], where: str, *, weights: bool) -> tuple[Base, str]:
+def _base(document: dict[str, Any], where: str, *, weights: bool, short: bool) -> tuple[Base, str | None]:
     """The base of an adapter; ``weights`` says whether its method makes frozen matrices of the base's weights."""
-    _check_keys(document, {"fingerprint", *(["weights"] if weights else [])}, {"name", "architecture"}, "base", where)
+    must = ({"weights"} if weights else set[str]()) | (set[str]() if short else {"fingerprint"})
+    _check_keys(document, must, {"name", "architecture"}, "base", where)
     for key in ("name", "architecture"):
         if key in document:
             check_name(_text(document[key], f"base.{key}", where), f"base.{key}", where)
     if weights and not _WEIGHTS.fullmatch(_text(document["weights"], "base.weights", where)):
         raise _wrong("base.weights", "16 hexadecimal digits", document["weights"], where)
     base = Base(document.get("name"), document.get("architecture"), document.get("weights"))
-    return base, _digest(document, "fingerprint", where)
+    return base, None if short else _digest(document, "fingerprint", where)
+
+
+def _long_entries(entry: object, where: str) -> list[dict[str, Any]]:
+    if not isinstance(entry, dict):
+        raise _wrong("matrices", "a list of objects", entry, where)
+    document = cast("dict[str, Any]", entry)
+    _check_keys(document, {"of"}, {"at", "layers", "options"}, "an entry of matrices", where)
+    if "at" in document:
+        _text(document["at"], "at of an entry of matrices", where)
+    of = _list(document, "of", where)
+    try:
+        return long_entries(document)
+    except (TypeError, ValueError):
+        rule = "a list of matrices, each [name, out, in] or [name, out, in, part, first row, row after the last]"
+        raise _wrong("of in matrices", rule, of, where) from None
 
 
 def _group(entry: object, common: Method, where: str) -> MatrixGroup:

@@ -197,7 +197,9 @@ class _Sizes:
     def config(self, size: int) -> RandbasisConfig:
         """The configuration of that size."""
         told = _SIZES[self.method]
-        given: dict[str, Any] = {told.option: size, **told.fixed(size)} | ({} if self.law is None else {"law": self.law})
+        given: dict[str, Any] = {told.option: size, **told.fixed(size)} | (
+            {} if self.law is None else {"law": self.law}
+        )
         return config_class(self.method)(target_modules=self.base.targets, task_type="CAUSAL_LM", **given)
 
     def counts(self, size: int) -> tuple[int, int]:

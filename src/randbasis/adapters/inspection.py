@@ -34,7 +34,7 @@ class MatrixReport:
         part: part of a fused projection, empty for the whole layer.
         out_features: rows of ΔW.
         in_features: columns of ΔW.
-        coefficients: how many it has.
+        coefficients: how many it has; 0 where an earlier matrix has them for it (``tie``).
         norm: Frobenius norm of ΔW.
         singular_values: of ΔW, largest first, as many as its factors allow; None where ΔW was too large for them.
     """
@@ -162,7 +162,7 @@ def inspect_adapter(
     for key, layer, one in track(entries):
         norm, values = _spectrum(layer, one, full_spectrum_side)
         out, in_ = one.bound.out_features, one.bound.in_features
-        reports.append(MatrixReport(key, one.part.name, out, in_, one.bound.method.count(out, in_), norm, values))
+        reports.append(MatrixReport(key, one.part.name, out, in_, one.count, norm, values))
     return Inspection(
         found.where,
         model or found.config.base_model_name_or_path or "",

@@ -6,7 +6,7 @@ file of fewer bits was unpacked to packs into the same bytes again.
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from randbasis.adapter_file import Base, PackedAdapter, Spec, SpecMatrix, Verifi
 from randbasis.adapter_file.paths import check_name
 from randbasis.adapters.base_model import linear_shapes, meta_model, read_config, shape_of
 from randbasis.adapters.saved import AdapterLocation, SavedAdapter, open_adapter, open_packed, paths_of, write_task
-from randbasis.adapters.spec_options import STREAMS, bare, config_of, named_tensors, peft_options
+from randbasis.adapters.spec_options import STREAMS, bare, config_of, named_tensors, short_options
 from randbasis.codes import rounded
 from randbasis.defaults import ONE_SCALE, PACKED_BITS
 from randbasis.errors import (
@@ -35,6 +35,7 @@ from randbasis.tuner.meaning import MEANING, meaning_of, warn_of_no_meaning
 from randbasis.tuner.registration import PREFIX
 from randbasis.tuner.saved_files import CONFIG_FILE, SAVED_PREFIX, WEIGHTS_FILE
 from randbasis.tuner.targets import Part, parts_of, resolve_parts
+from randbasis.tuner.tied import holders
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that the coefficients of a directory may have."""
@@ -116,7 +117,7 @@ def exact(found: SavedAdapter, *, model: str | None = None, base_name: str | Non
     """A saved adapter with its coefficients as they are stored; arguments as for :func:`pack_adapter`."""
     if found.whole is not None:
         return found.whole
-    stored = {(one.matrix.name, one.matrix.part): one for one in _stored(found, model)}
+    stored = {(one.matrix.name, one.matrix.part): one for one in _tied(_stored(found, model), found.config.tie)}
     config, tensors = found.config, found.load()
     extra = {name: tensor for name, tensor in tensors.items() if f".{PREFIX}" not in name}
     _check_meaning(found, [one.matrix for one in stored.values()], tensors)
@@ -124,13 +125,14 @@ def exact(found: SavedAdapter, *, model: str | None = None, base_name: str | Non
     name = base_name or _plain_name(config.base_model_name_or_path)
     base = Base(name, config.base_model_type, config.base_weights)
     groups = group_matrices(one.matrix for one in stored.values())
-    options = peft_options(config, [one.matrix for one in stored.values()])
-    spec = Spec(bare(config.method_for("")), base, groups, 32, peft=options, task=found.task)
+    options = short_options(config, [one.matrix for one in stored.values()])
+    spec = Spec(bare(config.method_for("")), base, groups, 32, 0, (), options, found.task, config.tie)
     ordered = [stored[one.name, one.part] for one in spec.matrices]
     for one in ordered:
         coefficients = {name: tensors[tensor] for name, tensor in one.tensors.items()}
         check_coefficients(coefficients, one.matrix.shapes, f"{found.weights}: {one.matrix.name}")
-    values = _joined(found, [tensors[tensor] for one in ordered for tensor in one.tensors.values()])
+    own = [one for place, one in enumerate(ordered) if spec.owners[place] == place]
+    values = _joined(found, [tensors[tensor] for one in own for tensor in one.tensors.values()])
     if config.quantize_coefficients is not None:
         values = rounded(values, spec.vector_lengths, config.quantize_coefficients)
     streams = [tensors[one.streams[0]][one.streams[1]] for one in ordered if one.streams]
@@ -160,10 +162,10 @@ def packed_bytes(
         for key, out, parts in layers
         for one in parts
     ]
-    options = peft_options(config, matrices)
-    spec = Spec(bare(config.method_for("")), base, group_matrices(matrices), bits, 0, peft=options)
-    own = [one for one in matrices if not one.method.shares_basis]
-    streams = torch.zeros(len(own), len(own[0].method.roles), dtype=torch.int64) if own else None
+    groups = group_matrices(matrices)
+    options = short_options(config, matrices)
+    spec = Spec(bare(config.method_for("")), base, groups, bits, 0, peft=options, tie=config.tie)
+    streams = None if spec.streams_shape is None else torch.tensor(spec.streams_of_paths, dtype=torch.int64)
     return len(PackedAdapter.of(spec, torch.zeros(spec.count), streams=streams).to_bytes())
 
 
@@ -177,6 +179,13 @@ def _stored(found: SavedAdapter, model: str | None) -> Iterator[_Stored]:
             names = {name: f"{path}.{PREFIX}{name}{part.suffix}.weight" for name in matrix.shapes}
             streams = None if method.shares_basis else (f"{path}.{STREAMS}.weight", index)
             yield _Stored(matrix, names, streams)
+
+
+def _tied(stored: Iterable[_Stored], tie: str) -> list[_Stored]:
+    """With the tensors of those that hold the coefficients for others too."""
+    listed = list(stored)
+    places = holders([one.matrix for one in listed], tie)
+    return [replace(one, tensors=listed[place].tensors) for one, place in zip(listed, places, strict=True)]
 
 
 def layer_shapes(found: SavedAdapter, model: str | None) -> dict[str, tuple[int, int]]:
@@ -248,7 +257,8 @@ def _check_complete(found: SavedAdapter, stored: Iterable[_Stored], ours: set[st
 def _check_meaning(found: SavedAdapter, matrices: list[SpecMatrix], tensors: dict[str, Tensor]) -> None:
     """Take what the coefficients mean out of the tensors, and raise unless it is what the configuration says."""
     config = found.config
-    meaning = meaning_of(config.method_for(""), config.quantize_coefficients, matrices, config.base_weights)
+    method, bits = config.method_for(""), config.quantize_coefficients
+    meaning = meaning_of(method, bits, matrices, config.base_weights, tie=config.tie)
     names = [name for name in tensors if name.endswith(f".{MEANING}.weight")]
     for name in names:
         meaning.check(tensors.pop(name), str(found.where))

@@ -51,7 +51,7 @@ class PlannedMatrix:
         part: part of a fused projection, empty for the whole layer.
         out_features: rows of ΔW.
         in_features: columns of ΔW.
-        coefficients: what is trained and saved for it.
+        coefficients: what is trained and saved for it; 0 where another matrix has them for it (``tie``).
     """
 
     name: str
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def coefficients(self) -> int:
-        """All coefficients: math (9), (13), (16), (18)."""
+        """All coefficients: math (9), (13), (16), (18), (26)."""
         return sum(matrix.coefficients for matrix in self.matrices)
 
     @property
@@ -323,7 +323,7 @@ def _matrices(adapted: PeftModel) -> Iterator[PlannedMatrix]:
     for key, layer in _layers(adapted):
         for one in layer.matrices("default"):
             out, in_ = one.bound.out_features, one.bound.in_features
-            yield PlannedMatrix(key, one.part.name, out, in_, one.bound.method.count(out, in_))
+            yield PlannedMatrix(key, one.part.name, out, in_, one.count)
 
 
 def _saved(adapted: PeftModel) -> TensorSpecs:

@@ -129,6 +129,7 @@ def _check_same(model: PeftModel, name: str, adapter: PackedAdapter, stored: Sto
     """As every loader of coefficients for an adapter that is there."""
     check_unmerged(model, name)
     spec = adapter.spec
-    held_meaning(model, name).check(meaning_of(spec.method, None, spec.matrices, spec.base.weights).tensor())
+    meaning = meaning_of(spec.method, None, spec.matrices, spec.base.weights, tie=spec.tie)
+    held_meaning(model, name).check(meaning.tensor())
     layers = adapted_layers(model.get_base_model())
     stored.check([key for key, layer in layers if name in layer.adapted])

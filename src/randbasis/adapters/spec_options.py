@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -13,18 +13,20 @@ from torch import Tensor
 from randbasis.adapter_file import PackedAdapter, Spec, SpecMatrix
 from randbasis.errors import RandbasisError, SpecValueError
 from randbasis.methods import Method
+from randbasis.ties import UNTIED
 from randbasis.tuner.base_shapes import compress_shapes
 from randbasis.tuner.config import RandbasisConfig, config_class
 from randbasis.tuner.meaning import meaning_tensor
 from randbasis.tuner.registration import PREFIX
 from randbasis.tuner.saved_files import SAVED_PREFIX
 from randbasis.tuner.targets import Part, parts_of
+from randbasis.tuner.tied import holders
 
 STREAMS = f"{PREFIX}streams"
 _ELSEWHERE = {
     *("method", "seed", "law", "peft_type", "peft_version", "inference_mode"),
     *("base_model_name_or_path", "base_shapes", "base_rows", "base_model_type", "base_weights"),
-    "quantize_coefficients",
+    *("quantize_coefficients", "tie"),
 }
 """Keys of a PEFT configuration that the spec holds in its own words, or that PEFT fills in when it writes.
 
@@ -63,6 +65,23 @@ def patterns_of(
     return found
 
 
+def short_options(config: RandbasisConfig, matrices: Sequence[SpecMatrix]) -> dict[str, Any]:
+    """As :func:`peft_options`; where coefficients are shared, without targets that are the last names of all layers.
+
+    Args:
+        config: of the adapter.
+        matrices: all of them.
+    """
+    options = peft_options(config, matrices)
+    if config.tie != UNTIED and options.get("target_modules") == _last_names(one.name for one in matrices):
+        del options["target_modules"]
+    return options
+
+
+def _last_names(paths: Iterable[str]) -> list[str]:
+    return sorted({path.rpartition(".")[2] for path in paths})
+
+
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(options, default=sorted))
 
@@ -76,16 +95,18 @@ def named_tensors(adapter: PackedAdapter) -> dict[str, Tensor]:
     """The tensors of a packed adapter, under the names that they have in a directory."""
     tensors = dict(adapter.extra)
     streams: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
-    for one, delta in adapter.matrices():
+    kept = holders(adapter.spec.matrices, adapter.spec.tie)
+    for place, (one, delta) in enumerate(adapter.matrices()):
         suffix = Part(one.part, one.start, one.start + one.rows).suffix
-        for name, values in delta.coefficients.items():
+        for name, values in delta.coefficients.items() if kept[place] == place else ():
             tensors[f"{SAVED_PREFIX}{one.name}.{PREFIX}{name}{suffix}.weight"] = values.clone()
         streams.setdefault(one.name, []).append((one.start, delta.bound.site.streams))
     if adapter.streams is not None:
         for name, rows in streams.items():
             stored = torch.tensor([values for _, values in sorted(rows)], dtype=torch.int64)
             tensors[f"{SAVED_PREFIX}{name}.{STREAMS}.weight"] = stored
-    return tensors | meaning_tensor(adapter.spec.method, None, adapter.spec.matrices, adapter.spec.base.weights)
+    spec = adapter.spec
+    return tensors | meaning_tensor(spec.method, None, spec.matrices, spec.base.weights, tie=spec.tie)
 
 
 def config_of(spec: Spec, where: str, base_name: str | None = None) -> RandbasisConfig:
@@ -105,6 +126,7 @@ def config_of(spec: Spec, where: str, base_name: str | None = None) -> Randbasis
     told: dict[str, Any] = {
         **{key: value for key, value in vars(common).items() if key != "basis_storage"},
         "method": common.name,
+        "tie": spec.tie,
         "base_model_name_or_path": base_name or spec.base.name,
         "base_model_type": spec.base.architecture,
         "base_weights": spec.base.weights,
@@ -112,8 +134,9 @@ def config_of(spec: Spec, where: str, base_name: str | None = None) -> Randbasis
         "base_rows": compress_shapes(rows) if rows else None,
         "inference_mode": True,
     }
-    # A file that another writer made may not say how PEFT picks the layers: by their paths, then.
-    picked: dict[str, Any] = {"target_modules": list(spec.shapes)}
+    # A file may not say how PEFT picks the layers: by their paths, then, or as `short_options` leaves it out.
+    names = list(spec.shapes) if spec.tie == UNTIED else _last_names(spec.shapes)
+    picked: dict[str, Any] = {"target_modules": names}
     try:
         patterns = patterns_of(config_class(common.name), common, spec.matrices)
         picked |= {key: pattern for key, pattern in patterns.items() if pattern}

@@ -80,7 +80,8 @@ class LayerDifference:
         out_features: rows.
         in_features: columns.
         change: of the two ΔW.
-        coefficients: of the two vectors of coefficients, where they belong to one basis; else None.
+        coefficients: of the two vectors of coefficients, where they belong to one basis; else None, and None where
+            an earlier layer has them too (``tie``).
     """
 
     name: str
@@ -184,7 +185,7 @@ def difference(
             {key: norm(c.change(key)) for key in c.shapes if key not in o} for c, o in ((one, others), (two, shapes))
         ]
         for key in track(shared):
-            own = None if vectors is None else Apart.of(vectors[0][key], vectors[1][key])
+            own = None if vectors is None or key not in vectors[0] else Apart.of(vectors[0][key], vectors[1][key])
             change = Apart.of(*cores(one.change(key), two.change(key)))
             rows.append(LayerDifference(key, *shapes[key], change, own))
     return Difference((one.method, two.method), tuple(rows), alone[0], alone[1], reason)
@@ -201,9 +202,10 @@ def _other_basis(one: Changes, two: Changes, names: tuple[str, str]) -> str | No
 
 
 def _vectors(changes: Changes) -> dict[str, Tensor]:
-    """All coefficients of each layer as one vector."""
+    """All coefficients of each layer as one vector; those that layers share are of the first of them alone."""
     assert isinstance(changes, OurChanges)
     found: dict[str, list[Tensor]] = {}
-    for one, delta in changes.packed.matrices():
+    owners = changes.packed.spec.owners
+    for one, delta in (each for place, each in enumerate(changes.packed.matrices()) if owners[place] == place):
         found.setdefault(one.name, []).extend(values.flatten().double() for values in delta.coefficients.values())
     return {key: torch.cat(values) for key, values in found.items()}

@@ -28,6 +28,8 @@ def check_same_basis(
         BaseMismatchError: they were made for bases of other architectures, shapes or names.
     """
     _check_method(first.spec.method, second.spec.method, names)
+    if first.spec.tie != second.spec.tie:
+        raise _other_basis(names, f"tie={first.spec.tie!r} and {second.spec.tie!r}")
     _check_base(first, second, names, base_name)
     own, other = ({(one.name, one.part): one for one in packed.spec.matrices} for packed in (first, second))
     if own.keys() != other.keys():

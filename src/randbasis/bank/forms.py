@@ -62,7 +62,7 @@ class CoefficientForm(Form):
     axis = 0
 
     def __init__(self, spec: Spec) -> None:
-        self._shapes = [one.shapes for one in spec.matrices]
+        self._matrices = list(zip(spec.matrices, spec.starts, strict=True))
         self._count = spec.count
 
     def make(self, coefficients: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -70,20 +70,9 @@ class CoefficientForm(Form):
         return (coefficients,)
 
     def views(self, tensors: Sequence[Tensor]) -> list[View]:
-        """Slices of the row."""
+        """Slices of the row: the same ones for matrices that share their coefficients."""
         (flat,) = tensors
-        result: list[View] = []
-        start = 0
-        for shapes in self._shapes:
-            view: dict[str, Tensor] = {}
-            for name, shape in shapes.items():
-                size = 1
-                for side in shape:
-                    size *= side
-                view[name] = flat[:, start : start + size].view(-1, *shape)
-                start += size
-            result.append(view)
-        return result
+        return [one.coefficients(flat, start) for one, start in self._matrices]
 
     def apply(self, bound: Bound[Any], x: Tensor, view: View) -> Tensor:
         """Math (21), (22) or (23)."""
@@ -125,8 +114,7 @@ class FactorForm(Form):
         alike: dict[WeightedSum, int] = {}
         self._sums: list[_SumOfMany] = []
         self._places: list[list[tuple[int, int]]] = []
-        start = 0
-        for one, bound in zip(spec.matrices, bounds, strict=True):
+        for one, bound, start in zip(spec.matrices, bounds, spec.starts, strict=True):
             places: list[tuple[int, int]] = []
             for name, wanted in bound.sums.items():
                 (size,) = one.shapes[name]

@@ -99,7 +99,7 @@ class Profile:
         """Equal for adapters of one profile."""
         spec, streams = adapter.spec, adapter.streams
         drawn = None if streams is None else streams.numpy().tobytes()
-        return spec.method, spec.groups, spec.base.architecture, spec.extra, drawn
+        return spec.method, spec.groups, spec.tie, spec.base.architecture, spec.extra, drawn
 
     def table(self, dtype: torch.dtype) -> Table:
         """The rows of a dtype."""

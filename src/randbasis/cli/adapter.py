@@ -20,6 +20,7 @@ from randbasis.cli.parameters import (
     Shapes,
     Stored,
     Targets,
+    Tie,
     UniqueBasis,
     WrittenName,
 )
@@ -50,6 +51,7 @@ def plan(
     basis: Matrices = None,
     basis_b: MatricesOfB = None,
     unique_basis: UniqueBasis = False,
+    tie: Tie = AdapterSettings.tie,
     targets: Targets = TARGETS,
     task: Annotated[str | None, Option(help="Count the sizes that train takes for this task.")] = None,
     budget: Annotated[
@@ -77,7 +79,7 @@ def plan(
 
         check_options(context, PLAN, methods=method_words())
         names = named_targets(targets)
-        settings = AdapterSettings(method, rank, basis, basis_b, unique_basis=unique_basis, targets=names)
+        settings = AdapterSettings(method, rank, basis, basis_b, unique_basis=unique_basis, tie=tie, targets=names)
         if task is not None:
             check_task(task)
             settings, _ = filled_adapter(settings, choose(method, task, None))

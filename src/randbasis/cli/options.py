@@ -130,6 +130,7 @@ _ADAPTER = tuple(
         "law": "a basis of a law",
         "parametrization": "parametrizations",
         "unique_basis": "a basis that layers may share",
+        "tie": "coefficients that matrices may share",
         "targets": "targets",
         "dropout": "dropout",
         "quantize_coefficients": "coefficients",

@@ -65,6 +65,9 @@ Rank = Annotated[int | None, of_adapter(help="Rank (nola, vera, randlora, loraxs
 Matrices = Annotated[int | None, of_adapter(help="Basis matrices (nola, pranc).")]
 MatricesOfB = Annotated[int | None, of_adapter(help="Basis matrices of B, where another number than of A (nola).")]
 UniqueBasis = Annotated[bool, of_adapter(help="A basis of its own for each layer (nola).")]
+Tie = Annotated[
+    str, of_adapter(help="Which matrices share coefficients: matrix (none), block:N, model (all) (nola, pranc).")
+]
 Targets = Annotated[str, of_adapter(help="all-linear, or NAME,NAME, slices too: c_attn[q,v].")]
 TARGETS = ",".join(AdapterSettings.targets)
 

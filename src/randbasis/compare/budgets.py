@@ -11,6 +11,7 @@ from randbasis.adapters.budget import stored_bytes
 from randbasis.compare.study import Row
 from randbasis.errors import StudyError
 from randbasis.methods import RandLora
+from randbasis.ties import UNTIED
 from randbasis.tuner.config import VeraConfig
 from randbasis.tuner.layer import RandbasisLinear
 
@@ -107,10 +108,16 @@ def sized(row: Row, shapes: Sequence[Shape]) -> dict[str, Any]:
     size = SIZED[row.method]
     if size.word in options:
         raise StudyError(f"row {row.name!r} has a budget and {size.word}, which the budget decides; keep one")
-    budget = row.budget
+    budget, tie = row.budget, str(options.get("tie", UNTIED))
+    if tie not in (UNTIED, "model"):
+        raise StudyError(
+            f"row {row.name!r}: a budget decides the size of an adapter with tie={UNTIED!r} or 'model', got {tie!r}; "
+            f"name {size.word} instead"
+        )
+    counted = shapes if tie == UNTIED else shapes[:1]  # one vector serves them all, math (26)
 
     def cost(number: int) -> int:
-        coefficients, vectors = size.count(number, shapes, options)
+        coefficients, vectors = size.count(number, counted, options)
         return coefficients if budget.unit == "coefficients" else stored_bytes(coefficients, vectors, budget.bits)
 
     least, most = 1, size.largest(shapes)

@@ -15,13 +15,14 @@ from torch import Tensor
 from randbasis.adapter_file import SpecMatrix
 from randbasis.adapters.base_model import linear_shapes, meta_model, read_config, shape_of
 from randbasis.adapters.saved import write_task
-from randbasis.errors import BaseMismatchError, CoefficientValueError, ResidualError, UnknownMethodError
+from randbasis.errors import BaseMismatchError, CoefficientValueError, ResidualError, TieError, UnknownMethodError
 from randbasis.files.output_checks import check_output_folder
 from randbasis.files.output_set import replaced_set
 from randbasis.importing.least_squares import NEAREST, Bases, Fit, Stop, nearest, relative
 from randbasis.importing.peft_adapter import PeftAdapter, read_peft_adapter
 from randbasis.methods import Factors, Method, Site
 from randbasis.progress import Track
+from randbasis.ties import UNTIED
 from randbasis.tuner.base_shapes import compress_shapes
 from randbasis.tuner.config import NolaConfig, RandbasisConfig
 from randbasis.tuner.meaning import meaning_tensor
@@ -155,6 +156,7 @@ def import_as_nearest(
 
     Raises:
         UnknownMethodError: the method is none of these.
+        TieError: matrices are to share their coefficients.
         ResidualError: the residual is above the limit.
         CoefficientValueError: the source has a value that is not finite.
         OutputExistsError: the output exists, or is the source.
@@ -166,6 +168,11 @@ def import_as_nearest(
         raise UnknownMethodError(
             f"an adapter of PEFT becomes the nearest of {', '.join(map(repr, NEAREST))}, got {config.method!r}; use "
             "one of these, or merge it into its base model"
+        )
+    if config.tie != UNTIED:
+        raise TieError(
+            f"the nearest adapter is found for each matrix by itself, which needs tie={UNTIED!r}, got {config.tie!r}; "
+            "import without it, or train a tied adapter on the data"
         )
     found = read_peft_adapter(source, model)
     base_type = None if model is None else _checked_type(found, model)

@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftConfig
 
 from randbasis.adapters.saved import SavedAdapter
 from randbasis.errors import HyperparameterError, UnknownMethodError, near
+from randbasis.ties import UNTIED
 from randbasis.train.settings import AdapterSettings
 from randbasis.tuner import config_class
 from randbasis.tuner.config import RandbasisConfig
@@ -22,11 +23,12 @@ _METHODS: dict[str, dict[str, str]] = {
         "alpha": "alpha",
         "parametrization": "parametrization",
         "unique_basis": "share_basis",
+        "tie": "tie",
         **_OF_A_SEED,
     },
     "vera": {"rank": "r", **_OF_A_SEED},
     "randlora": {"rank": "r", "alpha": "alpha", **_OF_A_SEED},
-    "pranc": {"basis": "num_basis", "unique_basis": "share_basis", **_OF_A_SEED},
+    "pranc": {"basis": "num_basis", "unique_basis": "share_basis", "tie": "tie", **_OF_A_SEED},
     "loraxs": {"rank": "r", "alpha": "alpha", **_COMMON},
     "lora": {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
 }
@@ -111,7 +113,7 @@ def words_of(adapter: SavedAdapter) -> AdapterSettings:
     options = adapter.options if method == "lora" else vars(adapter.ours().config)
     words = {word: options[name] for word, name in _METHODS[method].items()}
     if "unique_basis" in words:
-        words["unique_basis"] = not words["unique_basis"]
+        words["unique_basis"] = not words["unique_basis"] and words["tie"] == UNTIED
     return AdapterSettings(method=method, targets=targets_of(options), **words)
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from randbasis.errors import ColumnError, HyperparameterError, RankError, SettingError, TargetError, near
 from randbasis.precision import check_training_precision
+from randbasis.ties import UNTIED, check_tie
 from randbasis.train.loop_settings import LoopSettings
 
 TASKS = ("causal-lm", "sequence-classification", "image-classification", "embedding")
@@ -106,6 +107,7 @@ class AdapterSettings:
         law: the law of the entries of the basis.
         parametrization: ``offset`` or ``plain`` (nola).
         unique_basis: a basis of its own for each layer (nola).
+        tie: ``matrix``, ``block:N`` or ``model``: which matrices share their coefficients, math (26) (nola, pranc).
         targets: names of modules, slices included (``c_attn[q,v]``), ``("all-linear",)`` for every linear layer, or
             ``("re:PATTERN",)`` for a regular expression. Empty: what PEFT knows for the architecture.
         dropout: dropout on the input of the adapter.
@@ -123,6 +125,7 @@ class AdapterSettings:
     law: str | None = None
     parametrization: str | None = None
     unique_basis: bool = False
+    tie: str = UNTIED
     targets: tuple[str, ...] = ("all-linear",)
     dropout: float = 0.0
     quantize_coefficients: int | None = None
@@ -136,10 +139,12 @@ class AdapterSettings:
             HyperparameterError: a dropout outside [0, 1).
             PrecisionError: a number of bits that coefficients cannot be trained at.
             SettingError: another way to allot basis matrices.
+            TieError: a tie that is none.
         """
         if self.allot not in (None, *ALLOTMENTS):
             raise SettingError(f"allot {self.allot!r} is unknown; {near(self.allot or '', ALLOTMENTS)}")
         check_training_precision(self.quantize_coefficients)
+        check_tie(self.tie)
         for name, value in (("rank", self.rank), ("basis", self.basis), ("basis_b", self.basis_b)):
             if value is not None and value < 1:
                 raise RankError(f"{name} must be at least 1, got {value}")

@@ -14,7 +14,6 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from randbasis.adapter_file import SpecMatrix
 from randbasis.basis import check_streams
 from randbasis.errors import (
     AdapterFilesError,
@@ -30,6 +29,7 @@ from randbasis.tuner.meaning import MEANING, HeldMeaning, holder_of, meaning_of,
 from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.saved_files import CONFIG_FILE, check_adapter_files, read_config_file
 from randbasis.tuner.seen_adapters import seeing_only
+from randbasis.tuner.tied import matrices_of
 
 _STREAMS = f".{PREFIX}streams."
 
@@ -49,15 +49,9 @@ def place_meaning(model: nn.Module, adapter: str, config: RandbasisConfig) -> No
     layers = {key: layer for key, layer in adapted_layers(model) if adapter in layer.adapted}
     if not layers:
         return
-    matrices = [
-        SpecMatrix(
-            key, one.part.name, one.part.start, one.part.rows, layer.out_features, layer.in_features, one.bound.method
-        )
-        for key, layer in layers.items()
-        for one in layer.adapted[adapter]
-    ]
+    matrices = [matrix for key, layer in layers.items() for _, matrix in matrices_of(adapter, key, layer)]
     weights = config.run.made_for.get("base_weights")
-    meaning = meaning_of(config.method_for(""), config.quantize_coefficients, matrices, weights)
+    meaning = meaning_of(config.method_for(""), config.quantize_coefficients, matrices, weights, tie=config.tie)
     holder = holder_of(layers)
     for key, layer in layers.items():
         layer.hold_meaning(adapter, meaning if key == holder else None)

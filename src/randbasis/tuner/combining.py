@@ -44,6 +44,12 @@ def check_combination(
                     f"{name!r} differs from {adapters[0]!r}: coefficients on different bases cannot be added; "
                     "convert both with peft.convert_to_lora and combine the LoRA adapters"
                 )
+    ties = {name: cast("RandbasisConfig", configs[name]).tie for name in adapters}
+    if len(set(ties.values())) > 1:
+        raise CombinationError(
+            f"adapters must share coefficients over the same matrices to be combined, got tie={ties}; convert them "
+            "with peft.convert_to_lora and combine the LoRA adapters"
+        )
     biased = [name for name in adapters if cast("RandbasisConfig", configs[name]).bias != "none"]
     if biased:
         raise CombinationError(

@@ -7,11 +7,13 @@ from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
 
+from randbasis.adapter_file.spec import check_tied
 from randbasis.contraction import check_order
-from randbasis.errors import HyperparameterError, TargetError, UnknownMethodError, near
+from randbasis.errors import HyperparameterError, TargetError, TieError, UnknownMethodError, near
 from randbasis.methods import LoraXs, Method, Nola, Pranc, RandLora, Vera, method_class
 from randbasis.precision import check_training_precision
 from randbasis.rounding import check_rounding
+from randbasis.ties import UNTIED, check_tie
 from randbasis.tuner.registration import PEFT_TYPE
 from randbasis.tuner.run_state import RunState
 from randbasis.tuner.targets import check_expression, split_slices
@@ -50,6 +52,10 @@ class RandbasisConfig(PeftConfig):
         quantize_coefficients: 8, 4, 3 or 2: compute with coefficients of so many bits, one scale a vector (11), in
             training as afterwards, and train the full-precision ones straight through; those are what is saved, so
             that training can go on. None computes with them as they are.
+        tie: ``"matrix"``: coefficients of its own for each matrix; ``"block:N"``: one vector for N consecutive blocks;
+            ``"model"``: one for all, math (26). A block is what the first number in a module's path counts
+            (``layers.3``); modules in no block are a group of their own. Only for NOLA and PRANC, and with a basis of
+            its own for each matrix: ``share_basis`` is then False, since one vector on one basis would be one ΔW.
         rank_pattern: regular expression of module names → r, instead of the common one.
         target_slices: parts of each sliced module; filled from ``target_modules``.
         base_shapes: shapes of the layers that a saved adapter was made for; checked when it is put on a model.
@@ -80,6 +86,7 @@ class RandbasisConfig(PeftConfig):
     contraction: str = "auto"
     fuse_rounding: str = "none"
     quantize_coefficients: int | None = None
+    tie: str = UNTIED
     rank_pattern: dict[str, int] = field(default_factory=dict[str, int])
     target_slices: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     base_shapes: dict[str, list[int]] | None = None
@@ -114,7 +121,10 @@ class RandbasisConfig(PeftConfig):
         self.peft_type = PEFT_TYPE
         self._methods: dict[str, Method] = {}
         self._check_common()
+        self._settle_basis()
         self._split_targets()
+        if self.tie != UNTIED:
+            check_tied(self.method_for(""))
         self.method_for("")
         self.run = RunState()
 
@@ -155,6 +165,19 @@ class RandbasisConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise TargetError("layers_pattern needs layers_to_transform, got None; name the layers to adapt")
         self._check_patterns()
+
+    def _settle_basis(self) -> None:
+        """Own streams where coefficients are shared; elsewhere one basis for all, unless another is asked for."""
+        check_tie(self.tie)
+        if not hasattr(self, "share_basis"):
+            return
+        asked: bool | None = cast("Any", self).share_basis
+        if self.tie != UNTIED and asked:
+            raise TieError(
+                f"tie={self.tie!r} needs share_basis=False, got share_basis={asked!r}: matrices with one vector on one "
+                "basis would all have one ΔW; leave share_basis out"
+            )
+        cast("Any", self).share_basis = self.tie == UNTIED if asked is None else asked
 
     def _check_layers(self, layers: Any) -> None:
         if isinstance(self.target_modules, str):
@@ -235,6 +258,7 @@ class NolaConfig(RandbasisConfig):
         alpha: numerator of the scaling ``alpha / r``.
         parametrization: ``"offset"`` (7) or ``"plain"`` (8).
         share_basis: one basis for all layers (9), or one a matrix; then its stream is stored beside the coefficients.
+            None takes the former, but the latter where coefficients are shared (``tie``).
         alpha_pattern: regular expression of module names → alpha.
         num_basis_pattern: regular expression of module names → num_basis.
     """
@@ -252,7 +276,7 @@ class NolaConfig(RandbasisConfig):
     num_basis_b: int | None = None
     alpha: float = 8.0
     parametrization: str = "offset"
-    share_basis: bool = True
+    share_basis: bool | None = None
     alpha_pattern: dict[str, float] = field(default_factory=dict[str, float])
     num_basis_pattern: dict[str, int] = field(default_factory=dict[str, int])
 
@@ -300,7 +324,7 @@ class PrancConfig(RandbasisConfig):
 
     Args:
         num_basis: ``k``, dense basis matrices.
-        share_basis: one basis for all layers, or one a matrix.
+        share_basis: one basis for all layers, or one a matrix; None as for NOLA.
         num_basis_pattern: regular expression of module names → num_basis.
     """
 
@@ -309,7 +333,7 @@ class PrancConfig(RandbasisConfig):
 
     method: str = "pranc"
     num_basis: int = 128
-    share_basis: bool = True
+    share_basis: bool | None = None
     num_basis_pattern: dict[str, int] = field(default_factory=dict[str, int])
 
     def __post_init__(self) -> None:

@@ -36,14 +36,12 @@ def fill(model: nn.Module, adapter: str, packed: PackedAdapter, where: str) -> N
     }
     heads = _heads(model, adapter, packed.extra, where) if packed.extra else ()
     with torch.no_grad():
-        values, done = packed.values(), 0
-        for number, one in enumerate(packed.spec.matrices):
+        values = packed.values()
+        for number, (one, start) in enumerate(zip(packed.spec.matrices, packed.spec.starts, strict=True)):
             layer, index, adapted = places[one.name, one.part]
-            # The method's order is that of the file and of the layer.
-            for attribute in adapted.attributes.values():
-                target = cast("Tensor", getattr(layer, attribute)[adapter].weight)
-                target.copy_(values[done : done + target.numel()].view(target.shape))
-                done += target.numel()
+            own = layer.trained_coefficients(adapter, adapted)
+            for name, stored in one.coefficients(values, start).items():
+                own[name].copy_(stored)
             if packed.streams is not None:
                 cast("Streams", layer.randbasis_streams[adapter]).weight[index].copy_(packed.streams[number])
         for target, values in heads:

@@ -72,7 +72,7 @@ def _alone(layer: LayerAdapters, adapter: str, one: AdaptedPart, values: Sequenc
     bits = layer.options[adapter].quantize_coefficients
     sums: list[Tensor] = []
     for place, (name, common) in enumerate(one.bound.sums.items()):
-        counted = effective(own[name], bits)
+        counted = effective(own[name] if one.owner is None else layer.here(own[name]), bits)
         made = values[place] if values else None
         sums.append(joint_sums([common], [counted])[0] if made is None else same_sum(common, counted, made))
     return one.bound.factors_of(sums)

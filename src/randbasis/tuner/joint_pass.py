@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from randbasis.methods import Bound, Factors, WeightedSum
 from randbasis.tuner.adapted_part import AdaptedPart
+from randbasis.tuner.base_weight import base_device
 from randbasis.tuner.coefficients import straight_through
 from randbasis.tuner.joint_sums import Values, joint_sums, kind_of
 from randbasis.tuner.layer_adapters import LayerAdapters
@@ -157,7 +158,7 @@ class ForwardPass:
         found: dict[tuple[int, int], _Slot] = {}
         for layer, adapter, one in self._matrices():
             own = layer.trained_coefficients(adapter, one)
-            refused = [why for name, c in own.items() if (why := _refusal(layer, c, one.bound.sums[name]))]
+            refused = [why for name, c in own.items() if (why := _refusal(layer, one, c, one.bound.sums[name]))]
             if refused:
                 say_once(refused[0])
                 continue
@@ -209,11 +210,13 @@ class ForwardPass:
         return shared
 
 
-def _refusal(layer: nn.Module, c: Tensor, common: WeightedSum) -> str | None:
+def _refusal(layer: LayerAdapters, one: AdaptedPart, c: Tensor, common: WeightedSum) -> str | None:
     """Why a tensor cannot be read before its layer runs; None when it can."""
-    sharded = "_is_fsdp_managed_module" in vars(layer)  # fully_shard, though it be whole now
+    sharded = "_is_fsdp_managed_module" in vars(one.holder(layer))  # fully_shard, though it be whole now
     if sharded or type(c) not in (Tensor, nn.Parameter) or c.is_meta or c.shape != (common.basis.slab.count,):
         return "coefficients are sharded, or not there before their own layer runs"
+    if one.owner is not None and c.device != base_device(layer.get_base_layer()):
+        return "coefficients that layers share lie on the device of another layer"
     if c.is_inference():
         return "coefficients that were made in inference mode have no version"
     if c._backward_hooks:

@@ -139,7 +139,7 @@ class RandbasisLinear(MergeableLayer):
             found += name, self.options.get(name)
             for one in self.adapted.get(name, ()) if grad or self.training else ():
                 for attribute in one.attributes.values():
-                    holder = cast("Any", self._modules[attribute])._modules[name]
+                    holder = cast("Any", one.holder(self)._modules[attribute])._modules[name]
                     weight = holder._parameters.get("weight")
                     found.append(holder.weight.requires_grad if weight is None else weight.requires_grad)
         return tuple(found)
@@ -219,10 +219,8 @@ class RandbasisLinear(MergeableLayer):
     # --- the terms ---
 
     def _prepare_pass(self, x: Tensor, chosen: ChosenOrders) -> None:
-        places = [Place.of(self.randbasis_streams, name) for name in self.randbasis_streams]
-        for name, parts in (*chosen.weight.items(), *chosen.token.items()):
-            attributes = [attribute for one in parts for attribute in one.attributes.values()]
-            places += [Place.of(getattr(self, attribute), name) for attribute in attributes]
+        names = dict.fromkeys((*chosen.weight, *chosen.token))
+        places = [Place.of(container, name) for name in names for container in self.containers(name)]
         snapshot = Snapshot.of([place.tensor for place in places])  # before the values are used
         if snapshot is None or not (snapshot.by_value or chosen.decoding):
             return
@@ -343,14 +341,21 @@ class RandbasisLinear(MergeableLayer):
             dimension, groups = self._row_groups(x, batch, dtype, decoding)
             return RowPlan(None, {}, dimension, dtype, groups)
         batch.reached = True
-        containers, plan = self.adapter_layer_names, self._cache.rows.plan
-        asked = batch.names, batch.repeats, batch.layout, x.shape, x.dtype, x.device, dtype, containers
+        plan = self._cache.rows.plan
+        asked = batch.names, batch.repeats, batch.layout, x.shape, x.dtype, x.device, dtype, self.adapter_layer_names
         if plan is None or not plan.fits(asked, self.options):
-            seen = SeenRows.of(self, ("randbasis_streams", *containers), batch.distinct)  # before the values are used
+            seen = SeenRows.of(self._containers_of(batch.distinct), batch.distinct)  # before the values are used
             dimension, groups = self._row_groups(x, batch, dtype, decoding)
             plan = RowPlan(asked, dict(self.options), dimension, dtype, groups, seen)
             self._cache.keep_rows(plan, decoding=decoding)
         return plan
+
+    def _containers_of(self, adapters: Sequence[str]) -> list[nn.ModuleDict]:
+        """All containers of this layer, and those of other layers that hold coefficients of these adapters."""
+        own = [self.randbasis_streams, *(getattr(self, name) for name in self.adapter_layer_names)]
+        tied = [one for name in adapters for one in self.adapted.get(name, ()) if one.owner is not None]
+        own += [getattr(one.holder(self), attribute) for one in tied for attribute in one.attributes.values()]
+        return list({id(container): container for container in own}.values())
 
     def _row_groups(
         self, x: Tensor, batch: MixedBatch, dtype: torch.dtype, decoding: bool
@@ -371,12 +376,12 @@ class RandbasisLinear(MergeableLayer):
         one = group.like
 
         def compute(places: list[int]) -> list[dict[str, Tensor]]:
-            own = [self._widened(group.names[place], one) for place in places]
+            own = [self._widened(group.names[place], group.own[place]) for place in places]
             stacked = {key: torch.stack([c[key] for c in own]) for key in own[0]}
             together = one.bound.prepare(stacked)
             return [{key: value[at].clone() for key, value in together.items()} for at in range(len(places))]
 
-        wanted = [self._key("prepared", name, [one]) for name in group.names]
+        wanted = [self._key("prepared", name, [own]) for name, own in zip(group.names, group.own, strict=True)]
         made = self._cache.get_all(wanted, compute, usable=not self.training, decoding=decoding)
         slots = group.slots if len(made) > 1 else [0]
         return {key: torch.stack([made[slot][key] for slot in slots]).to(dtype) for key in made[0]}

@@ -8,10 +8,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from randbasis.basis import basis_entries
-from randbasis.errors import LayerTypeError
+from randbasis.errors import LayerTypeError, TieError
 from randbasis.methods import Factors, Method, Site
 from randbasis.tuner.adapted_part import AdaptedPart, AdapterOptions
 from randbasis.tuner.base_weight import base_device, base_dtype, layer_shape, quantization_of
@@ -222,19 +223,44 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         Those that are trained, or what math (11) makes of them where the adapter has ``quantize_coefficients``.
         """
         trained = self.trained_coefficients(adapter, one)
+        if one.owner is not None:
+            trained = {name: self.here(c) for name, c in trained.items()}
         bits = self.options[adapter].quantize_coefficients
         return trained if bits is None else {name: straight_through(c, bits) for name, c in trained.items()}
 
     def trained_coefficients(self, adapter: str, one: AdaptedPart) -> dict[str, Tensor]:
         """The coefficient tensors of one matrix that are trained and saved, in the method's order."""
+        layer = one.holder(self)
         if torch.compiler.is_compiling():
-            return {name: getattr(self, attribute)[adapter].weight for name, attribute in one.attributes.items()}
+            return {name: getattr(layer, attribute)[adapter].weight for name, attribute in one.attributes.items()}
         found: dict[str, Tensor] = {}
         for name, attribute in one.attributes.items():
             # By torch's own dictionaries: its accessors cost many times a look into them.
-            holder = cast("nn.Module", cast("nn.Module", self._modules[attribute])._modules[adapter])
+            holder = cast("nn.Module", cast("nn.Module", layer._modules[attribute])._modules[adapter])
             weight = holder._parameters.get("weight")
             found[name] = cast("Tensor", holder.weight) if weight is None else weight  # a parametrization, say
+        return found
+
+    def here(self, c: Tensor) -> Tensor:
+        """Coefficients that another layer holds, math (26), on the device of this one.
+
+        Raises:
+            TieError: that layer has them only while it runs itself.
+        """
+        device = base_device(self.get_base_layer())
+        if isinstance(c, DTensor) or (c.is_meta and device is not None and device != c.device):
+            raise TieError(
+                "tie needs coefficients that all layers which share them can read, got some that are sharded, or "
+                "offloaded until the layer that holds them runs; shard the model as one unit (one call of fully_shard, "
+                "on the whole model), keep that layer on its device, or train with tie='matrix'"
+            )
+        return c if device is None or c.device == device else c.to(device)
+
+    def containers(self, adapter: str) -> list[nn.ModuleDict]:
+        """Where the coefficients and stored streams of an adapter on this layer lie, under its name."""
+        found: list[nn.ModuleDict] = [self.randbasis_streams] if adapter in self.randbasis_streams else []
+        for one in self.adapted.get(adapter, ()):
+            found += [cast("nn.ModuleDict", getattr(one.holder(self), name)) for name in one.attributes.values()]
         return found
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

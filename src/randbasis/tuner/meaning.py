@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from randbasis.adapter_file import SpecMatrix
 from randbasis.errors import AdapterFilesError, MeaningError
 from randbasis.methods import Method
+from randbasis.ties import UNTIED
 from randbasis.tuner.registration import PREFIX
 from randbasis.tuner.saved_files import SAVED_PREFIX, natural_order
 
@@ -67,8 +68,12 @@ class Meaning:
         )
 
     def _differences(self, theirs: list[Any]) -> str:
-        ours = [*self.options.values(), self.layers, self.patterns]
         names = [*self.options, "shapes and rows of the layers", "options of single layers (patterns)"]
+        ours = [*self.options.values(), self.layers, self.patterns]
+        if theirs[0] == ours[0] and abs(len(theirs) - len(ours)) == 1:  # one side says which matrices share, the other
+            shorter = min(theirs, ours, key=len)  # that none do by saying nothing
+            shorter.insert(-2, UNTIED)
+            names[-2:-2] = [] if "tie" in self.options else ["tie"]
         if theirs[0] != ours[0] or len(theirs) != len(ours):  # the rest has other names
             theirs, ours = theirs[:2], ours[:2]
         told = [(name, there, here) for name, there, here in zip(names, theirs, ours, strict=False) if there != here]
@@ -77,7 +82,14 @@ class Meaning:
         )
 
 
-def meaning_of(common: Method, bits: int | None, matrices: Iterable[SpecMatrix], weights: str | None = None) -> Meaning:
+def meaning_of(
+    common: Method,
+    bits: int | None,
+    matrices: Iterable[SpecMatrix],
+    weights: str | None = None,
+    *,
+    tie: str = UNTIED,
+) -> Meaning:
     """The meaning of the coefficients of an adapter.
 
     Args:
@@ -85,6 +97,7 @@ def meaning_of(common: Method, bits: int | None, matrices: Iterable[SpecMatrix],
         bits: of coefficients that are rounded before they are used, math (11); None where they are not.
         matrices: all that it adapts, in any order.
         weights: digest of the base weights, for a method that needs them.
+        tie: which matrices share coefficients; told where some do.
     """
     listed = list(matrices)
     shared = _identity(common) | {"quantize_coefficients": bits}
@@ -92,6 +105,7 @@ def meaning_of(common: Method, bits: int | None, matrices: Iterable[SpecMatrix],
         shared["base_weights"] = weights
     first = ("method", "seed")
     options = {name: shared[name] for name in (*first, *sorted(shared.keys() - set(first)))}
+    options |= {} if tie == UNTIED else {"tie": tie}
     layers = sorted([(one.out_features, one.in_features, one.start, one.rows) for one in listed])
     apart = len(_common_path([one.name for one in listed]))
     patterns = sorted(
@@ -114,12 +128,17 @@ def holder_of(layers: Iterable[str]) -> str:
 
 
 def meaning_tensor(
-    common: Method, bits: int | None, matrices: Iterable[SpecMatrix], weights: str | None = None
+    common: Method,
+    bits: int | None,
+    matrices: Iterable[SpecMatrix],
+    weights: str | None = None,
+    *,
+    tie: str = UNTIED,
 ) -> dict[str, Tensor]:
     """Name in an adapter directory → tensor; arguments as for :func:`meaning_of`."""
     listed = list(matrices)
     name = f"{SAVED_PREFIX}{holder_of(one.name for one in listed)}.{MEANING}.weight"
-    return {name: meaning_of(common, bits, listed, weights).tensor()}
+    return {name: meaning_of(common, bits, listed, weights, tie=tie).tensor()}
 
 
 def warn_of_no_meaning(meaning: Meaning, adapter: str) -> None:

@@ -152,12 +152,14 @@ class BatchGroup:
 
     Attributes:
         like: what they have in common.
+        own: the part of each distinct adapter, which tells where its coefficients lie.
         names: the distinct adapters.
         rows: the rows of the batch that use one of them.
         slots: for each of these rows, the index of its adapter in ``names``.
     """
 
     like: AdaptedPart
+    own: list[AdaptedPart]
     names: list[str]
     rows: list[int]
     slots: list[int]
@@ -170,15 +172,17 @@ def batch_groups(adapter_names: Sequence[str], parts: Callable[[str], Sequence[A
         adapter_names: one name for each row; :data:`BASE` rows are in no group.
         parts: those of an adapter on this layer.
     """
-    groups: dict[Hashable, tuple[AdaptedPart, list[str]]] = {}
+    groups: dict[Hashable, tuple[list[AdaptedPart], list[str]]] = {}
     for name in dict.fromkeys(adapter_names):
         if name == BASE:
             continue
         for one in parts(name):
-            groups.setdefault((one.bound, one.part), (one, []))[1].append(name)
+            own, names = groups.setdefault((one.bound, one.part), ([], []))
+            own.append(one)
+            names.append(name)
     result: list[BatchGroup] = []
-    for one, names in groups.values():
+    for own, names in groups.values():
         slot_of = {name: slot for slot, name in enumerate(names)}
         rows = [row for row, name in enumerate(adapter_names) if name in slot_of]
-        result.append(BatchGroup(one, names, rows, [slot_of[adapter_names[row]] for row in rows]))
+        result.append(BatchGroup(own[0], own, names, rows, [slot_of[adapter_names[row]] for row in rows]))
     return result

@@ -56,6 +56,7 @@ from randbasis.tuner.registration import PREFIX, TYPE_NAME
 from randbasis.tuner.saved_files import PICKLE_FILE, WEIGHTS_FILE, check_adapter_files, tensor_shapes
 from randbasis.tuner.seen_adapters import seeing_only
 from randbasis.tuner.switching import activate
+from randbasis.tuner.tied import check_targets, tie_coefficients
 
 _WRAPPERS = threading.Lock()
 
@@ -122,6 +123,7 @@ class RandbasisModel(BaseTuner):
         model_config = self._model_config()
         self._checked = {key: check_target(config, key, modules[key], model_config) for key in matched}
         check_reached(model, matched)
+        check_targets(self._checked, modules, config.tie)
         if config.base_weights is not None:
             own = {key: (frozen_weight(modules[key]), parts) for key, (_, parts) in self._checked.items()}
             check_weights(config.base_weights, own, config.base_model_name_or_path)
@@ -189,8 +191,9 @@ class RandbasisModel(BaseTuner):
             with seeing_only(adapter_name):
                 check_name(adapter_name, model, others, self.peft_config[adapter_name])
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-                self._see_to_calls(model)
                 config = cast("RandbasisConfig", self.peft_config[adapter_name])
+                tie_coefficients(adapter_name, adapted_layers(model), config.tie)
+                self._see_to_calls(model)
                 config.run = replace(config.run, made_for=made_for(model, adapter_name, config, self._model_config()))
                 place_meaning(model, adapter_name, config)
         finally:

@@ -74,12 +74,12 @@ class SeenRows:
     weights: Together
 
     @classmethod
-    def of(cls, layer: nn.Module, containers: Iterable[str], adapters: Sequence[str]) -> "SeenRows | None":
-        """What attributes of a layer hold of these adapters; None where a later change could not be seen."""
+    def of(cls, containers: Iterable[nn.ModuleDict], adapters: Sequence[str]) -> "SeenRows | None":
+        """What containers hold of these adapters; None where a later change could not be seen."""
         held: list[tuple[dict[str, nn.Module], dict[str, nn.Module]]] = []
         holders: list[Mapping[str, Tensor | None]] = []
         for container in containers:
-            modules = cast("dict[str, nn.Module]", vars(vars(layer)["_modules"][container])["_modules"])
+            modules = cast("dict[str, nn.Module]", vars(container)["_modules"])
             held.append((modules, dict(modules)))
             for inside in (vars(modules[name]) for name in adapters if name in modules):
                 kind = next((kind for kind in ("_parameters", "_buffers") if "weight" in inside[kind]), None)
