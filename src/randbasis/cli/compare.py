@@ -57,6 +57,7 @@ def compare(
         from randbasis.compare.report import write_report
         from randbasis.compare.study import usable
         from randbasis.compare.study_file import read_study
+        from randbasis.files.text_files import read_text
 
         folder = data or (Path(os.environ[DATA_VARIABLE]) if DATA_VARIABLE in os.environ else None)
         whole = read_study(study, folder, must_exist=not report_only)
@@ -76,7 +77,9 @@ def compare(
             summary |= {"missing": now.total() - len(now.records), "impossible": list(plan.impossible)}
             summary |= {"diverged": now.diverged(), "failed": told.failures}
         found = usable(asked, read_records(runs))
-        written = write_report(asked, found, output or results / whole.name)
+        prose = study.with_suffix(".md")
+        comments = read_text(prose) if prose.is_file() else ""
+        written = write_report(asked, found, output or results / whole.name, comments)
         summary |= {"runs": len(found), "report": [str(path) for path in written]}
         answer_table(summary, _summary_table(summary), as_json)
         if told.failures:
