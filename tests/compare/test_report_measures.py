@@ -1,5 +1,6 @@
 """Measures against hand-computed cases, tables of Student's t, and values of another implementation of BD rates."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -125,7 +126,7 @@ def test_the_integral_against_quadrature_of_hermite_cubics():
     """The cubic between two points by its textbook form, with slopes of Fritsch and Butland."""
 
     def hermite(x: Sequence[float], y: Sequence[float], at: float) -> float:
-        h = [b - a for a, b in zip(x, x[1:], strict=False)]
+        h = [b - a for a, b in itertools.pairwise(x)]
         d = [(b - a) / step for a, b, step in zip(y, y[1:], h, strict=False)]
         inner = []
         for i in range(1, len(x) - 1):

@@ -10,6 +10,7 @@ from pathlib import Path
 from randbasis.compare.record import Record
 from randbasis.compare.report import wording
 from randbasis.compare.report.lines import Results
+from randbasis.compare.report.picture import caption, file_stem
 from randbasis.compare.report.tables import Table, findings, line_table, summary_table
 from randbasis.compare.study import LANGUAGE, Data, Study
 
@@ -29,10 +30,6 @@ READING = (
     "Steps are wall time on a machine that may have done other work, peak memory is the growth of the process over the "
     "loaded model: orders of magnitude. Expansion makes all factors once from the seed. Forgetting is the perplexity "
     "of the base's own text after training to that before.",
-)
-CAPTION = (
-    "Metric against bytes of the file; up is better. Lines join the points that beat every smaller file, with 95 % "
-    "bands over the seeds; pale marks are the other points."
 )
 
 
@@ -76,8 +73,6 @@ class Report:
 
     def picture_of(self, results: Results) -> Path | None:
         """The data set's own picture, where it is not the one that opens the page."""
-        from randbasis.compare.report.picture import file_stem
-
         return next((one for one in self.pictures[1:] if one.stem == file_stem(results.data.name)), None)
 
 
@@ -85,7 +80,7 @@ def as_markdown(report: Report) -> str:
     """The page in Markdown, with links to the pictures."""
     study = report.study
     parts = [f"# {study.title}", "Written by `randbasis compare`; do not edit this page."]
-    parts += [f"![{CAPTION}](pictures/{one.name})\n\n*{CAPTION}*" for one in report.pictures[:1]]
+    parts += [f"![{study.title}](pictures/{one.name})\n\n*{caption(report.results)}*" for one in report.pictures[:1]]
     if study.claim.strip():
         parts.append("**The claim.** " + " ".join(study.claim.split()))
     parts += [report.comments.strip()] if report.comments.strip() else []
@@ -105,7 +100,7 @@ def as_html(report: Report) -> str:
     """The page as one file: pictures and style are in it, nothing is fetched, no script runs."""
     study, style = report.study, Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     body = [f"<h1>{escape(study.title)}</h1>"]
-    body += [_figure(one, CAPTION) for one in report.pictures[:1]]
+    body += [_figure(one, caption(report.results)) for one in report.pictures[:1]]
     if study.claim.strip():
         body.append(
             f"<blockquote><p><strong>The claim.</strong> {_inline(' '.join(study.claim.split()))}</p></blockquote>"

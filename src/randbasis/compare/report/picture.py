@@ -24,8 +24,15 @@ MARKERS = "osD^vP*X<>dp+1"
 DASHES = ("-", "--", "-.", ":")
 LEVELS = {NO_ADAPTER: ":", WHOLE: "--"}
 """Rows that are no points of a curve, but heights to compare with."""
+INCHES_A_LETTER = 0.06
+"""Of the legend."""
 PANEL, ALONE = (3.6, 2.9), (6.4, 4.0)
 """Inches of a panel among others, and of one by itself."""
+CURVES = (
+    "Metric against bytes of the file; up is better. Lines join the points that beat every smaller file, with 95 % "
+    "bands over the seeds; pale marks are the other points."
+)
+DOTS = "The metric of each row with its 95 % interval over the seeds; no curve has more than one size."
 DOTS_AN_INCH = 130
 ROOM_BELOW = 0.3
 """Of the way from the base to the best point, how far below the base a panel goes; points below are counted."""
@@ -80,6 +87,11 @@ def draw(study: Study, all_results: Sequence[Results], folder: Path) -> list[Pat
     return written
 
 
+def caption(shown: Sequence[Results]) -> str:
+    """What a picture of some data sets shows."""
+    return CURVES if any(_has_sizes(results) for results in shown) else DOTS
+
+
 def file_stem(name: str) -> str:
     """A name as that of a file: letters, digits and dashes."""
     words = "".join(letter if letter.isalnum() else " " for letter in name.lower()).split()
@@ -90,27 +102,28 @@ def _write(shown: Sequence[Results], styles: Mapping[str, Style], path: Path) ->
     with needing("the report of a comparison", "matplotlib", "train"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    alone, flat = len(shown) == 1, not any(_has_sizes(results) for results in shown)
-    across = 1 if alone else 2
+    flat = caption(shown) == DOTS
+    alone = flat or len(shown) == 1
+    across, (width, height) = (1, ALONE) if alone else (2, PANEL)
     down = -(-len(shown) // across)
-    columns = 3 if alone else 4
-    legend = 0.0 if flat else 0.2 * -(-(len(styles) + len(LEVELS)) // columns)
-    width, height = ALONE if alone else PANEL
-    if flat:
-        height = 0.9 + 0.2 * max(len(_dotted(results)) for results in shown)
-    figure = Figure(figsize=(width * across, height * down + legend + 0.2), layout="constrained")
+    heights = [0.8 + 0.17 * len(_dotted(results)) for results in shown] if flat else [height] * down
+    names = [line.name for results in shown for line in results.lines if line.row.method in LEVELS]
+    names = list(dict.fromkeys(([] if flat else [*styles]) + names))
+    columns = max(1, int(width * across / (0.55 + INCHES_A_LETTER * max(map(len, (*names, ""))))))
+    legend = 0.18 * -(-len(names) // columns)
+    figure = Figure(figsize=(width * across, sum(heights) + legend + 0.2), layout="constrained")
     FigureCanvasAgg(figure)
-    panels: Any = figure.subplots(down, across, squeeze=False).ravel()
+    panels: Any = figure.subplots(down, across, squeeze=False, height_ratios=heights).ravel()
     handles: dict[str, Any] = {}
     for panel, results in zip(panels, shown, strict=False):
         handles |= _dots(panel, results, styles) if flat else _panel(panel, results, styles)
-        panel.set_title(results.data.name, fontsize=10)
+        panel.set_title(results.data.name, fontsize=10, loc="left" if flat else "center")
         panel.tick_params(labelsize=7.5)
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[len(shown) :]:
         panel.set_visible(False)
-    names = [name for name in dict.fromkeys((*styles, *handles)) if name in handles]
+    names = [name for name in names if name in handles]
     figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns, fontsize=7.5,
                   frameon=False, handlelength=2.6)  # fmt: skip
     figure.savefig(path, dpi=DOTS_AN_INCH, metadata={"Software": None})
@@ -138,7 +151,14 @@ def _dots(panel: Any, results: Results, styles: Mapping[str, Style]) -> dict[str
     panel.set_ylim(len(lines) - 0.5, -0.5)
     better = "" if results.higher else " (left is better)"
     panel.set_xlabel(wording.metric_name(results.metric) + better, fontsize=8)
-    return _levels(panel.axvline, results)
+    left, right = panel.get_xlim()
+    levels = _levels(panel.axvline, results)
+    places = {name: float(handle.get_xdata()[0]) for name, handle in levels.items()}
+    near = {name: at for name, at in places.items() if 2 * left - right <= at <= 2 * right - left}
+    panel.set_xlim(min(left, *near.values(), right), max(left, *near.values(), right))
+    far = [f"{name}: {at:.{wording.digits(results.metric)}f}" for name, at in places.items() if name not in near]
+    panel.set_title("; ".join(far), loc="right", fontsize=7.5, color=GREY)  # it may not squeeze the dots
+    return {name: levels[name] for name in near}
 
 
 def _levels(drawn: Callable[..., Any], results: Results) -> dict[str, Any]:

@@ -108,26 +108,27 @@ def findings(results: Results) -> list[str]:
     best, metric = _best(results), results.metric
     if best is None:
         return [f"{results.data.name}: no adapter has a final run yet."]
-    name = wording.metric_name(metric)
-    told = [f"{results.data.name}: the best mean has {best.name}, {name} {wording.score(best.score(metric), metric)}, "
-            f"in {wording.size(best.bytes)} bytes."]  # fmt: skip
+    told = [f"{results.data.name}: {best.name} has the best mean, {wording.score(best.score(metric), metric)} "
+            f"({wording.metric_name(metric)}), in {wording.size(best.bytes)} bytes."]  # fmt: skip
     found = summaries(results)
     rates = [(one.delta.percent, one) for one in found if one.delta and one.delta.percent is not None]
     if rates:
         percent, first = min(rates, key=lambda pair: (pair[0], pair[1].curve))
         fewer = f"{abs(percent):.0f} % {'fewer' if percent < 0 else 'more'} bytes"
         told.append(f"Of the curves that overlap with {results.anchor}, {first.curve} needs the fewest bytes at equal "
-                    f"{metric}: {fewer}.")  # fmt: skip
+                    f"{wording.bare_name(metric)}: {fewer}.")  # fmt: skip
     elif results.anchor and any(one.delta for one in found):
-        told.append(f"No curve can be compared with {results.anchor} at equal {metric}; the table says why.")
+        told.append(
+            f"No curve can be compared with {results.anchor} at equal {wording.bare_name(metric)}; the table says why."
+        )
     above = [one.curve for one in found if one.delta and "wholly better" in one.delta.reason]
     told += [f"Better at each of its points than {results.anchor} at any: {', '.join(above)}."] if above else []
     least = [(reach.bytes, one.curve) for one in found if (reach := one.reaches.get(SHARES[0])) and reach.bytes]
     if least:
         size, curve = min(least)
-        told.append(f"The fewest bytes to 95 % of the gain of {results.gain_of} has {curve}: {wording.size(size)}.")
+        told.append(f"95 % of the gain of {results.gain_of} takes the fewest bytes with {curve}: {wording.size(size)}.")
     elif any(one.reaches for one in found):
-        told.append(f"No curve has 95 % of the gain of {results.gain_of}.")
+        told.append(f"No curve reaches 95 % of the gain of {results.gain_of}.")
     return told
 
 

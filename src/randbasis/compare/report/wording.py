@@ -28,6 +28,11 @@ def metric_name(metric: str) -> str:
     return _HUNDREDFOLD.get(metric, _NAMED.get(metric, metric))
 
 
+def bare_name(metric: str) -> str:
+    """Without its unit."""
+    return metric_name(metric).partition(",")[0]
+
+
 def digits(metric: str) -> int:
     """After the point."""
     return 3 if metric in LOWER_IS_BETTER else 1
