@@ -18,7 +18,7 @@ FUZZ_SECONDS ?= 60
 CLI_PAGE := $(BIN)/python -m typer randbasis.cli utils docs --name randbasis --title "The command"
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo first-hour test test-newest test-oldest check bench bench-gpu bench-serving conformance results results-sst2 results-vision results-e2e results-quantization sweep-defaults rounded-sums fuzz mutants crash soak test-page page-picture docs clean
+.PHONY: help install lock demo first-hour test test-newest test-oldest check bench bench-gpu bench-serving conformance studies study-budgets study-fewshot study-full_rank study-generation study-glue study-laws study-pranc study-precision study-rank study-shared sweep-defaults rounded-sums fuzz mutants crash soak test-page page-picture docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -90,12 +90,13 @@ conformance: $(INSTALLED) ## PEFT's own tests on our configurations (ARGS="--met
 # The folder of data sets and models that the studies read.
 RANDBASIS_DATA ?= ../shared/data
 
-results: $(INSTALLED) ## docs/results.md from the raw rows; results-sst2, -vision, -e2e, -quantization make the missing rows first
-	$(BIN)/python -m studies report
+STUDIES := study-budgets study-fewshot study-full_rank study-generation study-glue study-laws study-pranc study-precision study-rank study-shared
 
-results-sst2 results-vision results-e2e results-quantization: results-%: $(INSTALLED)
-	$(BIN)/python -m studies run $* --data $(RANDBASIS_DATA)
-	$(BIN)/python -m studies report
+studies: $(STUDIES) ## all studies of methods on real data (RANDBASIS_DATA) and their reports in docs/results/; study-glue, study-rank, … make one
+
+# A study is about an hour on two cores; what has run is kept, so it may be stopped (ARGS="--seconds 500 --cores 2").
+$(STUDIES): study-%: studies/%.toml $(INSTALLED)
+	$(BIN)/randbasis compare $< --data $(RANDBASIS_DATA) --output docs/results/$* $(ARGS)
 
 sweep-defaults: $(INSTALLED) ## the missing runs of the sweep that default learning rates are chosen from (hours; may be stopped), and docs/defaults.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies sweep --data $(RANDBASIS_DATA) $(ARGS)

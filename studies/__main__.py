@@ -1,7 +1,6 @@
-"""Studies on real data: ``run`` makes the runs that are missing, ``report`` writes the page of results.
+"""What defaults are chosen by: ``sweep`` makes the missing runs, ``defaults`` writes the page of learning rates.
 
-``sweep`` and ``defaults`` do the same for the learning rates that ``randbasis train`` takes where none is given, and
-``rounding`` for ``fuse_rounding``.
+``rounding`` does both for ``fuse_rounding``. Studies that compare methods are the files of ``randbasis compare``.
 """
 
 import argparse
@@ -12,31 +11,22 @@ from rich.console import Console
 
 from benchmarks.rows import RESULTS
 from studies.defaults_page import write_page
-from studies.pool import run_study
-from studies.report import write_report
 from studies.rounding import ROUNDING, run_cells
 from studies.rounding_page import write_rounding
-from studies.studies import STUDIES, study_named
 from studies.sweep import DEFAULTS, SETS, grid, rivals, run_sweep
 from studies.sweep_rows import read_rows
 
-EXAMPLE = "example: python -m studies run sst2 --data DATA --workers 4 && python -m studies report"
+EXAMPLE = "example: python -m studies sweep --data DATA && python -m studies defaults"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a study, or write the report.
+    """Make runs, or write a page.
 
     Args:
         arguments: of the command, ``None`` for those of the process.
     """
     parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__, epilog=EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="make the runs that are missing", epilog=EXAMPLE)
-    run.add_argument("study", choices=STUDIES)
-    run.add_argument("--data", type=Path, required=True, help="folder of data sets and models")
-    run.add_argument("--workers", type=int, default=4, help="processes of one thread each; 0 for none but this one")
-    report = commands.add_parser("report", help="write the page of results from the raw rows", epilog=EXAMPLE)
-    report.add_argument("--page", type=Path, default=Path("docs/results.md"), help="the page to write")
     sweep = commands.add_parser("sweep", help="make the runs that defaults are chosen from", epilog=EXAMPLE)
     sweep.add_argument("--data", type=Path, required=True, help="folder of data sets and models")
     sweep.add_argument("--sets", default=",".join(SETS), help="which of them")
@@ -48,14 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
     rounding.add_argument("--seeds", type=int, default=3, help="of each method on each set")
     rounding.add_argument("--seconds", type=float, help="begin no cell after that many")
     rounding.add_argument("--page", type=Path, default=Path("docs/rounding.md"), help="the page to write")
-    for command in (run, report, sweep, defaults, rounding):
-        command.add_argument("--results", type=Path, default=RESULTS, help="folder of the raw rows and comments")
+    for command in (sweep, defaults, rounding):
+        command.add_argument("--results", type=Path, default=RESULTS, help="folder of the raw rows")
     given = parser.parse_args(arguments)
     console = Console(stderr=True)
-    if given.command == "report":
-        write_report([study_named(name) for name in STUDIES], given.results, given.page)
-        console.print(f"wrote {given.page}")
-        return
     if given.command == "sweep":
         cells = grid(given.sets.split(","))
         path, began = given.results / DEFAULTS, time.monotonic()
@@ -70,12 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
         write_rounding(read_rows(path), given.page)
         console.print(f"wrote {given.page}")
         return
-    if given.command == "defaults":
-        write_page(read_rows(given.results / DEFAULTS), given.page)
-        console.print(f"wrote {given.page}")
-        return
-    study = study_named(given.study, given.data)
-    run_study(study, given.results / f"{study.name}.jsonl", workers=given.workers, console=console)
+    write_page(read_rows(given.results / DEFAULTS), given.page)
+    console.print(f"wrote {given.page}")
 
 
 if __name__ == "__main__":

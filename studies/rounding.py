@@ -21,13 +21,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.machine import revision
+from randbasis.compare.cells import Cell, read_cell
+from randbasis.compare.study import Data
 from randbasis.train import AdapterSettings, fit, peft_config
 from randbasis.train.default_choices import HEAD_RATES, METHODS
 from randbasis.train.loop import FitResult
 from randbasis.tuner.config import RandbasisConfig
 from randbasis.tuner.layer import RandbasisLinear
-from studies.cells import Cell, read_cell
-from studies.study import Setting
 from studies.sweep import HEAD_RATE, default_rate, sweep_setting, task_of
 from studies.sweep_rows import read_rows
 
@@ -135,7 +135,7 @@ def run_cell(cell: RoundingCell, data: Path, steps: int | None = None) -> list[d
     return found
 
 
-def _fit(cell: RoundingCell, product: str, setting: Setting, rows: Cell, steps: int) -> FitResult:
+def _fit(cell: RoundingCell, product: str, setting: Data, rows: Cell, steps: int) -> FitResult:
     task = task_of(cell.set)
     loop = replace(
         setting.base.loop,

@@ -16,12 +16,12 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.machine import revision
+from randbasis.compare.cells import Cell, read_cell
+from randbasis.compare.study import LANGUAGE, Data
 from randbasis.errors import NonFiniteLossError
 from randbasis.train import AdapterSettings, DataSettings, LoopSettings, TrainSettings, fit, peft_config
 from randbasis.train.default_choices import HEAD_RATES, METHODS, SWEPT, choose
 from randbasis.train.loop import FitResult
-from studies.cells import Cell, read_cell
-from studies.study import LANGUAGE, Setting
 from studies.sweep_rows import Points, Row, points_of, read_rows
 
 COLUMNS = ("set", "method", "rank", "basis", "alpha", "rate", "head_rate", "seed", "steps", "coefficients", "metric",
@@ -117,21 +117,21 @@ def default_rate(name: str, method: str) -> float:
     return float(choose(method, task, SWEPT[task][1])["learning_rate"].value)
 
 
-def sweep_setting(name: str, data: Path) -> Setting:
+def sweep_setting(name: str, data: Path) -> Data:
     """The rows and the length of the runs of one set."""
     if name == "flowers12":
         return _images(data)
     return _pairs(data / "e2e", data) if name == "e2e" else _glue(name, data)
 
 
-def _images(data: Path) -> Setting:
+def _images(data: Path) -> Data:
     rows = DataSettings(train=data / "flowers12" / "flowers12_224.zip", shots=10)
     loop = LoopSettings(batch_size=16, max_steps=40)
     model = str(data / "vit_tiny_patch16_224")
     return _setting(TrainSettings("image-classification", model, rows, "", loop=loop, image_size=64), dev_rows=20)
 
 
-def _pairs(folder: Path, data: Path) -> Setting:
+def _pairs(folder: Path, data: Path) -> Data:
     rows = DataSettings(
         train=folder / "trainset.csv.gz",
         eval=folder / "testset_w_refs.csv.gz",
@@ -144,7 +144,7 @@ def _pairs(folder: Path, data: Path) -> Setting:
     return _setting(base, dev_rows=32, dev=str(folder / "devset.csv.gz"))
 
 
-def _glue(name: str, data: Path) -> Setting:
+def _glue(name: str, data: Path) -> Data:
     text, pair, label, limit, length, epochs = {
         "sst2": ("sentence", None, "label", 2000, 64, 1),
         "sst2-long": ("sentence", None, "label", 6000, 64, 1),
@@ -168,10 +168,11 @@ def _glue(name: str, data: Path) -> Setting:
     return _setting(base, dev_rows=400, dev_words=8 if folder.name == "sst2" else 1)
 
 
-def _setting(base: TrainSettings, *, dev_rows: int, dev: str | None = None, dev_words: int = 1) -> Setting:
+def _setting(base: TrainSettings, *, dev_rows: int, dev: str | None = None, dev_words: int = 1) -> Data:
     base = replace(base, loop=replace(base.loop, threads=1, eval_batch_size=64, keep="last", device="cpu"))
-    return Setting("", base, targets=("all-linear",), seeds=1, sweep_steps=0, dev_rows=dev_rows, dev=dev,
-                   dev_words=dev_words)  # fmt: skip
+    steps = base.loop.max_steps or 0
+    return Data("", base, targets=("all-linear",), steps=steps, trial_steps=steps, dev_rows=dev_rows, metric="loss",
+                dev=dev, dev_words=dev_words)  # fmt: skip
 
 
 def run_sweep(
@@ -226,7 +227,7 @@ def run_cell(cell: SweepCell, data: Path) -> dict[str, str]:
     return {name: str(values.get(name, "")) for name in COLUMNS}
 
 
-def _fit(cell: SweepCell, setting: Setting, rows: Cell, loop: LoopSettings) -> FitResult:
+def _fit(cell: SweepCell, setting: Data, rows: Cell, loop: LoopSettings) -> FitResult:
     model = rows.task.load_model(setting.base.model, dtype="float32", seed=loop.train_seed)
     adapter = replace(cell.adapter, targets=setting.targets)
     config = peft_config(adapter, task_type=rows.task.peft_task_type, head=rows.task.head_modules(model))

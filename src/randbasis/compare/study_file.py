@@ -157,6 +157,8 @@ class _Reader:
     def points(self, found: Mapping[str, Any], where: str) -> tuple[PointSpec, ...]:
         if "points" in found and "bits" in found:
             raise StudyError(f"{self.path}: {where} may have points or bits, got both; keep one")
+        for one in found.get("points", []):
+            self.check_keys(one, ("rank", "bits"), f"{where}: points")
         specs = [PointSpec(**one) for one in found.get("points", [])]
         specs += [PointSpec(bits) for bits in found.get("bits", [])]
         if specs and found["method"] not in QUANTIZABLE:

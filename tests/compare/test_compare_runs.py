@@ -1,0 +1,273 @@
+"""Tiny studies from rows of data to records: splits, methods, processes, kills, what is forgotten."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from study_texts import HEAD, ROWS, WriteStudy
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from randbasis.compare import pool, runs
+from randbasis.compare.cells import apart_from, read_cell
+from randbasis.compare.forgetting import WINDOW, perplexity
+from randbasis.compare.pool import planned, run_study
+from randbasis.compare.record import Record, append_record, read_records
+from randbasis.compare.rivals import METHODS
+from randbasis.compare.runs import run_job
+from randbasis.compare.study import Job, Study, job_of
+from randbasis.errors import EmptyDataError, NonFiniteLossError, StudyError
+from randbasis.train.trainer import parameter_groups
+
+SMALLEST: dict[str, str] = {
+    "lora": "rank = 1", "nola": "basis = 2", "vera": "rank = 2", "randlora": "rank = 8", "pranc": "basis = 2",
+    "loraxs": "rank = 2", "dora": "rank = 1", "vblora": "num_vectors = 4\nr = 1",
+    "unilora": "theta_d_length = 16\nr = 1", "fourierft": "n_frequency = 4",
+    "tinylora": "u = 2\nr = 2", "peft-vera": "r = 2",
+    "peft-randlora": "r = 2\nsave_projection = false", "full": "rate = 0.01", "none": "",
+}  # fmt: skip
+"""Options of a small configuration of every method."""
+
+
+def plain(record: Record) -> tuple[Any, ...]:
+    """What must be the same in any process."""
+    return job_of(record), record.points, record.coefficients, record.configuration
+
+
+# --- rows of data ---
+
+
+def test_fragments_of_held_out_texts_are_not_trained_on():
+    texts = ["a long good film", "good film", "the book", "so a long good film it is", "a day"]
+    assert apart_from(["a long good film"], texts) == [2, 4]
+
+
+def test_too_few_rows_are_refused(write_study: WriteStudy, words: str):
+    study = write_study(HEAD + words.replace("limit = 32", "limit = 10000") + ROWS)
+    with pytest.raises(EmptyDataError, match="10000 are asked for"):
+        read_cell(study.data[0], 0)
+
+
+def test_draws_of_images_differ_and_never_meet_the_held_out_ones(write_study: WriteStudy, colours: str):
+    data = write_study(HEAD + colours + ROWS).data[0]
+    cells = [read_cell(data, draw) for draw in (0, 1)]
+    pixels = [{e["image"].tobytes() for e in cell.train} for cell in cells]
+    held = [{e["image"].tobytes() for e in cell.dev} for cell in cells]
+    assert pixels[0] != pixels[1]
+    assert held[0] == held[1]
+    assert not (pixels[0] | pixels[1]) & held[0]
+
+
+def test_prompts_are_held_out_whole_where_no_file_is_named(write_study: WriteStudy, letters: str):
+    cell = read_cell(write_study(HEAD + letters + ROWS).data[0], 0)
+    held = [e["prompt"] for e in cell.dev]
+    assert len(set(held)) == 2
+    assert all(held.count(prompt) == 2 for prompt in held)
+    assert not {e["prompt"] for e in cell.train} & {*held}
+
+
+# --- one run ---
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_is_scored(method: str, write_study: WriteStudy, words: str):
+    row = "" if method == "none" else f'[[row]]\nname = "it"\nmethod = "{method}"\n{SMALLEST[method]}\n'
+    name = "it" if row else "base alone"
+    study = write_study(HEAD + words + ROWS + row)
+    record = run_job(study, Job("words", name, "final", 0.01, 0.05, 0))
+    assert record.head_parameters == 34
+    assert (record.coefficients > 0) == (method != "none")
+    assert record.points[0].scores.keys() >= {"loss", "accuracy"}
+    assert record.points[0].bytes > record.points[0].head_bytes == 4 * 34
+    assert record.step_seconds > 0
+    assert (record.expand_seconds is not None) == (method in ("nola", "vera", "randlora", "pranc"))
+    again = run_job(study, Job("words", name, "final", 0.01, 0.05, 0))
+    assert plain(again) == plain(record)
+    other = run_job(study, Job("words", name, "final", 0.01, 0.05, 1))
+    assert other.points[0].scores != record.points[0].scores
+
+
+def test_full_fine_tuning_trains_all_parameters(write_study: WriteStudy, words: str, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        before = {name: p.detach().clone() for name, p in arguments[0].named_parameters()}
+        result = fit(*arguments, **options)
+        seen.append((before, result.model))
+        return result
+
+    fit = runs.fit
+    monkeypatch.setattr(runs, "fit", watched)
+    study = write_study(HEAD + words + ROWS + '[[row]]\nname = "all"\nmethod = "full"\nrate = 0.01\n')
+    record = run_job(study, Job("words", "all", "final", 0.01, 0.05, 0))
+    ((before, model),) = seen
+    groups = parameter_groups(model)
+    assert {*groups["head"], *groups["head_vectors"]} == {"classifier.weight", "classifier.bias"}
+    assert record.coefficients + 34 == sum(p.numel() for p in model.parameters())
+    still = [name for name, p in model.named_parameters() if torch.equal(p.detach(), before[name])]
+    assert not [name for name in still if "pooler" not in name]  # which mean pooling does not use
+
+
+def test_a_language_model_is_scored_by_what_it_writes_and_by_what_it_forgot(write_study: WriteStudy, letters: str):
+    study, name = write_study(HEAD + letters + ROWS.replace("[64]", "[128]")), "NOLA 128 coefficients"
+    record = run_job(study, Job("letters", name, "final", 0.5, None, 0))
+    assert record.points[0].scores.keys() >= {"loss", "bleu", "chrf"}
+    assert [point.name for point in record.points] == ["as trained", "16 bits", "2 bits"]
+    assert record.base_perplexity is not None
+    assert record.base_perplexity != record.points[0].forgetting != record.points[2].forgetting
+    trial = run_job(study, Job("letters", name, "trial", 0.5, None, 0))
+    assert trial.points[0].scores.keys() == {"loss", "perplexity"}
+    assert (len(trial.points), trial.base_perplexity) == (1, None)
+    alone = run_job(study, Job("letters", "base alone", "final", 0.0, None, 0))
+    assert (alone.coefficients, alone.points[0].bytes, alone.points[0].forgetting) == (0, 0, alone.base_perplexity)
+
+
+def test_perplexity_of_a_text_against_the_sum_by_hand(language_model: str, tmp_path: Path):
+    model = LlamaForCausalLM.from_pretrained(language_model, max_position_embeddings=WINDOW)
+    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    path = tmp_path / "text.txt"
+    path.write_text("abc cab bac " * 40)
+    ids = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
+    windows = [ids[i : i + WINDOW] for i in range(0, len(ids) - WINDOW + 1, WINDOW)]
+    assert len(windows) > 1
+    total = 0.0
+    with torch.no_grad():
+        for one in windows:
+            chances = model(torch.tensor([one])).logits[0].double().log_softmax(-1)
+            total -= sum(float(chances[i, token]) for i, token in enumerate(one[1:]))
+    assert perplexity(model, tokenizer, path) == pytest.approx(math.exp(total / len(windows) / (WINDOW - 1)), rel=1e-5)
+    path.write_text("abc")
+    with pytest.raises(EmptyDataError, match="at least 128"):
+        perplexity(model, tokenizer, path)
+
+
+def test_a_loss_that_is_not_finite_is_a_record_without_points(study: Study, monkeypatch: pytest.MonkeyPatch):
+    def diverge(*_: Any, **__: Any) -> None:
+        raise NonFiniteLossError("the loss at step 1 is nan")
+
+    monkeypatch.setattr(runs, "fit", diverge)
+    record = run_job(study, Job("words", "LoRA r=2", "trial", 1e-1, 1e-1, 0))
+    assert (record.points, record.coefficients) == ((), 0)
+
+
+def test_a_row_trained_at_two_bits_loses_nothing_at_two_bits(write_study: WriteStudy, words: str):
+    rows = "".join(
+        f'[[row]]\nname = "{method}"\nmethod = "{method}"\n{size}\nquantize_coefficients = 2\n'
+        for method, size in (("nola", "basis = 8"), ("lora", "rank = 2"))
+    )
+    study = write_study(HEAD + words + ROWS + rows)
+    for method in ("nola", "lora"):
+        record = run_job(study, Job("words", method, "final", 0.1, 0.1, 0))
+        trained, coded = record.points
+        assert (coded.name, coded.scores) == ("2 bits", trained.scores)
+        assert coded.bytes < trained.bytes
+
+
+# --- all runs ---
+
+
+def test_processes_and_a_resumed_study_give_what_one_process_gives(study: Study, tmp_path: Path):
+    plan = planned(study)
+    here = run_study(plan, tmp_path / "here.jsonl", cores=0)
+    lines = (tmp_path / "here.jsonl").read_text().splitlines()
+    half = tmp_path / "half.jsonl"
+    half.write_text("\n".join(lines[:5]) + "\n" + lines[5][:40])  # cut by a crash
+    there = run_study(plan, half, cores=2)
+    assert len(here) == len(there) == 12
+    assert half.read_text().splitlines()[:5] == lines[:5]
+    assert {job_of(r): plain(r) for r in here} == {job_of(r): plain(r) for r in there}
+    before = half.read_text()
+    assert len(run_study(plan, half, cores=0)) == 12
+    assert half.read_text() == before
+
+
+def test_a_killed_command_goes_on_where_it_was(study: Study, tmp_path: Path, console_environment: dict[str, str]):
+    command = [sys.executable, "-m", "randbasis", "compare", str(tmp_path / "study.toml"), "--results", str(tmp_path)]
+    path = tmp_path / "tiny.jsonl"
+    process = subprocess.Popen([*command, "--cores", "1"], env=console_environment, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    while process.poll() is None and not read_records(path):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = read_records(path)
+    assert 0 < len(before) < 12
+    with path.open("a") as file:
+        file.write('{"study": "tiny", "da')  # as a kill in the middle of a write leaves it
+    after = run_study(planned(study), path, cores=0)
+    assert len(after) == 12
+    assert [plain(r) for r in read_records(path)[: len(before)]] == [plain(r) for r in before]
+
+
+def test_a_run_that_fails_is_told_and_costs_no_other(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def failing(study: Study, job: Job) -> Record:
+        if job.row.startswith("NOLA"):
+            raise RuntimeError("no such thing")
+        return run_job(study, job)
+
+    monkeypatch.setattr(pool, "run_job", failing)
+    failures: list[tuple[Job, Exception]] = []
+    plan = planned(study)
+    records = run_study(plan, tmp_path / "a.jsonl", cores=0, failed=lambda job, error: failures.append((job, error)))
+    assert {r.row for r in records} == {"base alone", "LoRA r=2"}
+    assert len(records) == 8
+    assert [job.phase for job, _ in failures] == ["trial", "trial"]
+    with pytest.raises(RuntimeError, match="no such thing"):
+        run_study(plan, tmp_path / "a.jsonl", cores=0)
+
+
+def test_no_run_begins_after_the_time(study: Study, tmp_path: Path):
+    assert run_study(planned(study), tmp_path / "a.jsonl", cores=0, seconds=-1.0) == []
+
+
+def test_a_budget_that_nothing_meets_is_told_and_left_out(write_study: WriteStudy, words: str):
+    plan = planned(write_study(HEAD + words + ROWS + '[[row]]\ncurve = "V"\nmethod = "vera"\nbudgets = ["64"]\n'))
+    assert [row.name for row in plan.study.rows] == ["base alone", "LoRA r=2", "NOLA 64 coefficients"]
+    (told,) = plan.impossible
+    assert told.startswith("words: row 'V 64 B': vera has no configuration of 64 bytes")
+
+
+def test_the_middle_of_the_rates_is_trains_own_where_a_row_names_none(write_study: WriteStudy, words: str):
+    plan = planned(write_study(HEAD + words + ROWS.replace("rate = 0.05\n", "")))
+    # Width 16 against the 384 of the sweep: 1e-2 (384 / 16)^0.7 for NOLA, capped to one digit.
+    assert plan.middles["words", "NOLA 64 coefficients"] == pytest.approx(1e-2 * 24**0.7, rel=0.2)
+    assert plan.middles["words", "base alone"] == 1e-2
+
+
+# --- the command ---
+
+
+def test_the_command_lists_runs_and_reports_what_is_there(
+    study: Study, words: str, tmp_path: Path, console_environment: dict[str, str]
+):
+    def run(*options: str) -> Any:
+        command = [sys.executable, "-m", "randbasis", "compare", str(tmp_path / "study.toml"), "--json"]
+        command += ["--results", str(tmp_path / "r"), *options]
+        done = subprocess.run(command, env=console_environment, capture_output=True, text=True, check=False)
+        return done.returncode, json.loads(done.stdout)
+
+    code, listed = run("--dry-run")
+    assert (code, listed["runs"]) == (0, 12)
+    assert {row["row"]: (row["options"], len(row["rates"])) for row in listed["rows"]} == {
+        "base alone": ({}, 2), "LoRA r=2": ({"rank": 2}, 2), "NOLA 64 coefficients": ({"basis": 8}, 2)
+    }  # fmt: skip
+    assert not (tmp_path / "r").exists()
+    for record in run_study(planned(study), tmp_path / "all.jsonl", cores=0)[:7]:
+        append_record(tmp_path / "r" / "tiny.jsonl", record)
+    code, told = run("--report-only", "--output", str(tmp_path / "out"))
+    assert (code, told["runs"]) == (0, 7)
+    code, told = run("--rows", "VeRA*")
+    assert (code, told["error"]) == (2, "StudyError")
+
+
+def test_named_parts_are_checked(study: Study):
+    with pytest.raises(StudyError):
+        study.row_named("LoRA")

@@ -1,0 +1,117 @@
+"""What a study file may say, what it may not, and the rows that it means; the studies that ship."""
+
+from pathlib import Path
+
+import pytest
+from study_texts import HEAD, ROWS, WriteStudy
+
+from randbasis.compare.budgets import byte_count
+from randbasis.compare.study import Budget, PointSpec, Study
+from randbasis.compare.study_file import read_study
+from randbasis.errors import DataMissingError, StudyError
+
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "studies").glob("*.toml"))
+
+
+def test_rows_are_what_their_budgets_and_grids_multiply_to(write_study: WriteStudy, words: str):
+    grid = '[[row]]\ncurve = "P"\nmethod = "pranc"\nbudgets = ["64", "1KiB"]\nbits = [8, 4]\n'
+    grid += 'grid = {law = ["sign", "uniform"]}\n'
+    study = write_study(HEAD + words + ROWS + grid)
+    assert [row.name for row in study.rows] == [
+        "base alone", "LoRA r=2", "NOLA 64 coefficients",
+        "P law sign 64 B", "P law sign 1,024 B", "P law uniform 64 B", "P law uniform 1,024 B",
+    ]  # fmt: skip
+    last = study.rows[-1]
+    assert (last.curve, last.options) == ("P law uniform", (("law", "uniform"),))
+    assert last.budget == Budget(1024, "bytes", 4)  # counted at the fewest bits that are asked for
+    assert study.rows[1].points == (PointSpec(16, 2), PointSpec(4, 1))
+    assert [spec.name for spec in study.rows[1].points] == ["rank 2, 16 bits", "rank 1, 4 bits"]
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"), [("64", 64), (512, 512), ("16KB", 16_000), ("1.5 KiB", 1536), ("2MB", 2_000_000), ("7 b", 7)]
+)
+def test_bytes_of_a_budget(text: str | int, bytes_: int):
+    assert byte_count(text) == bytes_
+
+
+@pytest.mark.parametrize("text", ["", "KB", "-1", "0", "1 GB", "1e3"])
+def test_a_budget_that_is_no_size_is_refused(text: str):
+    with pytest.raises(StudyError, match="a budget must be bytes"):
+        byte_count(text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds = 2", "seed = 2", r"\[study\] has no key 'seed'; did you mean seeds"),
+        ("seeds = 2", "seeds = 0", "seeds must be a whole number from 1, got 0"),
+        ("seeds = 2", "seeds = true", "seeds must be a whole number"),
+        ("trials = 2", 'trials = 2\nanchor = "LoRA"', "anchor 'LoRA' is no row; did you mean LoRA r=2"),
+        ("trials = 2", 'trials = 2\ngain_of = "NOLA"', "gain_of 'NOLA' is no row"),
+        ("steps = 3", "", r"\[\[data\]\] 1 must say steps"),
+        ("dev_rows", "dev_row", "has no key 'dev_row'; did you mean dev_rows"),
+        ("sequence-classification", "sequence-classifying", "task 'sequence-classifying' is unknown; did you mean"),
+        ('method = "none"', 'method = "lora"\nrank = 1', "the first \\[\\[row\\]\\] must be the base alone"),
+        ('method = "nola"', 'method = "nolla"', "method 'nolla' is unknown; did you mean nola"),
+        ("coefficients = [64]", "coeficients = [64]", "has no key 'coeficients'"),
+        ("coefficients = [64]", 'coefficients = [64]\nbudgets = ["1KB"]', "keep one"),
+        ("coefficients = [64]", "grid = {ranks = [1]}", "grid .* has no key 'ranks'; did you mean rank"),
+        ("bits = [16, 2]", "bits = [16, 5]", "bits must be one of"),
+        ("bits = [16, 2]", "points = [{rank = 1, bits = 8}]", "only a lora can be truncated"),
+        ("bits = [16, 2]", "bits = [8]\npoints = [{bits = 8}]", "points or bits, got both"),
+        ("bits = [16, 2]", "rate = 0", "rate must be a number above 0"),
+        ("bits = [16, 2]", 'data = ["wards"]', "data 'wards' is unknown; did you mean words"),
+        ("bits = [16, 2]", "points = [{bit = 8}]", "points has no key 'bit'; did you mean bits"),
+        ('name = "LoRA r=2"', 'name = "base alone"', "base alone twice"),
+        ("[study]", "[study", "is not TOML"),
+        ("[study]", "[studies]\n[study]", "the file has no key 'studies'"),
+    ],
+)
+def test_what_a_study_may_not_say(write_study: WriteStudy, words: str, old: str, new: str, message: str):
+    text = HEAD + words + ROWS
+    assert old in text
+    if "rate = 0" in new:
+        text = text.replace("bits = [16, 2]\nrate = 0.05", "bits = [16, 2]")
+    with pytest.raises(StudyError, match=message):
+        write_study(text.replace(old, new, 1))
+
+
+def test_what_is_not_quantized_by_peft_has_no_bits(write_study: WriteStudy, words: str):
+    with pytest.raises(StudyError, match="'vblora', whose file holds more than coefficients"):
+        write_study(HEAD + words + ROWS + '[[row]]\nname = "VB"\nmethod = "vblora"\nbits = [8]\n')
+    with pytest.raises(StudyError, match="budgets are bytes or coefficients of one of"):
+        write_study(HEAD + words + ROWS + '[[row]]\nname = "VB"\nmethod = "vblora"\ncoefficients = [8]\n')
+
+
+def test_files_must_be_there_but_for_a_report(words: str, tmp_path: Path):
+    path = tmp_path / "study.toml"
+    path.write_text(HEAD + words.replace("held.csv", "nowhere.csv") + ROWS)
+    with pytest.raises(DataMissingError, match="nowhere"):
+        read_study(path)
+    assert read_study(path, must_exist=False).data[0].name == "words"
+    with pytest.raises(DataMissingError, match="is not a file"):
+        read_study(tmp_path / "other.toml")
+
+
+@pytest.fixture(params=SHIPPED, ids=lambda path: path.stem)
+def shipped(request: pytest.FixtureRequest) -> Study:
+    return read_study(request.param, must_exist=False)
+
+
+def test_every_study_of_the_issue_ships():
+    assert {path.stem for path in SHIPPED} >= {
+        "glue", "fewshot", "generation", "rank", "full_rank", "laws", "shared", "pranc", "budgets", "precision",
+    }  # fmt: skip
+
+
+def test_a_shipped_study_names_a_claim_and_has_three_seeds(shipped: Study):
+    assert len(shipped.claim.split()) > 10
+    assert shipped.seeds >= 3
+    assert shipped.trials >= 4
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_study_is_called_as_its_file_and_its_data_are_there(path: Path, data_dir: Path, root: Path):
+    assert read_study(path, data_dir).name == path.stem
+    assert f"study-{path.stem} " in (root / "Makefile").read_text(encoding="utf-8")
