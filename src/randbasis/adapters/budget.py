@@ -8,6 +8,7 @@ the file itself, written to memory with zeros for coefficients.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +194,7 @@ class _Sizes:
     def __init__(self, base: AdaptedBase, method: str, law: str | None) -> None:
         self.base, self.method, self.law = base, method, law
         self._headers: dict[tuple[int, ...], int] = {}
+        self._counts: dict[int, tuple[int, int]] = {}
 
     def config(self, size: int) -> RandbasisConfig:
         """The configuration of that size."""
@@ -204,9 +206,14 @@ class _Sizes:
 
     def counts(self, size: int) -> tuple[int, int]:
         """Coefficients, and the vectors that they are in."""
-        method = self.config(size).method_for("")
-        shapes = [method.coefficient_shapes(out, in_) for _, out, in_ in self.base.matrices]
-        return sum(math.prod(shape) for one in shapes for shape in one.values()), sum(map(len, shapes))
+        if size not in self._counts:
+            told = _SIZES[self.method]
+            method = config_class(self.method).method_cls(**{told.option: size, **told.fixed(size)})
+            kinds = Counter((out, in_) for _, out, in_ in self.base.matrices)
+            shapes = [(method.coefficient_shapes(*kind), number) for kind, number in kinds.items()]
+            total = sum(number * math.prod(shape) for one, number in shapes for shape in one.values())
+            self._counts[size] = total, sum(number * len(one) for one, number in shapes)
+        return self._counts[size]
 
     def bytes(self, size: int, bits: int) -> int:
         """Of the whole file, without a head."""

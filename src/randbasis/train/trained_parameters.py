@@ -127,11 +127,13 @@ def _own_targets(model: PeftModel) -> Generator[None]:
         yield
         return
     config = cast(Any, model.peft_config[model.active_adapters[0]])
-    words = {name: getattr(config, name) for name in ("target_modules", "exclude_modules")}
+    # Some of PEFT's methods (Uni-LoRA, VeRA, RandLoRA, TinyLoRA) leave nothing out.
+    words = {name: getattr(config, name) for name in ("target_modules", "exclude_modules") if hasattr(config, name)}
     modules = cast("Iterator[tuple[str, nn.Module]]", model.get_base_model().named_modules())
     adapted = cast("list[str]", model.base_model.targeted_module_names)
     config.target_modules = anchored(adapted, [name for name, _ in modules])
-    config.exclude_modules = None
+    if "exclude_modules" in words:
+        config.exclude_modules = None
     try:
         yield
     finally:
