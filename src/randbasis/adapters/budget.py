@@ -233,12 +233,16 @@ class _Sizes:
     def largest(self, bits: int, budget: int) -> int | None:
         """The size of the largest file that fits."""
         sizes = self.sizes()
-        if self.bytes(sizes[0], bits) > budget:
+        header = self.bytes(sizes[0], bits) - stored_bytes(*self.counts(sizes[0]), bits)
+        if header + stored_bytes(*self.counts(sizes[0]), bits) > budget:
             return None
         least, last = 0, len(sizes) - 1
         while least < last:
             middle = (least + last + 1) // 2
-            least, last = (middle, last) if self.bytes(sizes[middle], bits) <= budget else (least, middle - 1)
+            fits = header + stored_bytes(*self.counts(sizes[middle]), bits) <= budget
+            least, last = (middle, last) if fits else (least, middle - 1)
+        while self.bytes(sizes[least], bits) > budget:  # the numbers in its header are longer
+            least -= 1
         return sizes[least]
 
 
