@@ -208,7 +208,8 @@ class _Sizes:
         """Coefficients, and the vectors that they are in."""
         if size not in self._counts:
             told = _SIZES[self.method]
-            method = config_class(self.method).method_cls(**{told.option: size, **told.fixed(size)})
+            options: dict[str, Any] = {told.option: size, **told.fixed(size)}
+            method = config_class(self.method).method_cls(**options)
             kinds = Counter((out, in_) for _, out, in_ in self.base.matrices)
             shapes = [(method.coefficient_shapes(*kind), number) for kind, number in kinds.items()]
             total = sum(number * math.prod(shape) for one, number in shapes for shape in one.values())
