@@ -90,7 +90,7 @@ def test_no_default_differs_from_the_librarys(name: str):
 
 
 def test_every_command_is_compared():
-    assert set(COMMANDS) - set(LIBRARY) == {"verify", "diff", "keys list", "keys remove"}, (
+    assert set(COMMANDS) - set(LIBRARY) == {"verify", "diff", "compare", "keys list", "keys remove"}, (
         "what has a default of its own is in LIBRARY"
     )
 

@@ -61,7 +61,9 @@ def plan(
     write: Annotated[
         Path | None, Option(help="With --budget, file for `train --config`: the one that --pick names.")
     ] = None,
-    pick: Annotated[int, Option(min=1, help="With --write, its number in the list.")] = 1,
+    pick: Annotated[
+        int | None, Option(min=1, help="With --write, its number in the list; by default the first.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -70,7 +72,7 @@ def plan(
         model = _one_model(model, base)
         check_options(context, BUDGET)
         if budget is not None:
-            _plan_budget(model, budget, named_targets(targets), (write, pick, overwrite), as_json)
+            _plan_budget(model, budget, named_targets(targets), (write, pick or 1, overwrite), as_json)
             return
         from randbasis.adapters.plan import plan as run
         from randbasis.cli.report import plan_table
