@@ -114,8 +114,8 @@ def test_the_search_finds_a_page_from_the_disk(browser: Browser, site: Path):
     browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     browser.open((site / "index.html").as_uri())
     browser.find("input.md-search__input").send_keys("stochastic")
-    browser.until(lambda: browser.all(".md-search-result__link"))
-    assert any("rounding.html" in one.get_attribute("href") for one in browser.all(".md-search-result__link"))
+    found = "return [...document.querySelectorAll('.md-search-result__link')].map((one) => one.href)"
+    browser.until(lambda: any("rounding.html" in one for one in browser.driver.execute_script(found)))
 
 
 def test_light_and_dark(browser: Browser, site: Path):
