@@ -4,7 +4,7 @@ import hashlib
 import math
 import operator
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import SupportsIndex
 
 from randbasis.errors import BasisShapeError, LawError, SeedError
@@ -26,6 +26,13 @@ class Law:
         variance: exact variance of the integer entry; NaN for ``"hashed"``.
         threshold: ``t`` of the sparse law, 0 for the others.
         matrices: ``k`` of the hashed law, 0 for the others and for ``"hashed"``.
+        disjoint: whether each place belongs to one matrix of the basis, and is 0 in all others, math (25).
+        unit_scale: the real factor of math (5) that gives the basis unit variance.
+        power: the greatest power of two that is not above :attr:`unit_scale`: what entries are multiplied by, math (5).
+            An entry times a power of two is exact in every floating dtype, and a sum of such entries is as large as one
+            of unit variance, within a factor of two: so it is stored in float16 where the result itself can be. A sum
+            of disjoint matrices has one term in each place and is as large as its coefficients: there it is 1.
+        unit: the part of :attr:`unit_scale` that entries do not carry: in [1, 2), or ``√k`` for the hashed law.
     """
 
     name: str
@@ -33,6 +40,17 @@ class Law:
     variance: float
     threshold: int = 0
     matrices: int = 0
+    disjoint: bool = field(init=False, repr=False, compare=False)
+    unit_scale: float = field(init=False, repr=False, compare=False)
+    power: float = field(init=False, repr=False, compare=False)
+    unit: float = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Once: a server asks for them with every adapter that it binds.
+        disjoint, scale = self.kind == "hashed", 1.0 / math.sqrt(self.variance)
+        power = 1.0 if disjoint else 2.0 ** math.floor(math.log2(scale))
+        for name, value in (("disjoint", disjoint), ("unit_scale", scale), ("power", power), ("unit", scale / power)):
+            object.__setattr__(self, name, value)
 
     @property
     def entries_per_block(self) -> int:
@@ -40,36 +58,9 @@ class Law:
         return BLOCK_BITS // self.bits
 
     @property
-    def unit_scale(self) -> float:
-        """The real factor of math (5) that gives the basis unit variance."""
-        return 1.0 / math.sqrt(self.variance)
-
-    @property
-    def power(self) -> float:
-        """The greatest power of two that is not above :attr:`unit_scale`: what entries are multiplied by, math (5).
-
-        An entry times a power of two is exact in every floating dtype, and a sum of such entries is as large as one
-        of unit variance, within a factor of two: so it is stored in float16 where the result itself can be. A sum of
-        disjoint matrices has one term in each place and is as large as its coefficients: there it is 1.
-        """
-        if self.disjoint:
-            return 1.0
-        return 2.0 ** math.floor(math.log2(self.unit_scale))
-
-    @property
-    def unit(self) -> float:
-        """The part of :attr:`unit_scale` that entries do not carry: in [1, 2), or ``√k`` for the hashed law."""
-        return self.unit_scale / self.power
-
-    @property
     def kind(self) -> str:
         """The name without its parameter: ``"sign"``, ``"uniform"``, ``"normal"``, ``"sparse"`` or ``"hashed"``."""
         return self.name.partition("(")[0]
-
-    @property
-    def disjoint(self) -> bool:
-        """Whether each place belongs to one matrix of the basis, and is 0 in all others, math (25)."""
-        return self.kind == "hashed"
 
     def of(self, matrices: int) -> "Law":
         """The law of a basis of so many matrices: ``"hashed"`` becomes ``"hashed(k)"``, any other law stays."""

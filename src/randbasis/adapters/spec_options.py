@@ -35,7 +35,7 @@ The values in a file are what the adapter computes with, so that what quantized 
 _UNORDERED = ("target_modules", "exclude_modules")
 
 
-def peft_options(config: RandbasisConfig, matrices: Iterable[SpecMatrix]) -> dict[str, Any]:
+def peft_options(config: RandbasisConfig, matrices: Sequence[SpecMatrix]) -> dict[str, Any]:
     """The options that are not the usual ones and that the spec does not hold in its own words.
 
     Args:
@@ -54,7 +54,7 @@ def peft_options(config: RandbasisConfig, matrices: Iterable[SpecMatrix]) -> dic
 
 
 def patterns_of(
-    config: RandbasisConfig | type[RandbasisConfig], common: Method, matrices: Iterable[SpecMatrix]
+    config: RandbasisConfig | type[RandbasisConfig], common: Method, matrices: Sequence[SpecMatrix]
 ) -> dict[str, dict[str, Any]]:
     """Name of a pattern → regular expression → value: every matrix by its path, where some differ from the others."""
     listed = sorted(matrices, key=lambda one: -len(one.name))  # a path may end in another
@@ -138,8 +138,9 @@ def config_of(spec: Spec, where: str, base_name: str | None = None) -> Randbasis
     names = list(spec.shapes) if spec.tie == UNTIED else _last_names(spec.shapes)
     picked: dict[str, Any] = {"target_modules": names}
     try:
-        patterns = patterns_of(config_class(common.name), common, spec.matrices)
-        picked |= {key: pattern for key, pattern in patterns.items() if pattern}
+        if any(one.method is not common and one.method != common for one in spec.matrices):
+            patterns = patterns_of(config_class(common.name), common, spec.matrices)
+            picked |= {key: pattern for key, pattern in patterns.items() if pattern}
         config = RandbasisConfig(**(picked | deepcopy(dict(spec.peft)) | told))  # PEFT writes into lists
         agrees = not (spec.peft.keys() & told.keys()) and _means(config, spec)
     except RandbasisError as error:
