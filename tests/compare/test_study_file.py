@@ -44,7 +44,7 @@ def test_rows_are_what_their_budgets_and_grids_multiply_to(write_study: WriteStu
         ("coefficients = [64]", 'coefficients = [64]\nbudgets = ["1KB"]', "keep one"),
         ("coefficients = [64]", "grid = {ranks = [1]}", "grid .* has no key 'ranks'; did you mean rank"),
         ("bits = [16, 2]", "bits = [16, 5]", "bits must be one of"),
-        ("coefficients = [64]", 'budgets = ["1 GB"]', "[[]{2}row[]]{2} 3: a budget must be bytes"),
+        ("coefficients = [64]", 'budgets = ["1 GB"]', r"\[\[row\]\] 3: a budget must be bytes"),
         ("bits = [16, 2]", "points = [{rank = 1, bits = 8}]", "only a lora can be truncated"),
         ("bits = [16, 2]", "bits = [8]\npoints = [{bits = 8}]", "points or bits, got both"),
         ("bits = [16, 2]", "rate = 0", "rate must be a number above 0"),

@@ -19,7 +19,7 @@ class StraightThrough(nn.Module):
 
     Args:
         bits: 8, 4, 3 or 2.
-        dim: that the vectors are counted along: the rows of A (0), the columns of B (1).
+        dim: that the vectors are counted along: 0 for the rows of A, 1 for the columns of B.
     """
 
     def __init__(self, bits: int, dim: int) -> None:

@@ -52,12 +52,12 @@ OF_FOURIER = 150.0 / 768**2
 transform divides by the number of entries; on matrices of 64 x 64 it would start with noise larger than the weights."""
 
 METHODS: Mapping[str, tuple[str, ...]] = {
-    **{name: tuple(sorted(words - {"targets", "seed"})) for name, words in method_words().items()},
+    **{name: tuple(sorted(words - {"targets", "seed", "allot"})) for name, words in method_words().items()},
     "lora": ("alpha", "dropout", TRAINED_AT, "rank"),
     **{name: options for name, (_, _, options) in RIVALS.items()},
     WHOLE: (),
 }
-"""Method → the options that a row may give."""
+"""Method → the options that a row may give; where training starts is said by its ``start``."""
 
 
 def configuration(

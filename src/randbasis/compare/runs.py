@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from randbasis.compare.lora_precision import settle, train_at_bits
 from randbasis.compare.points import as_stored, bytes_of, header_bytes
 from randbasis.compare.record import Point, Record
 from randbasis.compare.rivals import TRAINED_AT, configuration, middle_rate
+from randbasis.compare.starts import Start, started
 from randbasis.compare.study import WHOLE, Data, Job, PointSpec, Row, Study, fingerprint
 from randbasis.errors import NonFiniteLossError
 from randbasis.methods.bound import Delta
@@ -100,7 +101,11 @@ def run_job(study: Study, job: Job) -> Record:
     data, row = study.data_named(job.data), study.row_named(job.row)
     cell, around = read_cell(data, job.seed % data.sample_sets), surroundings(data)
     options = sized(row, around.shapes)
-    model = cell.task.load_model(data.base.model, dtype="float32", seed=job.seed)
+
+    def load(seed: int) -> nn.Module:
+        return cell.task.load_model(data.base.model, dtype="float32", seed=seed)
+
+    model = load(job.seed)
     head = cell.task.head_modules(model)
     config = configuration(
         row.method, options, around.shapes, targets=data.targets, seed=job.seed,
@@ -116,7 +121,9 @@ def run_job(study: Study, job: Job) -> Record:
         result, points = None, ()
         try:
             if config is not None or head or row.method == WHOLE:
-                result = _trained(model, config, cell, _loop(data, job), row, measures)
+                loop = _loop(data, job)
+                with started(row, config, cell, data, loop, partial(load, job.seed)) as start:
+                    result = _trained(model, start, cell, loop, row, measures)
                 model = result.model
             seconds, peak = time.process_time() - began, _peak(memory)
             saved = _saved_bytes(model) if result else 0
@@ -147,7 +154,9 @@ def _specs(row: Row, phase: str) -> tuple[PointSpec, ...]:
     return (AS_TRAINED, *(spec for spec in specs if spec != AS_TRAINED))
 
 
-def _trained(model: nn.Module, config: Any, cell: Cell, loop: LoopSettings, row: Row, measures: _Measures) -> FitResult:
+def _trained(
+    model: nn.Module, start: Start, cell: Cell, loop: LoopSettings, row: Row, measures: _Measures
+) -> FitResult:
     """``fit`` scores before and after training; one batch does for that, because the whole set is scored afterwards."""
     bits = dict(row.options).get(TRAINED_AT) if row.method == "lora" else None
 
@@ -159,7 +168,7 @@ def _trained(model: nn.Module, config: Any, cell: Cell, loop: LoopSettings, row:
     with tempfile.TemporaryDirectory(prefix="randbasis-compare-") as folder:
         result = fit(
             model,
-            config,
+            start.config,
             cell.task,
             train=cell.train,
             eval=cell.dev[: loop.batch_size],
@@ -167,6 +176,7 @@ def _trained(model: nn.Module, config: Any, cell: Cell, loop: LoopSettings, row:
             checkpoints=folder,
             prepare=prepare,
             whole=row.method == WHOLE,
+            origin=start.origin,
         )
     settle(result.model)
     return result

@@ -19,6 +19,8 @@ from randbasis.train.settings import TrainSettings
 NO_ADAPTER = "none"
 WHOLE = "full"
 LANGUAGE = "causal-lm"
+STARTS = ("allot", "try_seeds", "try_steps", "project")
+"""What a row may say of where training starts: see :mod:`randbasis.compare.starts`; ``project`` is a LoRA's rank."""
 RATE_STEP = 10**0.5
 """From one learning rate that is tried to the next."""
 
@@ -65,6 +67,7 @@ class Row:
         points: how each trained run is stored; the first of a record is always the run as trained.
         rate: in the middle of the learning rates that are tried; None takes that of ``train``.
         data: names of the data sets that the row is run on; empty for all.
+        start: where training starts, as pairs of :data:`STARTS`; empty for the method's own start.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Row:
     points: tuple[PointSpec, ...] = ()
     rate: float | None = None
     data: tuple[str, ...] = ()
+    start: tuple[tuple[str, Any], ...] = ()
 
     @property
     def adapted(self) -> bool:

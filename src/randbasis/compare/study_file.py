@@ -10,12 +10,14 @@ from typing import Any, cast
 from randbasis.adapters.budget import byte_count
 from randbasis.compare.budgets import SIZED
 from randbasis.compare.rivals import METHODS, QUANTIZABLE
-from randbasis.compare.study import Budget, Data, PointSpec, Row, Study
+from randbasis.compare.study import STARTS, Budget, Data, PointSpec, Row, Study
 from randbasis.errors import BudgetError, DataMissingError, StudyError, near
 from randbasis.files.text_files import read_text
+from randbasis.importing.least_squares import NEAREST
 from randbasis.precision import BITS
 from randbasis.train.loop_settings import LoopSettings
-from randbasis.train.settings import TASKS, DataSettings, TrainSettings
+from randbasis.train.method_table import method_words
+from randbasis.train.settings import ALLOTMENTS, TASKS, DataSettings, TrainSettings
 
 _OF_STUDY = ("name", "title", "claim", "seeds", "trials", "anchor", "gain_of")
 _OF_RUN = (
@@ -26,7 +28,11 @@ _OF_LOOP = ("batch_size", "eval_batch_size", "schedule", "warmup", "weight_decay
 _OF_ROWS = tuple(one.name for one in fields(DataSettings) if one.name != "eval_fraction")
 _OF_DATA = ("name", "targets", "steps", "trial_steps", "dev_rows", "dev", "dev_words", "sample_sets", "metric")
 _DATA_KEYS = (*_OF_DATA, "forgetting", *_OF_RUN, *_OF_LOOP, *_OF_ROWS)
-_ROW_KEYS = ("name", "curve", "method", "rate", "data", "points", "bits", "budgets", "coefficients", "budget_bits")
+_OF_BUDGET = ("budgets", "coefficients", "budget_bits")
+_ROW_KEYS = ("name", "curve", "method", "rate", "data", "points", "bits", "start", *_OF_BUDGET)
+ALLOTTED, SEEDED = (
+    tuple(name for name, words in method_words().items() if word in words) for word in ("allot", "seed")
+)
 _PATHS = ("train", "eval", "dev", "model", "forgetting")
 
 
@@ -140,6 +146,7 @@ class _Reader:
         for name in where_run:
             if name not in names:
                 raise StudyError(f"{self.path}: {where}: data {name!r} is unknown; {near(name, names)}")
+        start = self.start(found, where, method)
         points = self.points(found, where)
         budgets = self.budgets(found, where, method, points)
         for chosen in itertools.product(*map(_listed, grid.values())):
@@ -153,7 +160,28 @@ class _Reader:
                 )
                 own = tuple(sorted((options | of_grid).items()))
                 line = curve if not told else f"{curve} {told}"
-                yield Row(name, line, method, own, budget, points, self.rate(found, where), where_run)
+                yield Row(name, line, method, own, budget, points, self.rate(found, where), where_run, start)
+
+    def start(self, found: Mapping[str, Any], where: str, method: str) -> tuple[tuple[str, Any], ...]:
+        told = found.get("start", {})
+        self.check_keys(told, STARTS, f"{where}: start")
+        ways = [key for key in ("allot", "try_seeds", "project") if key in told]
+        if told and (len(ways) != 1 or ("try_steps" in told) != ("try_seeds" in told)):
+            raise StudyError(
+                f"{self.path}: {where}: start is allot, try_seeds with try_steps, or project, got {[*told]}; keep one"
+            )
+        known = {"allot": ALLOTTED, "try_seeds": SEEDED, "project": NEAREST}
+        for key in ways:
+            if method not in known[key]:
+                raise StudyError(
+                    f"{self.path}: {where}: start {key} is for {', '.join(known[key])}, got {method!r}; leave it out"
+                )
+            if key == "allot" and told[key] not in ALLOTMENTS:
+                raise StudyError(f"{self.path}: {where}: allot {told[key]!r} is unknown; {near(told[key], ALLOTMENTS)}")
+        for key in told:
+            if key != "allot":
+                self.number(told, key, f"{where}: start")
+        return tuple(sorted(told.items()))
 
     def points(self, found: Mapping[str, Any], where: str) -> tuple[PointSpec, ...]:
         if "points" in found and "bits" in found:

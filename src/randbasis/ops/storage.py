@@ -85,13 +85,16 @@ class Stored:
 
     def __init__(self, slab: Slab, storage: BasisStorage) -> None:
         self.slab = slab
+        # Known here: each pass of each layer asks.
+        self._dense = storage == "dense" and not slab.disjoint
+        self._packed = storage == "packed" or (storage == "dense" and slab.disjoint)
         self.storage = storage
         self._tensors: dict[tuple[Any, ...], Tensor] = {}
         self._lock = threading.Lock()
 
     def dense(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Entries ``[count, rows, cols]`` in floating point, or None when this slab is not stored as those."""
-        if self.storage != "dense" or self.slab.disjoint:
+        if not self._dense:
             return None
         key = (device, dtype)
         if key not in self._tensors:
@@ -103,7 +106,7 @@ class Stored:
 
     def packed(self, device: torch.device) -> Tensor | None:
         """Raw words ``[count, rows, 4 * blocks]``, of a hashed slab of one matrix; None when they are not stored."""
-        if self.storage != "packed" and not (self.storage == "dense" and self.slab.disjoint):
+        if not self._packed:
             return None
         key = (device, torch.int32)
         if key not in self._tensors:
@@ -122,8 +125,7 @@ class Stored:
             like: a tensor that they are multiplied with.
         """
         if (
-            self.storage != "dense"
-            or self.slab.disjoint
+            not self._dense
             or torch.compiler.is_compiling()
             or FORWARD._current_level >= 0  # these two are `transformed()`, asked a few times in each pass of a layer
             or FUNCTORCH.peek_interpreter_stack() is not None

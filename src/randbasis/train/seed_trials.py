@@ -5,7 +5,6 @@ loss on that tenth decides: rows that a run evaluates on, which may be a test se
 """
 
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -139,16 +138,15 @@ def _loss(
     loop: LoopSettings,
     ranks: Ranks,
 ) -> float:
-    folder = ranks.by_first(lambda: tempfile.mkdtemp(prefix="randbasis-trial-"))
-    try:
-        done = fit(
-            model, config, task, train=rows, eval=deciding, loop=loop, checkpoints=f"{folder}/checkpoints",
-            ranks=ranks, stop_after=loop.try_steps,
-        )  # fmt: skip
-    except NonFiniteLossError:
-        return math.inf
-    finally:
-        ranks.by_first(lambda: shutil.rmtree(folder, ignore_errors=True))
+    with tempfile.TemporaryDirectory(prefix="randbasis-trial-") as own:
+        folder = ranks.by_first(lambda: own)
+        try:
+            done = fit(
+                model, config, task, train=rows, eval=deciding, loop=loop, checkpoints=f"{folder}/checkpoints",
+                ranks=ranks, stop_after=loop.try_steps,
+            )  # fmt: skip
+        except NonFiniteLossError:
+            return math.inf
     if "loss" not in done.after:
         raise SettingError(f"try_seeds compares losses, and {task.name} is scored by {', '.join(done.after)} here")
     loss = done.after["loss"]

@@ -138,8 +138,9 @@ class RandbasisLinear(MergeableLayer):
         for name in (active,) if isinstance(active, str) else active:
             found += name, self.options.get(name)
             for one in self.adapted.get(name, ()) if grad or self.training else ():
+                owner = self if one.owner is None else one.owner  # as `holder`: each call counts here
                 for attribute in one.attributes.values():
-                    holder = cast("Any", one.holder(self)._modules[attribute])._modules[name]
+                    holder = cast("Any", owner._modules[attribute])._modules[name]
                     weight = holder._parameters.get("weight")
                     found.append(holder.weight.requires_grad if weight is None else weight.requires_grad)
         return tuple(found)

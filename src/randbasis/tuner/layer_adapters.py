@@ -230,7 +230,7 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
 
     def trained_coefficients(self, adapter: str, one: AdaptedPart) -> dict[str, Tensor]:
         """The coefficient tensors of one matrix that are trained and saved, in the method's order."""
-        layer = one.holder(self)
+        layer = self if one.owner is None else one.owner  # as `holder`: each call counts here
         if torch.compiler.is_compiling():
             return {name: getattr(layer, attribute)[adapter].weight for name, attribute in one.attributes.items()}
         found: dict[str, Tensor] = {}

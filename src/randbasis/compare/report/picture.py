@@ -15,9 +15,11 @@ from randbasis.compare.report import wording
 from randbasis.compare.report.lines import Line, Results
 from randbasis.compare.report.measures import CurvePoint, envelope
 from randbasis.compare.study import NO_ADAPTER, WHOLE, Study
+from randbasis.methods import METHODS
 from randbasis.optional import needing
 
-OURS = {"nola": "#0072B2", "vera": "#009E73", "randlora": "#E69F00", "pranc": "#D55E00", "loraxs": "#CC79A7"}
+OURS = dict(zip(METHODS, ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7"), strict=False))
+"""Method → its own colour; grey for those beyond the palette, as for the methods of others."""
 LORAS = ("lora", "dora")
 BLACK, GREY = "#000000", "#808080"
 MARKERS = "osD^vP*X<>dp+1"
