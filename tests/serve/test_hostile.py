@@ -73,6 +73,20 @@ def test_an_adapter_whose_sums_overflow_is_a_422_and_nobody_elses(
             assert whole == alone.text(users["acme/b"], PROMPT, 200), name
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_module_trained_whole_that_holds_no_numbers_is_refused(
+    value: float, alone: Alone, users: dict[str, PackedAdapter]
+):
+    name, norm = next((name, one) for name, one in alone.model.named_parameters() if name.endswith("norm.weight"))
+    sound = next(iter(users.values()))
+    extra = {f"base_model.model.{name}": torch.full_like(norm, value).detach()}
+    with DecoderBank(alone.model) as bank:
+        bank.load("sound", sound.to_bytes())
+        with pytest.raises(AdapterRefusedError, match="numbers of at most"):
+            bank.load("broken", PackedAdapter.of(sound.spec, sound.values(), extra=extra).to_bytes())
+        assert [one.name for one in bank.residents()] == ["sound"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_logits_that_are_no_numbers_end_their_request(
     stream: bool, base: str, users: dict[str, PackedAdapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -62,8 +62,10 @@ class DecoderBank(AdapterBank):
 
 def _check_size(packed: PackedAdapter) -> None:
     """Raise where sums would leave the range of numbers: what is no number in one run of tokens spreads to all."""
-    greatest = max([float(one.abs().max()) for one in (packed.values(), *packed.extra.values()) if one.numel()])
-    if not greatest <= LARGEST:
+    sizes = [float(one.abs().max()) for one in (packed.values(), *packed.extra.values()) if one.numel()]
+    # One by one: the greatest of several passes over what is no number.
+    greatest = next((size for size in sizes if not size <= LARGEST), None)
+    if greatest is not None:
         raise AdapterRefusedError(
             f"an adapter must have numbers of at most {LARGEST:g} to be in a batch with others, got {greatest:g}; "
             "its training diverged, train it anew with a smaller learning rate"
