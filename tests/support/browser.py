@@ -45,9 +45,16 @@ class Browser:
     def all(self, selector: str) -> list[Any]:
         return self.driver.find_elements("css selector", selector)
 
+    def texts(self, selector: str) -> list[str]:
+        """As they stand in the page, blanks and all; read at once, since the page may replace them at any time."""
+        read = "return [...document.querySelectorAll(arguments[0])].map((one) => one.textContent)"
+        return self.driver.execute_script(read, selector)
+
     def text(self, selector: str) -> str:
-        """As it stands in the page: blanks and all."""
-        return self.find(selector).get_property("textContent")
+        """Of the first."""
+        found = self.texts(selector)
+        assert found, f"nothing in the page is {selector}"
+        return found[0]
 
     def write(self, selector: str, text: str) -> None:
         field = self.find(selector)
