@@ -18,7 +18,7 @@ FUZZ_SECONDS ?= 60
 CLI_PAGE := $(BIN)/python -m typer randbasis.cli utils docs --name randbasis --title "The command"
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo first-hour test test-newest test-oldest check bench bench-gpu bench-serving conformance studies study-budgets study-fewshot study-full_rank study-generation study-glue study-laws study-pranc study-precision study-rank study-shared sweep-defaults rounded-sums fuzz mutants crash soak test-page page-picture docs clean
+.PHONY: help install lock demo first-hour test test-newest test-oldest check bench bench-gpu bench-serving conformance studies study-beyond study-budgets study-fewshot study-full_rank study-generation study-glue study-laws study-pranc study-precision study-rank study-shared sweep-defaults rounded-sums fuzz mutants crash soak test-page page-picture docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -90,7 +90,7 @@ conformance: $(INSTALLED) ## PEFT's own tests on our configurations (ARGS="--met
 # The folder of data sets and models that the studies read.
 RANDBASIS_DATA ?= ../shared/data
 
-STUDIES := study-budgets study-fewshot study-full_rank study-generation study-glue study-laws study-pranc study-precision study-rank study-shared
+STUDIES := study-beyond study-budgets study-fewshot study-full_rank study-generation study-glue study-laws study-pranc study-precision study-rank study-shared
 
 studies: $(STUDIES) ## all studies of methods on real data (RANDBASIS_DATA) and their reports in docs/results/; study-glue, study-rank, … make one
 

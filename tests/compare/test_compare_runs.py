@@ -24,6 +24,7 @@ from randbasis.compare.rivals import METHODS
 from randbasis.compare.runs import run_job
 from randbasis.compare.study import Job, Study, job_of
 from randbasis.errors import EmptyDataError, NonFiniteLossError, StudyError
+from randbasis.train import decisions
 from randbasis.train.trainer import parameter_groups
 
 SMALLEST: dict[str, str] = {
@@ -93,6 +94,76 @@ def test_every_method_trains_and_is_scored(method: str, write_study: WriteStudy,
     assert plain(again) == plain(record)
     other = run_job(study, Job("words", name, "final", 0.01, 0.05, 1))
     assert other.points[0].scores != record.points[0].scores
+
+
+NOLA = '[[row]]\nname = "plain"\nmethod = "nola"\nbasis = 6\nbits = [16]\n'
+START = NOLA.replace("plain", "it") + "start = {%s}\n"
+
+
+def test_basis_matrices_are_allotted_within_the_same_count(write_study: WriteStudy, words: str):
+    study = write_study(HEAD + words + ROWS + NOLA + START % 'allot = "gradient"')
+    plain_run, allotted = (run_job(study, Job("words", name, "final", 0.05, 0.05, 0)) for name in ("plain", "it"))
+    assert allotted.coefficients == plain_run.coefficients
+    assert allotted.points[0].scores != plain_run.points[0].scores
+    assert allotted.points[1].bytes > plain_run.points[1].bytes  # the file says the number of each
+
+
+def test_the_best_of_a_few_seeds_is_the_run_of_that_seed(
+    write_study: WriteStudy, words: str, monkeypatch: pytest.MonkeyPatch
+):
+    seeds: list[int] = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        seeds.append(arguments[1].seed)
+        return fit(*arguments, **options)
+
+    fit = runs.fit
+    monkeypatch.setattr(runs, "fit", watched)
+    study = write_study(HEAD + words + ROWS + START % "try_seeds = 3, try_steps = 2")
+    losses: dict[int, float] = {}
+
+    def told(*arguments: Any, **options: Any) -> Any:
+        found = tried(*arguments, **options)
+        losses.update(found.losses)
+        return found
+
+    tried = decisions.try_seeds
+    monkeypatch.setattr(decisions, "try_seeds", told)
+    run_job(study, Job("words", "it", "final", 0.05, 0.05, 5))
+    assert sorted(losses) == [5, 6, 7]
+    assert seeds == [min(losses, key=lambda seed: losses[seed])]
+
+
+@pytest.mark.parametrize("data", ["words", "letters"])
+def test_a_projected_lora_starts_from_what_the_lora_has_learned(
+    data: str, write_study: WriteStudy, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+):
+    starts: list[Any] = []
+
+    def watched(model: Any, config: Any, *arguments: Any, **options: Any) -> Any:
+        prepare = options.pop("prepare")
+
+        def seen(adapted: Any) -> None:
+            groups = parameter_groups(adapted)
+            starts.append({name: p.detach().clone() for name, p in groups["adapter"].items()})
+            prepare(adapted)
+
+        return fit(model, config, *arguments, prepare=seen, **options)
+
+    fit = runs.fit
+    monkeypatch.setattr(runs, "fit", watched)
+    study = write_study(HEAD + request.getfixturevalue(data) + ROWS + NOLA + START % "project = 4")
+    head_rate = 0.05 if data == "words" else None
+    plain_run, projected = (run_job(study, Job(data, name, "final", 1e-9, head_rate, 0)) for name in ("plain", "it"))
+    assert projected.coefficients == plain_run.coefficients
+    assert projected.head_parameters == plain_run.head_parameters
+    # Its header tells the targets as the LoRA names them.
+    assert abs(projected.points[1].bytes - plain_run.points[1].bytes) <= 64
+    own, found = starts
+    assert own.keys() == found.keys()
+    assert not any(bool(p.any()) for name, p in own.items() if "nola_b" in name)  # ΔW is 0 there
+    assert all(bool(p.any()) for name, p in found.items() if "nola_b" in name)
+    assert projected.points[0].scores["loss"] != plain_run.points[0].scores["loss"]
 
 
 def test_full_fine_tuning_trains_all_parameters(write_study: WriteStudy, words: str, monkeypatch: pytest.MonkeyPatch):
