@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -260,6 +258,16 @@ def test_processes_and_a_resumed_study_give_what_one_process_gives(study: Study,
     assert half.read_text() == before
 
 
+def is_running(process: int) -> bool:
+    """Whether it is there, and not only waits to be reaped."""
+    status = Path(f"/proc/{process}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="nothing tells the processes of a command here")
 def test_a_killed_command_goes_on_where_it_was(study: Study, tmp_path: Path, console_environment: dict[str, str]):
     command = [sys.executable, "-m", "randbasis", "compare", str(tmp_path / "study.toml"), "--results", str(tmp_path)]
     path = tmp_path / "tiny.jsonl"
@@ -267,8 +275,14 @@ def test_a_killed_command_goes_on_where_it_was(study: Study, tmp_path: Path, con
                                stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
     while process.poll() is None and not read_records(path):
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = [int(one) for one in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert workers
+    process.kill()
     process.wait()
+    until = time.monotonic() + 60
+    while any(is_running(one) for one in workers):
+        assert time.monotonic() < until, f"workers {workers} go on without their command"
+        time.sleep(0.05)
     before = read_records(path)
     assert 0 < len(before) < 12
     with path.open("a") as file:

@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing import connection
 from pathlib import Path
 
 from randbasis.compare.budgets import sized
@@ -132,13 +134,27 @@ def _tried(study: Study, job: Job) -> Record | Exception:
         return error
 
 
+def _end_with_the_command() -> None:
+    """A worker waits for jobs on a pipe that its neighbours hold open, too: a kill of the command must end them all."""
+    command = multiprocessing.parent_process()
+    assert command is not None
+
+    def watch() -> None:
+        connection.wait([command.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
 def _executor(cores: int) -> Generator[Executor]:
     """Fresh processes whose libraries see one thread each."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
     before = {name: os.environ.get(name) for name in (*names, "TOKENIZERS_PARALLELISM")}
     os.environ.update(dict.fromkeys(names, "1"), TOKENIZERS_PARALLELISM="false")
-    executor = ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn"))
+    executor = ProcessPoolExecutor(
+        cores, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_the_command
+    )
     try:
         yield executor
     finally:
