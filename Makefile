@@ -18,7 +18,7 @@ FUZZ_SECONDS ?= 60
 CLI_PAGE := $(BIN)/python -m typer randbasis.cli utils docs --name randbasis --title "The command"
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo first-hour test test-newest test-oldest check bench bench-gpu bench-serving conformance studies study-beyond study-budgets study-fewshot study-full_rank study-generation study-glue study-laws study-pranc study-precision study-rank study-shared sweep-defaults rounded-sums fuzz mutants crash soak test-page page-picture docs clean
+.PHONY: help install lock demo first-hour test test-newest test-oldest check bench bench-gpu bench-serving conformance studies study-beyond study-budgets study-fewshot study-full_rank study-generation study-glue study-laws study-pranc study-precision study-rank study-rates study-shared sweep-defaults rounded-sums fuzz mutants crash soak test-page page-picture docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -97,6 +97,9 @@ studies: $(STUDIES) ## all studies of methods on real data (RANDBASIS_DATA) and 
 # A study is about an hour on two cores; what has run is kept, so it may be stopped (ARGS="--seconds 500 --cores 2").
 $(STUDIES): study-%: studies/%.toml $(INSTALLED)
 	$(BIN)/randbasis compare $< --data $(RANDBASIS_DATA) --output docs/results/$* $(ARGS)
+
+study-rates: $(INSTALLED) ## docs/results/rates.md: where one learning rate carries over, from the trials of the studies that have run
+	$(BIN)/python -m studies rates
 
 sweep-defaults: $(INSTALLED) ## the missing runs of the sweep that default learning rates are chosen from (hours; may be stopped), and docs/defaults.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies sweep --data $(RANDBASIS_DATA) $(ARGS)

@@ -1,6 +1,7 @@
 """What defaults are chosen by: ``sweep`` makes the missing runs, ``defaults`` writes the page of learning rates.
 
-``rounding`` does both for ``fuse_rounding``. Studies that compare methods are the files of ``randbasis compare``.
+``rounding`` does both for ``fuse_rounding``, ``rates`` the page of the rates that comparisons tried. Studies
+that compare methods are the files of ``randbasis compare``.
 """
 
 import argparse
@@ -11,6 +12,8 @@ from rich.console import Console
 
 from benchmarks.rows import RESULTS
 from studies.defaults_page import write_page
+from studies.rates import all_trials
+from studies.rates_page import write_rates
 from studies.rounding import ROUNDING, run_cells
 from studies.rounding_page import write_rounding
 from studies.sweep import DEFAULTS, SETS, grid, rivals, run_sweep
@@ -38,7 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
     rounding.add_argument("--seeds", type=int, default=3, help="of each method on each set")
     rounding.add_argument("--seconds", type=float, help="begin no cell after that many")
     rounding.add_argument("--page", type=Path, default=Path("docs/rounding.md"), help="the page to write")
-    for command in (sweep, defaults, rounding):
+    rates = commands.add_parser("rates", help="write the page of the rates that comparisons tried", epilog=EXAMPLE)
+    rates.add_argument("--studies", type=Path, default=Path("studies"), help="folder of study files")
+    rates.add_argument("--page", type=Path, default=Path("docs/results/rates.md"), help="the page to write")
+    for command in (sweep, defaults, rounding, rates):
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of the raw rows")
     given = parser.parse_args(arguments)
     console = Console(stderr=True)
@@ -54,6 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
         if given.data is not None:
             run_cells(given.data, path, seeds=given.seeds, seconds=given.seconds, console=console)
         write_rounding(read_rows(path), given.page)
+        console.print(f"wrote {given.page}")
+        return
+    if given.command == "rates":
+        write_rates(all_trials(given.studies, given.results), given.page)
         console.print(f"wrote {given.page}")
         return
     write_page(read_rows(given.results / DEFAULTS), given.page)

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from randbasis.cli import app
 from randbasis.errors import UnknownMethodError
 from randbasis.train import METHOD_NAMES, AdapterSettings, DataSettings, LoopSettings, TrainSettings, peft_config, train
-from randbasis.train.default_choices import LIKE, METHODS, SWEPT, choose, filled
+from randbasis.train.default_choices import LIKE, METHODS, SIZED_BY, SWEPT, choose, filled
+from randbasis.train.method_table import size_of
 from randbasis.train.settings import TASKS
 
 METHODS_OF_PEFT = [name for name in METHOD_NAMES if name != "none"]
@@ -157,3 +158,23 @@ def test_a_regression_starts_at_the_mean_of_the_labels(pooling: str, run: TrainS
     assert isinstance(head, nn.Linear)
     assert float(head.bias.detach()) == pytest.approx(125 / 3)
     assert done.summary["before"]["loss"] < 10  # their variance is 1.7, their mean square 1738
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rate_rises_where_terms_are_few_and_nowhere_else(method: str):
+    own, word = METHODS[method], SIZED_BY[method]
+    usual = float(choose(method, "causal-lm", None)["learning_rate"].value)
+    for size in (1, 4, 1 << 12):
+        whole, chosen = filled(settings("causal-lm", method=method, **{word: size}), None)
+        few = own.few is not None and size < own.few
+        expected = usual * min(10**0.5, (own.few or 0) ** 0.5 / size**0.5) if few else usual
+        assert whole.loop.learning_rate == float(f"{expected:.1g}")
+        assert (f"for {word} {size} below {own.few}" in chosen["learning_rate"]) == few
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fit_takes_the_rate_of_the_size_that_a_configuration_has(method: str):
+    for size in (2, 1 << 12):
+        one = filled(settings(method=method, **{SIZED_BY[method]: size}), None)[0].adapter
+        assert size_of(peft_config(one, task_type=None, head=[])) == size
+    assert size_of(None) is None

@@ -27,7 +27,7 @@ from randbasis.errors import EmptyDataError, RandbasisError, SettingError, Targe
 from randbasis.train.default_choices import choose, filled_loop
 from randbasis.train.loop_settings import LoopSettings
 from randbasis.train.machine import OneDevice, check_machine, runs_on_cpu, torch_device
-from randbasis.train.method_table import METHOD_NAMES, is_of_targets, method_of
+from randbasis.train.method_table import METHOD_NAMES, is_of_targets, method_of, size_of
 from randbasis.train.model_reading import width_of
 from randbasis.train.origin import put_on
 from randbasis.train.progress import ProgressReport
@@ -122,7 +122,7 @@ def fit(
     folder = Path(checkpoints)
     ranks = ranks or Ranks()
     check_machine(loop, processes=ranks.count)
-    loop = _filled(loop, origin.method if origin else method_of(config), task.name, model)
+    loop = _filled(loop, origin.method if origin else method_of(config), task.name, model, size_of(config))
     start = ranks.agreed(lambda: checkpoint_to_resume(folder)) if resume else None
     with torch_threads(loop.threads), _quiet_logging(), confined_randomness(loop.train_seed):
         adapted = ranks.agreed(lambda: adapt(model, config, task.head_modules(model), origin, whole=whole))
@@ -159,11 +159,11 @@ def fit(
         return _result(trainer, task, before, time.perf_counter() - began)
 
 
-def _filled(loop: LoopSettings, method: str, task: str, model: nn.Module) -> LoopSettings:
+def _filled(loop: LoopSettings, method: str, task: str, model: nn.Module, size: int | None) -> LoopSettings:
     """The settings with what they leave open; of a method of PEFT's that was not swept the rate must be given."""
     if method not in METHOD_NAMES and loop.learning_rate is not None:
         method = "none"
-    return filled_loop(loop, choose(method, task, width_of(getattr(model, "config", None))))[0]
+    return filled_loop(loop, choose(method, task, width_of(getattr(model, "config", None)), size))[0]
 
 
 def adapt(

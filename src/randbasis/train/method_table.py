@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftConfig
 from randbasis.adapters.saved import SavedAdapter
 from randbasis.errors import HyperparameterError, UnknownMethodError, near
 from randbasis.ties import UNTIED
+from randbasis.train.default_choices import SIZED_BY
 from randbasis.train.settings import AdapterSettings
 from randbasis.tuner import config_class
 from randbasis.tuner.config import RandbasisConfig
@@ -53,6 +54,12 @@ def method_of(config: PeftConfig | None) -> str:
     if isinstance(config, RandbasisConfig):
         return config.method
     return "lora" if isinstance(config, LoraConfig) else str(config.peft_type)
+
+
+def size_of(config: PeftConfig | None) -> int | None:
+    """The rank or number of basis matrices that decides the coefficients of a configuration; None where none does."""
+    method = method_of(config)
+    return None if method not in SIZED_BY else getattr(config, _METHODS[method][SIZED_BY[method]])
 
 
 def is_of_targets(error: ValueError) -> bool:
