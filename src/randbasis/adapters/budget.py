@@ -19,6 +19,7 @@ from randbasis.contraction import choose_order
 from randbasis.errors import BudgetError
 from randbasis.methods import Bound
 from randbasis.precision import BITS, CODED
+from randbasis.ties import UNTIED
 from randbasis.tuner import config_class
 from randbasis.tuner.config import RandbasisConfig
 
@@ -28,6 +29,8 @@ TOKENS = 512
 """Tokens of the training step that costs are told of."""
 BYTES_OF_A_COEFFICIENT = 16
 """In training: value, gradient and the two moments of Adam, in float32."""
+TIED_LAWS = ("sign", "hashed")
+"""Laws that are told of with one vector of coefficients for all matrices."""
 LAWS = ("sign", "uniform", "normal", "sparse(6)", "hashed")
 """Laws that are told of; ``hashed`` of methods that sum basis matrices alone."""
 
@@ -185,23 +188,23 @@ def _why(method: str, size: int) -> str:
 
 
 class _Sizes:
-    """Bytes of packed files of one method and law on one base.
+    """Bytes of packed files of one method, law and tie on one base.
 
     The header of a file depends on the size of its adapter by the digits of the numbers in it alone, so one file of
     each length of numbers is made, and no other.
     """
 
-    def __init__(self, base: AdaptedBase, method: str, law: str | None) -> None:
-        self.base, self.method, self.law = base, method, law
+    def __init__(self, base: AdaptedBase, method: str, law: str | None, tie: str = UNTIED) -> None:
+        self.base, self.method, self.law, self.tie = base, method, law, tie
         self._headers: dict[tuple[int, ...], int] = {}
         self._counts: dict[int, tuple[int, int]] = {}
 
     def config(self, size: int) -> RandbasisConfig:
         """The configuration of that size."""
         told = _SIZES[self.method]
-        given: dict[str, Any] = {told.option: size, **told.fixed(size)} | (
-            {} if self.law is None else {"law": self.law}
-        )
+        given: dict[str, Any] = {told.option: size, **told.fixed(size)}
+        given |= {} if self.law is None else {"law": self.law}
+        given |= {} if self.tie == UNTIED else {"tie": self.tie}
         return config_class(self.method)(target_modules=self.base.targets, task_type="CAUSAL_LM", **given)
 
     def counts(self, size: int) -> tuple[int, int]:
@@ -212,6 +215,8 @@ class _Sizes:
             method = config_class(self.method).method_cls(**options)
             kinds = Counter((out, in_) for _, out, in_ in self.base.matrices)
             shapes = [(method.coefficient_shapes(*kind), number) for kind, number in kinds.items()]
+            if self.tie != UNTIED:  # one vector for all, of whatever shape they are
+                shapes = [(shapes[0][0], 1)]
             total = sum(number * math.prod(shape) for one, number in shapes for shape in one.values())
             self._counts[size] = total, sum(number * len(one) for one, number in shapes)
         return self._counts[size]
@@ -253,8 +258,9 @@ def _laws(method: str) -> tuple[str | None, ...]:
 
 
 def _of_method(base: AdaptedBase, method: str, budget: int) -> Iterator[Configuration]:
-    for law in _laws(method):
-        sizes = _Sizes(base, method, law)
+    tied = [(law, "model") for law in TIED_LAWS] if config_class(method).method_cls.sums_its_basis else []
+    for law, tie in (*((law, UNTIED) for law in _laws(method)), *tied):
+        sizes = _Sizes(base, method, law, tie)
         for bits in BITS:
             size = sizes.largest(bits, budget)
             if size is not None:
@@ -265,6 +271,7 @@ def _configuration(sizes: _Sizes, bits: int, size: int) -> Configuration:
     bounds = sizes.base.bounds(sizes.config(size))
     told, (coefficients, _) = _SIZES[sizes.method], sizes.counts(size)
     words = {_WORDS.get(name, name): value for name, value in told.fixed(size).items()} | {told.word: size}
+    words |= {} if sizes.tie == UNTIED else {"tie": sizes.tie}
     memory = BYTES_OF_A_COEFFICIENT * coefficients + _factor_bytes(bounds) + _basis_bytes(bounds)
     of_file = {one: sizes.bytes(size, one) for one in BITS}
     why = _why(sizes.method, size)

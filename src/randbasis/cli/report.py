@@ -63,7 +63,9 @@ def budget_table(found: Sequence[Configuration], budget: int, written: Path | No
     for name in ("coefficients", "bytes", "training memory", "cost"):
         table.add_column(name, justify="right")
     for number, one in enumerate(found, 1):
-        options = ", ".join(f"{key} {value:g}" for key, value in one.options.items())
+        options = ", ".join(
+            f"{key} {value}" if isinstance(value, str) else f"{key} {value:g}" for key, value in one.options.items()
+        )
         table.add_row(
             f"{number}. {one.method}", one.law or "", str(one.bits), options, f"{one.coefficients:,}",
             f"{one.bytes[one.bits]:,}", f"{one.training_bytes / 1e6:,.1f} MB", f"+{100 * one.cost:.0f} %",
