@@ -147,7 +147,7 @@ def test_its_commands_are_those_of_the_readme(page: str):
 def test_scores_of_the_page_that_chooses_are_those_of_measured_pages():
     measured = "".join(
         file.read_text(encoding="utf-8")
-        for file in (DOCS / "results.md", DOCS / "defaults.md", *DOCS.glob("results/*.md"))
+        for file in (DOCS / "results.md", DOCS / "defaults.md", *DOCS.glob("results/**/*.md"))
     )
     quoted = re.findall(r"\d+\.\d+ ± \d+\.\d+", (DOCS / "choose.md").read_text(encoding="utf-8"))
     assert len(quoted) > 10

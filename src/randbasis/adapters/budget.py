@@ -35,18 +35,19 @@ LAWS = ("sign", "uniform", "normal", "sparse(6)", "hashed")
 """Laws that are told of; ``hashed`` of methods that sum basis matrices alone."""
 
 PREFERRED: tuple[tuple[str, int, str], ...] = (
-    ("vera", 64, "lowest loss at LoRA r=1's count in three of five tables; measured at ranks from 79"),
-    ("nola", 1, "level with LoRA r=1 at its count, and goes below it"),
-    ("randlora", 1, "level with LoRA r=4 at its count; best on images"),
-    ("lora", 1, "what the others are compared with"),
-    ("vera", 1, "a rank this small was not measured"),
-    ("loraxs", 1, "behind LoRA in docs/defaults.md, with fewer coefficients"),
-    ("pranc", 1, "behind NOLA in docs/defaults.md"),
+    ("randlora", 1, "the best at its bytes where its smallest file fits"),
+    ("lora", 8, "the best where a budget has room for rank 8"),
+    ("nola", 1, "the best below RandLoRA's smallest file, of those that were measured there"),
+    ("loraxs", 1, "level with NOLA within the seeds, and bound to the weights of its base"),
+    ("lora", 1, "behind NOLA of 4 bits at equal bytes, as PEFT stores it"),
+    ("vera", 1, "behind NOLA at equal bytes, within the seeds"),
+    ("pranc", 1, "level with NOLA at small sizes, and dearer at large ones"),
 )
-"""Method, the least size at which it stands there, and why: docs/results.md and docs/defaults.md, the best first."""
+"""Method, the least size at which it stands there, and why: E2E of docs/results/budgets, the best first. On SST-2 no
+two of them are told apart by the seeds."""
 PRECISION_ORDER = (4, 8, 16, 32, 3, 2)
-"""Bits of a coefficient at one size of file, the best first. On E2E twice as many coefficients take about 0.3 off
-NOLA's loss, and 4 bits for 8 add 0.08; 3 bits for 4 add 0.5 (docs/results.md, "Coefficients of few bits")."""
+"""Bits of a coefficient at one size of file, the best first: more coefficients of 4 bits beat fewer of 8 or 16 for
+every method of docs/results/budgets; what 3 bits cost is in docs/results.md, "Coefficients of few bits"."""
 
 
 @dataclass(frozen=True)
