@@ -5,7 +5,7 @@ from math import isfinite
 from pathlib import Path
 
 from benchmarks.tables import span, table
-from randbasis.train.default_choices import HEAD_RATES, METHODS, SWEPT, choose
+from randbasis.train.default_choices import HEAD_RATES, METHODS, SIZED_BY, SWEPT, choose
 from studies.plots import plot_sweep
 from studies.sweep import CONTROLS, HEAD_RATE, SETS, default_rate, grid_points, task_of
 from studies.sweep_rows import Point, Row, best_of, points_of
@@ -29,6 +29,9 @@ BETWEEN = """\
 A rate falls with the width of the base: `rate = table · (swept width / width) ^ falls`, rounded to one digit. Widths
 64, 192 and 384 were measured, each with a task of its own; larger ones are extrapolated, with a power by which the
 rates that were published for widths of 768 to 4,096 ([methods](methods.md)) come out within a factor of about three.
+
+It rises where rank or basis matrices are few ([one learning rate](results/rates.md)): below the size in the column
+*few*, with the square root of what is lacking, by half a decade at most.
 """
 
 
@@ -67,10 +70,19 @@ def _table_of_defaults() -> str:
             "" if own.scale is None else f"{own.scale:g}",
             *(f"{own.rates[task]:g}" for task in SWEPT),
             f"{own.falls:g}",
+            "" if own.few is None else f"{SIZED_BY[method]} {own.few}",
         ]
         for method, own in METHODS.items()
     ]
-    heads = ["method", "rank", "basis", "alpha / rank", *(f"{t}, width {w}" for t, (_, w) in SWEPT.items()), "falls"]
+    heads = [
+        "method",
+        "rank",
+        "basis",
+        "alpha / rank",
+        *(f"{t}, width {w}" for t, (_, w) in SWEPT.items()),
+        "falls",
+        "few",
+    ]
     head = "; ".join(f"{task} {rate:g}" for task, rate in HEAD_RATES.items())
     return f"{table(heads, lines)}\n\nLearning rate of a head beside an adapter: {head}, at any width."
 
