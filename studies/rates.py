@@ -5,6 +5,7 @@ row one rate. What it costs is how far the loss there is from the best of the ro
 """
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,7 +110,7 @@ def of_study(study: Study, records: Sequence[Record]) -> list[Trials]:
         base = _base(study, records, data.name)
         for row in study.rows_on(data):
             own = [one for one in records if (one.data, one.row) == (data.name, row.name)]
-            losses = {one.rate: _loss(one) for one in own if one.phase == "trial"}
+            losses = {one.rate: one.loss for one in own if one.phase == "trial"}
             if base is None or row.method not in METHODS or len(losses) < study.trials:
                 continue
             of_run = own[0].configuration
@@ -120,7 +121,8 @@ def of_study(study: Study, records: Sequence[Record]) -> list[Trials]:
                 continue
             size = int(of_run[SIZED_BY[row.method]])
             rule = [choose(row.method, data.base.task, None, one)["learning_rate"].value for one in (size, None)]
-            noise = _deviation([_loss(one) for one in own if one.phase == "final"])
+            finals = [one.loss for one in own if one.phase == "final" and math.isfinite(one.loss)]
+            noise = statistics.stdev(finals) if len(finals) > 1 else None
             auto = usual * float(rule[0]) / float(rule[1])
             found.append(Trials(study.name, data.name, row.name, row.method, size, usual, auto, losses, base, noise))
     return found
@@ -129,18 +131,5 @@ def of_study(study: Study, records: Sequence[Record]) -> list[Trials]:
 def _base(study: Study, records: Iterable[Record], data: str) -> float | None:
     """The loss without an adapter: of the base alone, or of the best head on it."""
     first = next(row.name for row in study.rows if row.method == NO_ADAPTER)
-    losses = [_loss(one) for one in records if (one.data, one.row) == (data, first)]
+    losses = [one.loss for one in records if (one.data, one.row) == (data, first)]
     return min(losses, default=None)
-
-
-def _loss(record: Record) -> float:
-    loss = record.points[0].scores["loss"] if record.points else math.inf
-    return loss if math.isfinite(loss) else math.inf
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    finite = [value for value in values if math.isfinite(value)]
-    if len(finite) < 2:
-        return None
-    mean = sum(finite) / len(finite)
-    return math.sqrt(sum((value - mean) ** 2 for value in finite) / (len(finite) - 1))

@@ -46,8 +46,9 @@ PREFERRED: tuple[tuple[str, int, str], ...] = (
 """Method, the least size at which it stands there, and why: E2E of docs/results/budgets, the best first. On SST-2 no
 two of them are told apart by the seeds."""
 PRECISION_ORDER = (4, 8, 16, 32, 3, 2)
-"""Bits of a coefficient at one size of file, the best first: more coefficients of 4 bits beat fewer of 8 or 16 for
-every method of docs/results/budgets; what 3 bits cost is in docs/results.md, "Coefficients of few bits"."""
+"""Bits of a coefficient at one size of file, the best first: more coefficients of 4 bits beat fewer of 16 for
+every method that docs/results/budgets has at two sizes, on E2E; what 3 bits cost is in docs/results.md, "Coefficients
+of few bits"."""
 
 
 @dataclass(frozen=True)

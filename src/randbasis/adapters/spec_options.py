@@ -35,7 +35,7 @@ The values in a file are what the adapter computes with, so that what quantized 
 _UNORDERED = ("target_modules", "exclude_modules")
 
 
-def peft_options(config: RandbasisConfig, matrices: Sequence[SpecMatrix]) -> dict[str, Any]:
+def peft_options(config: RandbasisConfig, matrices: Iterable[SpecMatrix]) -> dict[str, Any]:
     """The options that are not the usual ones and that the spec does not hold in its own words.
 
     Args:
@@ -54,7 +54,7 @@ def peft_options(config: RandbasisConfig, matrices: Sequence[SpecMatrix]) -> dic
 
 
 def patterns_of(
-    config: RandbasisConfig | type[RandbasisConfig], common: Method, matrices: Sequence[SpecMatrix]
+    config: RandbasisConfig | type[RandbasisConfig], common: Method, matrices: Iterable[SpecMatrix]
 ) -> dict[str, dict[str, Any]]:
     """Name of a pattern → regular expression → value: every matrix by its path, where some differ from the others."""
     listed = sorted(matrices, key=lambda one: -len(one.name))  # a path may end in another

@@ -1,6 +1,7 @@
 """What one run of a comparison left, as plain values: a line of the file of results."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +84,12 @@ class Record:
     date: str
     versions: dict[str, str]
     machine: str
+
+    @property
+    def loss(self) -> float:
+        """As trained, on the rows of its phase; infinite where it is not finite or the run has no points."""
+        loss = self.points[0].scores["loss"] if self.points else math.inf
+        return loss if math.isfinite(loss) else math.inf
 
     def line(self) -> str:
         """As one line of JSON."""

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -102,10 +102,10 @@ def run_job(study: Study, job: Job) -> Record:
     cell, around = read_cell(data, job.seed % data.sample_sets), surroundings(data)
     options = sized(row, around.shapes)
 
-    def load(seed: int) -> nn.Module:
-        return cell.task.load_model(data.base.model, dtype="float32", seed=seed)
+    def load() -> nn.Module:
+        return cell.task.load_model(data.base.model, dtype="float32", seed=job.seed)
 
-    model = load(job.seed)
+    model = load()
     head = cell.task.head_modules(model)
     config = configuration(
         row.method, options, around.shapes, targets=data.targets, seed=job.seed,
@@ -122,7 +122,7 @@ def run_job(study: Study, job: Job) -> Record:
         try:
             if config is not None or head or row.method == WHOLE:
                 loop = _loop(data, job)
-                with started(row, config, cell, data, loop, partial(load, job.seed)) as start:
+                with started(row, config, cell, data, loop, load) as start:
                     result = _trained(model, start, cell, loop, row, measures)
                 model = result.model
             seconds, peak = time.process_time() - began, _peak(memory)

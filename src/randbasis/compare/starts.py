@@ -15,12 +15,11 @@ from torch import nn
 
 from randbasis.adapters.saved import SavedAdapter, open_folder
 from randbasis.compare.cells import Cell
-from randbasis.compare.rivals import middle_rate
+from randbasis.compare.rivals import configuration, middle_rate
 from randbasis.compare.study import Data, Row
 from randbasis.importing import import_as_nearest
 from randbasis.train import LoopSettings, fit
 from randbasis.train.decisions import Rows, decide
-from randbasis.train.method_table import peft_config
 from randbasis.train.model_reading import width_of
 from randbasis.train.ranks import Ranks
 from randbasis.train.settings import AdapterSettings
@@ -76,8 +75,10 @@ def started(
 def _lora(rank: int, cell: Cell, data: Data, loop: LoopSettings, load: Callable[[], nn.Module], folder: str) -> Path:
     """A LoRA trained as long as the run itself, at ``train``'s own learning rate, and saved."""
     model = load()
-    words = AdapterSettings(method="lora", targets=data.targets, rank=rank, alpha=float(rank))
-    config = peft_config(words, task_type=cell.task.peft_task_type, head=cell.task.head_modules(model))
+    config = configuration(
+        "lora", {"rank": rank}, (), targets=data.targets, seed=0, task_type=cell.task.peft_task_type,
+        head=cell.task.head_modules(model),
+    )  # fmt: skip
     rate = middle_rate("lora", data.base.task, width_of(getattr(model, "config", None)))
     done = fit(
         model, config, cell.task, train=cell.train, eval=cell.dev[: loop.batch_size],

@@ -272,8 +272,7 @@ class Progress:
     def _losses(self, data: Data, row: Row) -> dict[float, float]:
         """Learning rate → loss of its trial on the held-out rows."""
         runs = [r for r in self.records if (r.data, r.row, r.phase) == (data.name, row.name, "trial")]
-        found = {run.rate: run.points[0].scores["loss"] if run.points else float("inf") for run in runs}
-        return {rate: loss if loss == loss else float("inf") for rate, loss in found.items()}
+        return {run.rate: run.loss for run in runs}
 
     def _rates(self, data: Data, row: Row) -> tuple[float, ...]:
         if not row.adapted and row.method == NO_ADAPTER and not data.has_head:
