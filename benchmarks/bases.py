@@ -24,6 +24,7 @@ LENGTH = 128
 """Tokens of a row in training."""
 CHECK_VOCABULARY = 512
 GPT2_WORDS, LLAMA_WORDS = 50257, 8192
+RANDOM_WEIGHTS = ", random weights"
 DATA = Path(os.environ.get("RANDBASIS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 MINILM = DATA / "minilm_l6_h384"
 
@@ -138,7 +139,7 @@ def _llama(width: int, layers: int, vocabulary: int) -> nn.Module:
 def minilm(*, real: bool = True) -> Base:
     """MiniLM (6×384) as a classifier, with its pretrained weights where they are; six matrices a layer are adapted."""
     weights = MINILM if real and (MINILM / "model.safetensors").exists() else None
-    name = "MiniLM 6×384" if weights else "MiniLM 6×384, random weights"
+    name = "MiniLM 6×384" + ("" if weights else RANDOM_WEIGHTS)
     targets = r".*\.layer\.\d+\..*\.(query|key|value|dense)"
     return Base(name, partial(_minilm, weights), 6, 30522, targets, classes=2)
 

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from benchmarks import plan_cost
 from benchmarks.case import spread
 from benchmarks.rows import Run
 from benchmarks.targets import Finding, Target, verdicts
@@ -138,6 +139,11 @@ def _verdict(target: Target, finding: Finding | None) -> list[str]:
     return [target.name, finding.where, limit, f"{finding.value:.3g} {target.unit}", interval, word]
 
 
+def plan_cost_table(runs: Sequence[Run]) -> str:
+    """Counted steps beside timed ones."""
+    return table(plan_cost.HEADS, list(plan_cost.lines(runs)), left=3)
+
+
 def tables(runs: Sequence[Run]) -> dict[str, Callable[[], str]]:
     """Name of a marker → what stands there."""
     families = [
@@ -162,7 +168,10 @@ def tables(runs: Sequence[Run]) -> dict[str, Callable[[], str]]:
         *("gpu model", "gpu decode", "gpu mixed decode", "gpu host", "gpu add"),
         *dict.fromkeys(run.family for run in runs),
     ]
-    made: dict[str, Callable[[], str]] = {"targets": lambda: targets_table(runs)}
+    made: dict[str, Callable[[], str]] = {
+        "targets": lambda: targets_table(runs),
+        "plan cost": lambda: plan_cost_table(runs),
+    }
     for family in families:
         made[family] = lambda family=family: family_table(family, runs)
     return made

@@ -44,8 +44,7 @@ def cases(*, tiny: bool = False, everything: bool = False) -> Iterator[Case]:
         yield case(bases.gpt2(2, 64, 512), 64, SIDES)
         yield case(bases.llama(2, 64, 512), 64, FEW)
         return
-    small, large, llama, minilm = bases.gpt2(6, 512), bases.gpt2(12, 768), bases.llama(6, 512), bases.minilm()
-    few_words = bases.gpt2(6, 512, FEW_WORDS)
+    small, few_words, large, llama, minilm = usual_bases()
     usual: dict[tuple[str, int], tuple[tuple[str, ...], float]] = {
         (small.name, 512): (SIDES, 60),
         (small.name, 2048): (SIDES, 240),
@@ -59,6 +58,21 @@ def cases(*, tiny: bool = False, everything: bool = False) -> Iterator[Case]:
             sides, seconds = usual.get((base.name, tokens), (SIDES, 120))
             is_usual = (base.name, tokens) in usual
             yield case(base, tokens, SIDES if everything else sides, usual=is_usual, seconds=seconds)
+
+
+def usual_bases(*, real: bool = True) -> tuple[Base, Base, Base, Base, Base]:
+    """The models whose steps are timed.
+
+    Args:
+        real: with pretrained weights where there are any.
+    """
+    return (
+        bases.gpt2(6, 512),
+        bases.gpt2(6, 512, FEW_WORDS),
+        bases.gpt2(12, 768),
+        bases.llama(6, 512),
+        bases.minilm(real=real),
+    )
 
 
 def case(base: Base, tokens: int, sides: Sequence[str], **options: Any) -> Case:

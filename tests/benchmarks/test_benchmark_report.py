@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from synthetic_rows import run_of
 
-from benchmarks import plots, report, rows
+from benchmarks import bases, plan_cost, plots, report, rows
 from benchmarks.__main__ import main
 from benchmarks.adapters import FLOOR
 from benchmarks.report import END, filled
@@ -49,6 +49,26 @@ def test_memory_is_in_megabytes_and_targets_say_met_missed_or_not_measured() -> 
     assert "1.02 ×" in memory
     assert memory.endswith("| met |")
     assert sum(line.endswith("| not measured |") for line in lines) > 3
+
+
+def test_what_plan_counts_stands_beside_what_was_timed() -> None:
+    sides = {FLOOR: [1.0], "PEFT LoRA r=8": [1.2], "NOLA r=8 k=256": [1.1], "PEFT VeRA r=256": [1.3]}
+    timed = run_of("step", sides, parameters={"model": "GPT-2 6×512", "tokens": 512})
+    _, _, lora, nola = tables([*runs(), timed])["plan cost"]().splitlines()  # PEFT's VeRA is not planned
+    assert lora.startswith("| GPT-2 6×512 | 512 | PEFT LoRA r=8 |")
+    assert lora.endswith("| 1.20 | 1.20–1.20 |")
+    assert nola.startswith("| GPT-2 6×512 | 512 | NOLA r=8 k=256 |")
+
+
+def test_a_step_is_counted_as_by_hand() -> None:
+    """A Llama of one width: 7 matrices a layer, the head, scores and sums of 128 tokens; LoRA thrice, layers twice."""
+    base = bases.llama(2, 64, 512)
+    kv, inner, head = 64 // 2, 64 * 11 // 4, 64 * 512  # half as many heads for keys and values
+    shapes = [(64, 64), (kv, 64), (kv, 64), (64, 64), (inner, 64), (inner, 64), (64, inner)]
+    layers = 2 * sum(out * in_ for out, in_ in shapes)
+    attention = 2 * (2 * 128 * 64)
+    lora = 2 * sum(out + in_ for out, in_ in shapes)
+    assert plan_cost.counted(base, FLOOR, 256) == 256 * (2 * (layers + head) + 3 * attention + 3 * lora)
 
 
 def test_cards_have_tables_of_their_own() -> None:

@@ -27,6 +27,8 @@ UNITS = {"": 1, "b": 1, "kb": 1000, "kib": 1024, "mb": 1000**2, "mib": 1024**2}
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 TOKENS = 512
 """Tokens of the training step that costs are told of."""
+WITHOUT = "without a head and the description of the task"
+"""What the bytes of a configuration leave out, since no plan knows it."""
 BYTES_OF_A_COEFFICIENT = 16
 """In training: value, gradient and the two moments of Adam, in float32."""
 TIED_LAWS = ("sign", "hashed")
@@ -83,7 +85,8 @@ class Configuration:
         bits: of a coefficient, at which the packed file fits.
         options: size and scale, in the words of the command.
         coefficients: of all matrices.
-        bytes: precision → bytes of the whole packed file, without a head; of LoRA, of PEFT's file at 32 and 16 bits.
+        bytes: precision → bytes of the whole packed file, without a head and without the description of a task that
+            ``train`` adds; of LoRA, of PEFT's file at 32 and 16 bits.
         training_bytes: that training takes beside the base model and its activations: coefficients, gradients,
             moments, factors and stored bases.
         cost: multiply-adds of a training step of :data:`TOKENS` tokens above the adapted layers' own, as a share of
@@ -144,7 +147,7 @@ def configurations(model: str | Path, budget: int, targets: str | list[str]) -> 
 
     Args:
         model: folder with a ``config.json``, or a hub name.
-        budget: bytes of a packed file, without a head.
+        budget: bytes of a packed file, without a head and the description of a task.
         targets: modules to adapt, as in a configuration of PEFT.
 
     Raises:
@@ -174,7 +177,7 @@ def config_lines(one: Configuration, model: str | Path, targets: Sequence[str]) 
     size = one.bytes[one.bits]
     told = {"model": str(model), "method": one.method, **one.options, "law": one.law, "targets": ",".join(targets)}
     lines = [f"{key}: {json.dumps(value)}" for key, value in told.items() if value is not None]
-    comment = f"# {one.coefficients:,} coefficients; {size:,} bytes as a packed file of {one.bits} bits without a head"
+    comment = f"# {one.coefficients:,} coefficients; {size:,} bytes as a packed file of {one.bits} bits, {WITHOUT}"
     packing = f"# after training: randbasis pack FOLDER FILE.safetensors --bits {one.bits}"
     return "\n".join((comment, packing, *lines)) + "\n"
 
@@ -277,7 +280,7 @@ def _configuration(sizes: _Sizes, bits: int, size: int) -> Configuration:
     memory = BYTES_OF_A_COEFFICIENT * coefficients + _factor_bytes(bounds) + _basis_bytes(bounds)
     of_file = {one: sizes.bytes(size, one) for one in BITS}
     why = _why(sizes.method, size)
-    return Configuration(sizes.method, sizes.law, bits, words, coefficients, of_file, memory, _cost(bounds), why)
+    return Configuration(sizes.method, sizes.law, bits, words, coefficients, of_file, memory, step_cost(bounds), why)
 
 
 def _factor_bytes(bounds: Sequence[Bound[Any]]) -> int:
@@ -299,21 +302,33 @@ def _basis_bytes(bounds: Sequence[Bound[Any]]) -> int:
     )
 
 
-def _cost(bounds: Sequence[Bound[Any]]) -> float:
-    """Of the order that a layer would choose, and of the sums with the basis, forward and back."""
+def step_cost(bounds: Sequence[Bound[Any]], tokens: int = TOKENS) -> float:
+    """Multiply-adds of a training step above the adapted layers' own, as a share of those; math (19)-(20).
+
+    Of the order that a layer would choose, and of the sums with the basis, forward and back.
+
+    Args:
+        bounds: the method on each adapted matrix.
+        tokens: of the step.
+    """
     above = own = 0.0
     for bound in bounds:
-        own += 2 * TOKENS * bound.out_features * bound.in_features  # forward, and the gradient of the input
-        order = choose_order("auto", bound, TOKENS, training=True, fused=True)
+        own += 2 * tokens * bound.out_features * bound.in_features  # forward, and the gradient of the input
+        order = choose_order("auto", bound, tokens, training=True, fused=True)
         if order == "token":
-            above += bound.token_cost(TOKENS, training=True) + bound.token_cost(TOKENS, training=False)
+            above += bound.token_cost(tokens, training=True) + bound.token_cost(tokens, training=False)
         elif order == "pair":
-            above += bound.pair_cost(TOKENS)
+            above += bound.pair_cost(tokens)
         else:
-            above += bound.weight_cost(TOKENS, training=True, fused=True)
+            above += bound.weight_cost(tokens, training=True, fused=True)
         slabs = [one.basis.slab for one in bound.sums.values()]
         above += sum(2 * slab.summands * slab.rows * slab.cols for slab in slabs)
     return above / own
+
+
+def lora_step_cost(base: AdaptedBase, rank: int) -> float:
+    """:func:`step_cost` of LoRA: both factors forward, the gradients of both, and that of the input."""
+    return 3 * rank * _sides(base) / (2 * sum(out * in_ for _, out, in_ in base.matrices))
 
 
 def _loras(base: AdaptedBase, budget: int) -> Iterator[Configuration]:
@@ -327,12 +342,14 @@ def _loras(base: AdaptedBase, budget: int) -> Iterator[Configuration]:
         while rank < _shortest(base) and sizes(rank + 1)[bits] <= budget:
             rank += 1
         if rank:
-            sides = sum(out + in_ for _, out, in_ in base.matrices)
-            areas = sum(out * in_ for _, out, in_ in base.matrices)
-            memory = (BYTES_OF_A_COEFFICIENT) * rank * sides
-            words = {"rank": rank, "alpha": float(rank)}
-            cost = 3 * rank * sides / (2 * areas)
-            yield Configuration("lora", None, bits, words, rank * sides, sizes(rank), memory, cost, _why("lora", rank))
+            coefficients, words = rank * _sides(base), {"rank": rank, "alpha": float(rank)}
+            memory, cost = BYTES_OF_A_COEFFICIENT * coefficients, lora_step_cost(base, rank)
+            yield Configuration("lora", None, bits, words, coefficients, sizes(rank), memory, cost, _why("lora", rank))
+
+
+def _sides(base: AdaptedBase) -> int:
+    """Coefficients of LoRA of rank one."""
+    return sum(out + in_ for _, out, in_ in base.matrices)
 
 
 def _shortest(base: AdaptedBase) -> int:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from rich.table import Table
 
-from randbasis.adapters.budget import Configuration
+from randbasis.adapters.budget import TOKENS, WITHOUT, Configuration
 from randbasis.adapters.inspection import Inspection, MatrixReport
 from randbasis.adapters.plan import Plan, PlannedMatrix
 from randbasis.cli.console import shown
@@ -55,7 +55,8 @@ def plan_table(plan: Plan) -> Table:
 def budget_table(found: Sequence[Configuration], budget: int, written: Path | None) -> Table:
     """One row a configuration, the recommended first; laws of one method and precision share a row's numbers."""
     caption = (
-        "bytes of the whole packed file without a head, at the precision of the row; cost: of a step of 512 tokens"
+        f"bytes of the whole packed file at the precision of the row, {WITHOUT}; "
+        f"cost: of a step of {TOKENS} tokens, above the adapted layers' own"
     )
     table = Table(title=f"{len(found)} configurations of at most {budget:,} bytes", caption=caption, min_width=60)
     for name in ("method", "law", "bits", "configuration"):
