@@ -150,9 +150,14 @@ def test_cost_of_lora_is_its_formula(base: Path) -> None:
 
 
 def test_the_best_stands_first(found: list[Configuration]) -> None:
-    assert found[0].law == "sign"
     assert found[0].bits == budgets.PRECISION_ORDER[0]
     assert len({(one.method, one.law, one.options.get("tie"), one.bits) for one in found}) == len(found)
+
+
+def test_one_vector_for_all_stands_before_one_for_each(found: list[Configuration]) -> None:
+    nola = [one for one in found if one.method == "nola" and one.bits == budgets.PRECISION_ORDER[0]]
+    assert [(one.law, one.options.get("tie")) for one in nola[:2]] == [("hashed", "model"), ("sign", None)]
+    assert nola[0].why != nola[1].why
 
 
 def test_nothing_fits(base: Path) -> None:

@@ -81,6 +81,31 @@ def test_each_row_is_that_of_its_adapter_alone(case: Case, form: Any, tmp_path: 
     assert torch.equal(outputs(base, batch), alone(case, None, batch))
 
 
+@pytest.mark.parametrize("form", ["auto", "coefficients", "factors"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("nola-tied", {}),
+        ("nola-tied", {"law": "hashed"}),
+        ("nola-tied-blocks", {}),
+        ("pranc-tied-whole", {}),
+        ("pranc-tied-whole", {"law": "hashed"}),
+    ],
+)
+def test_rows_whose_matrices_share_coefficients(
+    method: str, options: dict[str, Any], form: Any, tmp_path: Path
+) -> None:
+    case = Case("linear", method)
+    users = [packed(case, tmp_path, seed, **options) for seed in (1, 2)]
+    base = case.base()
+    bank = AdapterBank(base, form="auto" if form == "factors" and method.startswith("pranc") else form)
+    for at, user in enumerate(users):
+        bank.load(f"u{at}", user)
+    batch = case.batch(4)
+    found = outputs(base, batch, adapter_names=["u1", "__base__", "u0", "u1"])
+    assert_rows(found, case, [users[1], None, users[0], users[1]], batch)
+
+
 @pytest.mark.parametrize("form", ["coefficients", "factors"])
 @pytest.mark.parametrize("method", OF_SEEDS)
 def test_packed_tokens_are_those_of_their_request_alone(method: str, form: Any, tmp_path: Path) -> None:

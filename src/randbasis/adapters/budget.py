@@ -31,22 +31,47 @@ WITHOUT = "without a head and the description of the task"
 """What the bytes of a configuration leave out, since no plan knows it."""
 BYTES_OF_A_COEFFICIENT = 16
 """In training: value, gradient and the two moments of Adam, in float32."""
-TIED_LAWS = ("sign", "hashed")
-"""Laws that are told of with one vector of coefficients for all matrices."""
+TIED_LAWS = ("hashed", "sign")
+"""Laws that are told of with one vector of coefficients for all matrices, the recommended first: a sum under ``hashed``
+costs one pass however many coefficients there are."""
 LAWS = ("sign", "uniform", "normal", "sparse(6)", "hashed")
-"""Laws that are told of; ``hashed`` of methods that sum basis matrices alone."""
+"""Laws that are told of, the recommended first; ``hashed`` of methods that sum basis matrices alone."""
 
-PREFERRED: tuple[tuple[str, int, str], ...] = (
-    ("randlora", 1, "the best at its bytes where its smallest file fits"),
-    ("lora", 8, "the best where a budget has room for rank 8"),
-    ("nola", 1, "the best below RandLoRA's smallest file, of those that were measured there"),
-    ("loraxs", 1, "level with NOLA within the seeds, and bound to the weights of its base"),
-    ("lora", 1, "behind NOLA of 4 bits at equal bytes, as PEFT stores it"),
-    ("vera", 1, "behind NOLA at equal bytes, within the seeds"),
-    ("pranc", 1, "level with NOLA at small sizes, and dearer at large ones"),
+
+@dataclass(frozen=True)
+class Preference:
+    """A place in the list.
+
+    Attributes:
+        method: its method.
+        least: the smallest size (rank or basis) that stands here.
+        why: as a user reads it.
+        tie: what the configuration must have; None for any.
+    """
+
+    method: str
+    least: int
+    why: str
+    tie: str | None = None
+
+
+PREFERRED: tuple[Preference, ...] = (
+    Preference("randlora", 1, "the best at its bytes where its smallest file fits"),
+    Preference("lora", 8, "the best where a budget has room for rank 8"),
+    Preference(
+        "nola",
+        1,
+        "ahead of a vector for each matrix on four data sets at 4 kB, within the seeds, and a shorter file",
+        tie="model",
+    ),
+    Preference("nola", 1, "the best below RandLoRA's smallest file, of those with a vector for each matrix"),
+    Preference("loraxs", 1, "level with NOLA within the seeds, and bound to the weights of its base"),
+    Preference("lora", 1, "behind NOLA of 4 bits at equal bytes, as PEFT stores it"),
+    Preference("vera", 1, "behind NOLA at equal bytes, within the seeds"),
+    Preference("pranc", 1, "level with NOLA at small sizes, and dearer at large ones"),
 )
-"""Method, the least size at which it stands there, and why: E2E of docs/results/budgets, the best first. On SST-2 no
-two of them are told apart by the seeds."""
+"""The best first. One vector for all matrices: four data sets of docs/results/beyond; the others: E2E of
+docs/results/budgets. On SST-2 no two of them are told apart by the seeds."""
 PRECISION_ORDER = (4, 8, 16, 32, 3, 2)
 """Bits of a coefficient at one size of file, the best first: more coefficients of 4 bits beat fewer of 16 for
 every method that docs/results/budgets has at two sizes, on E2E; what 3 bits cost is in docs/results.md, "Coefficients
@@ -183,13 +208,14 @@ def config_lines(one: Configuration, model: str | Path, targets: Sequence[str]) 
 
 
 def _place(one: Configuration) -> tuple[int, ...]:
-    reasons = [why for *_, why in PREFERRED]
-    law = 0 if one.law is None else LAWS.index(one.law)
+    reasons = [preference.why for preference in PREFERRED]
+    laws = TIED_LAWS if "tie" in one.options else LAWS
+    law = 0 if one.law is None else laws.index(one.law)
     return law, PRECISION_ORDER.index(one.bits), reasons.index(one.why), -one.coefficients
 
 
-def _why(method: str, size: int) -> str:
-    return next(why for name, least, why in PREFERRED if name == method and size >= least)
+def _why(method: str, size: int, tie: str = UNTIED) -> str:
+    return next(one.why for one in PREFERRED if one.method == method and size >= one.least and one.tie in (None, tie))
 
 
 class _Sizes:
@@ -279,7 +305,7 @@ def _configuration(sizes: _Sizes, bits: int, size: int) -> Configuration:
     words |= {} if sizes.tie == UNTIED else {"tie": sizes.tie}
     memory = BYTES_OF_A_COEFFICIENT * coefficients + _factor_bytes(bounds) + _basis_bytes(bounds)
     of_file = {one: sizes.bytes(size, one) for one in BITS}
-    why = _why(sizes.method, size)
+    why = _why(sizes.method, size, sizes.tie)
     return Configuration(sizes.method, sizes.law, bits, words, coefficients, of_file, memory, step_cost(bounds), why)
 
 

@@ -57,7 +57,7 @@ def _rates(text: float, images: float, language: float) -> dict[str, float]:
 
 METHODS: Mapping[str, MethodDefaults] = {
     "nola": MethodDefaults(
-        _rates(1e-2, 3e-2, 3e-2), 0.7, rank=8, basis=128, scale=1.0, few=64, basis_for={"causal-lm": 512}
+        _rates(1e-2, 3e-2, 3e-2), 0.7, rank=8, basis=128, scale=1.0, few=16, basis_for={"causal-lm": 512}
     ),
     "vera": MethodDefaults(_rates(3e-2, 5e-2, 1e-1), 0.7, rank=256),
     "randlora": MethodDefaults(_rates(3e-4, 1e-3, 3e-3), 0.8, rank=32),
