@@ -7,6 +7,7 @@ layers, its head, and attention. What else a step does (norms, activations, the 
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -81,10 +82,11 @@ def _looked_at(base: Base) -> tuple[AdaptedBase, float]:
     """What is adapted, and the multiply-adds of a token without an adapter: forward, and the gradient of the input."""
     with torch.device("meta"):
         model = base.make(base.layers, base.vocabulary)
-    config = model.config
+    config = cast("Any", model).config
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         planned = adapted_base(folder, base.targets if isinstance(base.targets, str) else list(base.targets))
-    layers = sum(m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)))
+    linear: list[Any] = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
+    layers = sum(one.weight.numel() for one in linear)
     attention = 2 * LENGTH * config.hidden_size * config.num_hidden_layers  # scores and their sums, of each token
     return planned, 2.0 * layers + 3.0 * attention  # both operands of attention have gradients
