@@ -150,6 +150,7 @@ def test_cost_of_lora_is_its_formula(base: Path) -> None:
 
 
 def test_the_best_stands_first(found: list[Configuration]) -> None:
+    assert found[0].law == "sign"
     assert found[0].bits == budgets.PRECISION_ORDER[0]
     assert len({(one.method, one.law, one.options.get("tie"), one.bits) for one in found}) == len(found)
 

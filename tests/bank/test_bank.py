@@ -10,6 +10,7 @@ import torch
 from support.tuner_cases import (
     CASES_OF_SEEDS,
     OF_SEEDS,
+    TIED,
     Case,
     outputs,
 )
@@ -57,10 +58,17 @@ def assert_rows(found: Tensor, case: Case, users: Sequence[PackedAdapter | None]
             torch.testing.assert_close(found[row], own[id(user)][row], rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("case", CASES_OF_SEEDS)
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        *((case, {}) for case in CASES_OF_SEEDS),
+        *((Case("linear", method), {}) for method in TIED),
+        *((Case("linear", method), {"law": "hashed"}) for method in ("nola-tied", "pranc-tied-whole")),
+    ],
+)
 @pytest.mark.parametrize("form", ["auto", "coefficients", "factors"])
-def test_each_row_is_that_of_its_adapter_alone(case: Case, form: Any, tmp_path: Path) -> None:
-    users = [packed(case, tmp_path, seed) for seed in (1, 2, 3)]
+def test_each_row_is_that_of_its_adapter_alone(case: Case, options: dict[str, Any], form: Any, tmp_path: Path) -> None:
+    users = [packed(case, tmp_path, seed, **options) for seed in (1, 2, 3)]
     base = case.base()
     bank = AdapterBank(base, form=form)
     for at, user in enumerate(users):
@@ -79,31 +87,6 @@ def test_each_row_is_that_of_its_adapter_alone(case: Case, form: Any, tmp_path: 
     torch.testing.assert_close(again, found[shuffled], rtol=1e-5, atol=1e-5)
     bank.close()
     assert torch.equal(outputs(base, batch), alone(case, None, batch))
-
-
-@pytest.mark.parametrize("form", ["auto", "coefficients", "factors"])
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        ("nola-tied", {}),
-        ("nola-tied", {"law": "hashed"}),
-        ("nola-tied-blocks", {}),
-        ("pranc-tied-whole", {}),
-        ("pranc-tied-whole", {"law": "hashed"}),
-    ],
-)
-def test_rows_whose_matrices_share_coefficients(
-    method: str, options: dict[str, Any], form: Any, tmp_path: Path
-) -> None:
-    case = Case("linear", method)
-    users = [packed(case, tmp_path, seed, **options) for seed in (1, 2)]
-    base = case.base()
-    bank = AdapterBank(base, form="auto" if form == "factors" and method.startswith("pranc") else form)
-    for at, user in enumerate(users):
-        bank.load(f"u{at}", user)
-    batch = case.batch(4)
-    found = outputs(base, batch, adapter_names=["u1", "__base__", "u0", "u1"])
-    assert_rows(found, case, [users[1], None, users[0], users[1]], batch)
 
 
 @pytest.mark.parametrize("form", ["coefficients", "factors"])

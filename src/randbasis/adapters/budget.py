@@ -61,7 +61,7 @@ PREFERRED: tuple[Preference, ...] = (
     Preference(
         "nola",
         1,
-        "ahead of a vector for each matrix on four data sets at 4 kB, within the seeds, and a shorter file",
+        "ahead of a vector for each matrix on four data sets, within the seeds, and a shorter file",
         tie="model",
     ),
     Preference("nola", 1, "the best below RandLoRA's smallest file, of those with a vector for each matrix"),
