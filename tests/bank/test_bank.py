@@ -61,9 +61,12 @@ def assert_rows(found: Tensor, case: Case, users: Sequence[PackedAdapter | None]
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        *((case, {}) for case in CASES_OF_SEEDS),
-        *((Case("linear", method), {}) for method in TIED),
-        *((Case("linear", method), {"law": "hashed"}) for method in ("nola-tied", "pranc-tied-whole")),
+        *(pytest.param(*case.values, {}, id=case.id) for case in CASES_OF_SEEDS),
+        *(pytest.param(Case("linear", method), {}, id=f"linear-{method}") for method in TIED),
+        *(
+            pytest.param(Case("linear", method), {"law": "hashed"}, id=f"linear-{method}-hashed")
+            for method in ("nola-tied", "pranc-tied-whole")
+        ),
     ],
 )
 @pytest.mark.parametrize("form", ["auto", "coefficients", "factors"])
