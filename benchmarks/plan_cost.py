@@ -73,7 +73,7 @@ def counted(base: Base, side: str, tokens: int) -> float:
         share = step_cost(planned.bounds(config), tokens)
     else:
         share = lora_step_cost(planned, adapter.r)
-    own = 2 * tokens * sum(out * in_ for _, out, in_ in planned.matrices)
+    own = 2 * tokens * planned.entries
     return tokens * whole + share * own
 
 

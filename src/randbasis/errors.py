@@ -162,6 +162,10 @@ class PackedFileMissingError(RandbasisError, FileNotFoundError):
     """There is no packed file of that name."""
 
 
+class AdapterTypeError(RandbasisError, TypeError):
+    """An adapter was given as an object of another kind than the call takes."""
+
+
 class PrecisionError(RandbasisError, ValueError):
     """Coefficients cannot be stored at the precision asked for."""
 
@@ -252,6 +256,10 @@ class SaveError(RandbasisError, OSError):
 
 class LocationError(RandbasisError, ValueError):
     """A URL has a scheme that nothing opens, lacks a part, or stands where only a path of this machine can."""
+
+
+class LocationTypeError(LocationError, TypeError):
+    """Neither a path nor a URL was given where a file or folder must be named."""
 
 
 class RemoteError(RandbasisError, OSError):

@@ -29,9 +29,17 @@ from tuner_cases import (
 
 import randbasis
 from randbasis.adapter_file import PackedAdapter, read
+from randbasis.adapters import open_adapter
 from randbasis.adapters.packed import pack_adapter, write_adapter_dir
 from randbasis.adapters.putting import put
-from randbasis.errors import AdapterFilesError, BaseMismatchError, MeaningError, MergeError, RandbasisError
+from randbasis.errors import (
+    AdapterFilesError,
+    AdapterTypeError,
+    BaseMismatchError,
+    MeaningError,
+    MergeError,
+    RandbasisError,
+)
 
 PACKAGE = str(Path(randbasis.__file__).parent)
 #: Of `load_packed` through a folder, with one layer, before `put` was there.
@@ -256,6 +264,16 @@ def test_a_refusal_leaves_the_model_as_it_was(method: str, tmp_path: Path):
     assert snapshot(model) == before
     assert set(model.peft_config) == {"default", "second"}
     assert torch.equal(outputs(model, token_batch()), expected)
+
+
+@pytest.mark.parametrize("of", [str, Path.read_bytes, open_adapter, lambda path: None])
+def test_what_is_not_read_is_refused_with_the_call_that_reads_it(of: Callable[[Path], Any], tmp_path: Path):
+    case = Case("linear", "nola")
+    packed(case, tmp_path)
+    model, given = case.base(), of(tmp_path / "file")
+    with pytest.raises(AdapterTypeError, match=rf"got {type(given).__name__}; use load_packed\(model, file\)"):
+        put(model, given)
+    assert not hasattr(model, "peft_config")
 
 
 def test_a_name_that_no_adapter_can_have_is_refused(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -270,13 +271,15 @@ def is_running(process: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="nothing tells the processes of a command here")
 def test_a_killed_command_goes_on_where_it_was(study: Study, tmp_path: Path, console_environment: dict[str, str]):
     command = [sys.executable, "-m", "randbasis", "compare", str(tmp_path / "study.toml"), "--results", str(tmp_path)]
-    path = tmp_path / "tiny.jsonl"
-    process = subprocess.Popen([*command, "--cores", "1"], env=console_environment, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    path, messages = tmp_path / "tiny.jsonl", tmp_path / "messages"
+    with messages.open("w") as stream:
+        process = subprocess.Popen([*command, "--cores", "1"], env=console_environment, stderr=stream,
+                                   stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
     while process.poll() is None and not read_records(path):
         time.sleep(0.05)
     workers = [int(one) for one in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert workers
+    said = messages.read_text().splitlines()
     process.kill()
     process.wait()
     until = time.monotonic() + 60
@@ -285,6 +288,7 @@ def test_a_killed_command_goes_on_where_it_was(study: Study, tmp_path: Path, con
         time.sleep(0.05)
     before = read_records(path)
     assert 0 < len(before) < 12
+    assert [line for line in said if not re.match(r"\d+/12 words · ", line)] == [], "a worker says more than its run"
     with path.open("a") as file:
         file.write('{"study": "tiny", "da')  # as a kill in the middle of a write leaves it
     after = run_study(planned(study), path, cores=0)

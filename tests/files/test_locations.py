@@ -3,7 +3,9 @@
 import ast
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -11,6 +13,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from silent_hub import SilentHub
 
 from randbasis import errors
+from randbasis.adapter_file import read
+from randbasis.adapters import open_adapter
 from randbasis.files import locations
 from randbasis.files.locations import Remote, local_path, reading
 
@@ -68,6 +72,13 @@ def test_a_scheme_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch):
 def test_a_scheme_that_nobody_knows():
     with pytest.raises(errors.LocationError, match=r"scheme that fsspec knows.*'nowhere://a'"):
         Remote("nowhere://a")
+
+
+@pytest.mark.parametrize("given", [None, 3, {}])
+@pytest.mark.parametrize("call", [local_path, open_adapter, read])
+def test_what_names_no_place(call: Callable[[Any], object], given: object):
+    with pytest.raises(errors.LocationTypeError, match=rf"named by its path or URL, got {type(given).__name__}; "):
+        call(given)
 
 
 def test_files_and_folders(remote_folder: str, tmp_path: Path):

@@ -354,7 +354,7 @@ def step_cost(bounds: Sequence[Bound[Any]], tokens: int = TOKENS) -> float:
 
 def lora_step_cost(base: AdaptedBase, rank: int) -> float:
     """:func:`step_cost` of LoRA: both factors forward, the gradients of both, and that of the input."""
-    return 3 * rank * _sides(base) / (2 * sum(out * in_ for _, out, in_ in base.matrices))
+    return 3 * rank * base.lora_rank_1 / (2 * base.entries)
 
 
 def _loras(base: AdaptedBase, budget: int) -> Iterator[Configuration]:
@@ -368,14 +368,9 @@ def _loras(base: AdaptedBase, budget: int) -> Iterator[Configuration]:
         while rank < _shortest(base) and sizes(rank + 1)[bits] <= budget:
             rank += 1
         if rank:
-            coefficients, words = rank * _sides(base), {"rank": rank, "alpha": float(rank)}
+            coefficients, words = rank * base.lora_rank_1, {"rank": rank, "alpha": float(rank)}
             memory, cost = BYTES_OF_A_COEFFICIENT * coefficients, lora_step_cost(base, rank)
             yield Configuration("lora", None, bits, words, coefficients, sizes(rank), memory, cost, _why("lora", rank))
-
-
-def _sides(base: AdaptedBase) -> int:
-    """Coefficients of LoRA of rank one."""
-    return sum(out + in_ for _, out, in_ in base.matrices)
 
 
 def _shortest(base: AdaptedBase) -> int:

@@ -149,6 +149,16 @@ class AdaptedBase:
         """Module path, rows and columns of each matrix."""
         return [(key, part.rows, in_) for key, _, parts in self.parts for part, in_ in parts]
 
+    @property
+    def entries(self) -> int:
+        """Weights that are adapted: Σ in·out, the multiply-adds of a token."""
+        return sum(out * in_ for _, out, in_ in self.matrices)
+
+    @property
+    def lora_rank_1(self) -> int:
+        """What LoRA of rank one trains: Σ (in + out)."""
+        return sum(out + in_ for _, out, in_ in self.matrices)
+
     def bounds(self, config: RandbasisConfig) -> list[Bound[Any]]:
         """The method of a configuration on each matrix; nothing is drawn."""
         return [one.bound for _, _, parts in self.layers(config) for one in parts]

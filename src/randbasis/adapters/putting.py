@@ -16,6 +16,7 @@ from randbasis.adapter_file import PackedAdapter
 from randbasis.adapters.base_model import linear_shapes
 from randbasis.adapters.saved import AdapterLocation, open_packed
 from randbasis.adapters.spec_options import config_of
+from randbasis.errors import AdapterTypeError
 from randbasis.tuner.base_weight import layer_shape
 from randbasis.tuner.checked_loading import adapted_layers, check_unmerged, held_meaning
 from randbasis.tuner.config import RandbasisConfig
@@ -48,12 +49,18 @@ def put(
         where: what the adapter was read from, for messages.
 
     Raises:
+        AdapterTypeError: the adapter is not a packed one that is read.
         BaseMismatchError: the model is not the one that the adapter was made for.
         MeaningError: the adapter of this name has coefficients of another meaning.
         MergeError: the adapter of this name is merged into the weights.
         AdapterNameError: an adapter cannot have this name.
         RandbasisError: the spec cannot be met on this model; each rule has its class. The model is as it was.
     """
+    if not isinstance(adapter, PackedAdapter):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AdapterTypeError(
+            f"adapter must be a PackedAdapter, got {type(adapter).__name__}; use load_packed(model, file) for a path, "
+            "a URL, bytes, or what open_adapter found"
+        )
     config = config_of(adapter.spec, where)
     config.inference_mode = not is_trainable
     stored = StoredLayers(frozenset(adapter.spec.shapes), where)

@@ -1,6 +1,7 @@
 """``randbasis compare``: methods side by side, from a study file to a report."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -9,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
 
+from randbasis.cli.command import in_command_words
 from randbasis.cli.console import answer_table, reported
+from randbasis.cli.noise import readable_worker
 from randbasis.cli.parameters import AsJson
 
 if TYPE_CHECKING:
@@ -72,7 +75,15 @@ def compare(
                 answer_table(_planned_json(plan, runs), _planned_table(plan), as_json)
                 return
             count = (os.cpu_count() or 1) if cores is None else cores
-            run_study(plan, runs, cores=count, seconds=seconds, told=told, failed=told.failed)
+            run_study(
+                plan,
+                runs,
+                cores=count,
+                seconds=seconds,
+                told=told,
+                failed=told.failed,
+                prepare=partial(readable_worker, in_command_words),
+            )
             now = plan.progress(read_records(runs))
             summary |= {"missing": now.total() - len(now.records), "impossible": list(plan.impossible)}
             summary |= {"diverged": now.diverged(), "failed": told.failures}

@@ -64,6 +64,22 @@ def readable_messages(in_words: Callable[[str], str]) -> Generator[None]:
     Args:
         in_words: puts a message in the words of the command.
     """
+    with warnings.catch_warnings():
+        loggers = _make_readable(in_words)
+        try:
+            yield
+        finally:
+            for name, unwanted in loggers.items():
+                logging.getLogger(name).removeFilter(unwanted)
+
+
+def readable_worker(in_words: Callable[[str], str]) -> None:
+    """:func:`readable_messages` in a process that a command has made, until it ends."""
+    _make_readable(in_words)
+
+
+def _make_readable(in_words: Callable[[str], str]) -> dict[str, Callable[[logging.LogRecord], bool]]:
+    """What is left out of each logger, in place as the treatment of warnings is."""
     told: set[str] = set()
 
     def tell(
@@ -82,16 +98,11 @@ def readable_messages(in_words: Callable[[str], str]) -> Generator[None]:
     loggers = {one.source: _without(one.source) for one in NOISE if isinstance(one.source, str)}
     for name, unwanted in loggers.items():
         logging.getLogger(name).addFilter(unwanted)
-    try:
-        with warnings.catch_warnings():
-            for one in NOISE:
-                if not isinstance(one.source, str):
-                    warnings.filterwarnings("ignore", message=one.text, category=one.source)
-            warnings.showwarning = tell
-            yield
-    finally:
-        for name, unwanted in loggers.items():
-            logging.getLogger(name).removeFilter(unwanted)
+    for one in NOISE:
+        if not isinstance(one.source, str):
+            warnings.filterwarnings("ignore", message=one.text, category=one.source)
+    warnings.showwarning = tell
+    return loggers
 
 
 def _without(source: str) -> Callable[[logging.LogRecord], bool]:

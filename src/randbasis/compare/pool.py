@@ -69,6 +69,7 @@ def run_study(
     seconds: float | None = None,
     told: Told | None = None,
     failed: Failed | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> list[Record]:
     """Make the runs that are missing.
 
@@ -79,6 +80,7 @@ def run_study(
         seconds: begin no run after that many.
         told: is told of each run that ends.
         failed: is told of each run that fails, which is not tried again in this call; None raises.
+        prepare: is called in each process before its first run; a function of a module.
 
     Returns:
         The records of the study as it is now.
@@ -91,7 +93,7 @@ def run_study(
             return []
         return [job for job in plan.progress(records).ready() if job not in lost]
 
-    for job, result in _ended(plan.study, ready, cores):
+    for job, result in _ended(plan.study, ready, cores, prepare):
         if isinstance(result, Exception):
             if failed is None:
                 raise result
@@ -106,13 +108,15 @@ def run_study(
     return usable(plan.study, records)
 
 
-def _ended(study: Study, ready: Callable[[], list[Job]], cores: int) -> Iterator[tuple[Job, Record | Exception]]:
+def _ended(
+    study: Study, ready: Callable[[], list[Job]], cores: int, prepare: Callable[[], None] | None
+) -> Iterator[tuple[Job, Record | Exception]]:
     """Jobs and what came of them in the order in which they end; ``ready`` is asked again after each."""
     if cores == 0:
         while jobs := ready():
             yield jobs[0], _tried(study, jobs[0])
         return
-    with _executor(cores) as executor:
+    with _executor(cores, prepare) as executor:
         running: dict[Future[Record | Exception], Job] = {}
         while True:
             started = set(running.values())
@@ -134,7 +138,7 @@ def _tried(study: Study, job: Job) -> Record | Exception:
         return error
 
 
-def _end_with_the_command() -> None:
+def _begin_worker(prepare: Callable[[], None] | None) -> None:
     """A worker waits for jobs on a pipe that its neighbours hold open, too: a kill of the command must end them all."""
     command = multiprocessing.parent_process()
     assert command is not None
@@ -144,16 +148,18 @@ def _end_with_the_command() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    if prepare is not None:
+        prepare()
 
 
 @contextmanager
-def _executor(cores: int) -> Generator[Executor]:
+def _executor(cores: int, prepare: Callable[[], None] | None) -> Generator[Executor]:
     """Fresh processes whose libraries see one thread each."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
     before = {name: os.environ.get(name) for name in (*names, "TOKENIZERS_PARALLELISM")}
     os.environ.update(dict.fromkeys(names, "1"), TOKENIZERS_PARALLELISM="false")
     executor = ProcessPoolExecutor(
-        cores, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_the_command
+        cores, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(prepare,)
     )
     try:
         yield executor

@@ -5,6 +5,7 @@ neither does anything else that does not begin with a scheme of two letters or m
 """
 
 import io
+import os
 import re
 import sys
 from collections.abc import Generator, Mapping, Sequence
@@ -15,7 +16,14 @@ from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from randbasis.errors import BrokenPackageError, LocationError, MissingPackageError, RandbasisError, RemoteError
+from randbasis.errors import (
+    BrokenPackageError,
+    LocationError,
+    LocationTypeError,
+    MissingPackageError,
+    RandbasisError,
+    RemoteError,
+)
 from randbasis.optional import needing
 
 Location = str | Path
@@ -52,7 +60,12 @@ def local_path(location: Location) -> Path | None:
 
     Raises:
         LocationError: a ``file://`` URL names another machine.
+        LocationTypeError: it is no location.
     """
+    if not isinstance(location, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise LocationTypeError(
+            f"a file or folder must be named by its path or URL, got {type(location).__name__}; give a str or a Path"
+        )
     if not isinstance(location, str) or not _URL.match(location):
         return Path(location)
     parts = urlsplit(location)
