@@ -241,6 +241,20 @@ def test_a_row_trained_at_two_bits_loses_nothing_at_two_bits(write_study: WriteS
         assert coded.bytes < trained.bytes
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="nothing tells the peak of a process here")
+def test_the_peak_of_a_run_does_not_hide_in_what_earlier_runs_have_freed():
+    block = 100_000  # bytes, which the C library keeps when they are freed below what is still held
+    kept: list[bytes] = []
+
+    def grow() -> int:
+        before = runs._reset_peak()
+        held = [b"1" * block for _ in range(800)]
+        kept.append(b"1" * block)
+        return runs._peak(before) if held else 0
+
+    assert [grow() > 0.9 * 800 * block for _ in range(3)] == [True] * 3
+
+
 # --- all runs ---
 
 

@@ -32,7 +32,7 @@ class Line:
         scores: metric → seed → value, of the runs that ended.
         diverged: runs whose loss stopped being finite.
         step_seconds: wall time of a step, the median over the runs.
-        peak_bytes: growth of the process in training, the largest over the runs; 0 where unknown.
+        peak_bytes: growth of the process in training, the median over the runs that know it; 0 where none does.
         expand_seconds: of making the factors once, the median over the runs.
         forgetting: seed → perplexity of the base's own text, to that before training.
     """
@@ -204,7 +204,7 @@ def _line(row: Row, index: int, point: Point, runs: Sequence[Record], rates: Seq
         },
         diverged=len(runs) - len(stored),
         step_seconds=statistics.median(run.step_seconds for run in runs),
-        peak_bytes=max(run.peak_bytes for run in runs),
+        peak_bytes=round(_median([run.peak_bytes or None for run in runs]) or 0),
         expand_seconds=_median([run.expand_seconds for run in runs]),
         forgetting={
             seed: one.forgetting / before
