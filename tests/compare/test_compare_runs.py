@@ -51,7 +51,27 @@ def test_fragments_of_held_out_texts_are_not_trained_on():
 
 def test_too_few_rows_are_refused(write_study: WriteStudy, words: str):
     study = write_study(HEAD + words.replace("limit = 32", "limit = 10000") + ROWS)
-    with pytest.raises(EmptyDataError, match="10000 are asked for"):
+    with pytest.raises(EmptyDataError, match=r"leaves \d+ training rows .* limit = 10000; lower limit or dev_rows"):
+        read_cell(study.data[0], 0)
+    study = write_study(HEAD + words.replace("dev_rows = 12", "dev_rows = 12\ndev_words = 99") + ROWS)
+    with pytest.raises(EmptyDataError, match=r"has 0 texts of 99 words or more, .* dev_rows = 12; lower dev_rows or"):
+        read_cell(study.data[0], 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("max_length = 32", "max_length = 2"), r"fit into 2 tokens.*raise max_length"),
+        (
+            ("dev_rows = 2", "dev_rows = 999"),
+            "prompts to train on and to hold out, .* dev_rows = 999; lower dev_rows, or",
+        ),
+    ],
+)
+def test_too_few_pairs_are_refused(change: tuple[str, str], message: str, write_study: WriteStudy, letters: str):
+    assert change[0] in letters
+    study = write_study(HEAD + letters.replace(*change) + ROWS)
+    with pytest.raises(EmptyDataError, match=message):
         read_cell(study.data[0], 0)
 
 

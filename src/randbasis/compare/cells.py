@@ -61,10 +61,17 @@ def _text(data_set: Data, sample_set: int) -> Cell:
     columns = [table.column(name) for name in (data.text_column, data.text_pair_column) if name is not None]
     texts = [" ".join(str(text) for text in row) for row in zip(*columns, strict=True)]
     long_enough = [i for i, text in enumerate(texts) if len(text.split()) >= data_set.dev_words]
+    if len(long_enough) < data_set.dev_rows:
+        raise _too_few(
+            f"{table.source} has {len(long_enough)} texts of {data_set.dev_words} words or more",
+            f"dev_rows = {data_set.dev_rows}",
+            "lower dev_rows or dev_words",
+        )
     dev = [long_enough[i] for i in sample(len(long_enough), data_set.dev_rows, SPLIT_SEED)]
     apart = apart_from([texts[i] for i in dev], texts)
-    if data.limit is not None and len(apart) < data.limit:
-        raise EmptyDataError(f"{table.source} leaves {len(apart)} training rows, {data.limit} are asked for")
+    if len(apart) < (data.limit or 1):
+        left = f"{table.source} leaves {len(apart)} training rows beside the held-out ones"
+        raise _too_few(left, f"limit = {data.limit or 1}", "lower limit or dev_rows")
     train = [apart[i] for i in sample(len(apart), data.limit or len(apart), SPLIT_SEED + sample_set)]
     test = read_sources(data.eval_sources, kind=data.kind, wanted=data.columns)
     task = TextClassification.prepare(data_set.base, table)
@@ -116,13 +123,18 @@ def _language(data_set: Data, sample_set: int) -> Cell:
     if data_set.dev is None:
         prompts = task.prompts(table)
         distinct = list(dict.fromkeys(prompts))
+        if len(distinct) <= data_set.dev_rows:
+            raise _too_few(
+                f"{table.source} has {len(distinct)} prompts to train on and to hold out",
+                f"dev_rows = {data_set.dev_rows}",
+                "lower dev_rows, or name a file of held-out rows, dev",
+            )
         held = {distinct[i] for i in sample(len(distinct), data_set.dev_rows, SPLIT_SEED)}
         dev = _references(task, table.subset([i for i, one in enumerate(prompts) if one in held]), None)
         table = table.subset([i for i, one in enumerate(prompts) if one not in held])
     else:
         dev = _references(task, _rows(data_set, data_set.dev), data_set.dev_rows)
-    drawn = table.subset(_drawn(len(table.rows), 2 * (data.limit or len(table.rows)), SPLIT_SEED + sample_set))
-    train = _fitting(task, task.encode(drawn, training=True))[: data.limit]
+    train = _drawn(task, table, data.limit, SPLIT_SEED + sample_set)
     task.answer_length = max(sum(label != -100 for label in example["labels"]) for example in train)
     return Cell(task, train, dev, _references(task, _rows(data_set, *data.eval_sources), data.eval_limit))
 
@@ -139,6 +151,13 @@ def _references(task: CausalLanguage, table: Table, limit: int | None) -> list[E
     for example in examples:
         groups.setdefault(example["prompt"], []).append(example)
     whole = [group for group in groups.values() if all(id(example) in fitting for example in group)]
+    if len(whole) < (limit or 1):
+        raise _too_few(
+            f"{len(whole)} of {len(groups)} prompts of {table.source} fit into {task.max_length} tokens with all their "
+            "references",
+            f"{limit or 1}",
+            "raise max_length, or lower dev_rows or eval_limit",
+        )
     chosen = sample(len(whole), limit or len(whole), SPLIT_SEED)
     return [example for i in chosen for example in whole[i]]
 
@@ -148,9 +167,27 @@ def _fitting(task: CausalLanguage, examples: list[Example]) -> list[Example]:
     return [example for example in examples if len(example["input_ids"]) < task.max_length]
 
 
-def _drawn(count: int, limit: int, seed: int) -> list[int]:
-    """Up to ``limit`` row indices in the order of the draw."""
-    return [int(i) for i in np.random.default_rng(seed).permutation(count)[:limit]]
+def _too_few(found: str, wanted: str, way_out: str) -> EmptyDataError:
+    """Rows are not made up for in silence: the report tells how many there were."""
+    return EmptyDataError(f"{found}, but the study asks for {wanted}; {way_out}")
+
+
+def _drawn(task: CausalLanguage, table: Table, limit: int | None, seed: int) -> list[Example]:
+    """The first ``limit`` pairs that fit, in the order of a draw, of which no more are encoded than need be."""
+    rows = len(table.rows)
+    order = [int(i) for i in np.random.default_rng(seed).permutation(rows)]
+    wanted, step, found = limit or 1, 2 * limit if limit else rows, list[Example]()
+    for at in range(0, rows, step):
+        found += _fitting(task, task.encode(table.subset(order[at : at + step]), training=True))
+        if limit is not None and len(found) >= limit:
+            return found[:limit]
+    if len(found) < wanted:
+        raise _too_few(
+            f"{len(found)} of {rows} training pairs of {table.source} fit into {task.max_length} tokens",
+            f"limit = {wanted}",
+            "raise max_length or lower limit",
+        )
+    return found
 
 
 def _limited(table: Table, limit: int | None) -> Table:

@@ -130,7 +130,7 @@ def about(study: Study, data: Data) -> str:
     """What a run on a data set is."""
     base, loop = data.base, data.base.loop
     unit = "prompts" if base.task == LANGUAGE else "test rows"
-    tested = f"the first {base.data.eval_limit:,}" if base.data.eval_limit else "all"
+    tested = f"at most {base.data.eval_limit:,} {unit}, the same in all runs" if base.data.eval_limit else f"all {unit}"
     facts = [
         f"Model `{Path(base.model).name}`",
         f"targets {', '.join(data.targets)}",
@@ -138,7 +138,7 @@ def about(study: Study, data: Data) -> str:
         f"{data.steps} steps of {loop.batch_size}",
         f"{study.trials} learning rates a row, {data.trial_steps} steps each, scored on {data.dev_rows} held-out rows"
         + (" a class" if base.data.shots else ""),
-        f"tested on {tested} {unit}",
+        f"tested on {tested}",
         f"{study.seeds} seeds",
         f"metric {wording.metric_name(data.metric)}",
     ]
