@@ -218,6 +218,21 @@ def _why(method: str, size: int, tie: str = UNTIED) -> str:
     return next(one.why for one in PREFERRED if one.method == method and size >= one.least and one.tie in (None, tie))
 
 
+def counted(method: str, size: int, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Coefficients of an adapter, and the vectors that they are in: math (9), (13), (16), (18), (26).
+
+    Args:
+        method: its method.
+        size: the number that decides how large it is: rank or basis.
+        shapes: ``(out, in)`` of each matrix that has coefficients of its own.
+    """
+    told = _SIZES[method]
+    options: dict[str, Any] = {told.option: size, **told.fixed(size)}
+    made = config_class(method).method_cls(**options)
+    vectors = [(vector, n) for one, n in Counter(shapes).items() for vector in made.coefficient_shapes(*one).values()]
+    return sum(n * math.prod(vector) for vector, n in vectors), sum(n for _, n in vectors)
+
+
 class _Sizes:
     """Bytes of packed files of one method, law and tie on one base.
 
@@ -241,15 +256,9 @@ class _Sizes:
     def counts(self, size: int) -> tuple[int, int]:
         """Coefficients, and the vectors that they are in."""
         if size not in self._counts:
-            told = _SIZES[self.method]
-            options: dict[str, Any] = {told.option: size, **told.fixed(size)}
-            method = config_class(self.method).method_cls(**options)
-            kinds = Counter((out, in_) for _, out, in_ in self.base.matrices)
-            shapes = [(method.coefficient_shapes(*kind), number) for kind, number in kinds.items()]
-            if self.tie != UNTIED:  # one vector for all, of whatever shape they are
-                shapes = [(shapes[0][0], 1)]
-            total = sum(number * math.prod(shape) for one, number in shapes for shape in one.values())
-            self._counts[size] = total, sum(number * len(one) for one, number in shapes)
+            shapes = [(out, in_) for _, out, in_ in self.base.matrices]
+            # One vector for all, of whatever shape they are.
+            self._counts[size] = counted(self.method, size, shapes if self.tie == UNTIED else shapes[:1])
         return self._counts[size]
 
     def bytes(self, size: int, bits: int) -> int:

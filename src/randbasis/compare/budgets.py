@@ -7,10 +7,9 @@ from typing import Any
 from peft import get_peft_model
 from torch import nn
 
-from randbasis.adapters.budget import stored_bytes
+from randbasis.adapters.budget import counted, stored_bytes
 from randbasis.compare.study import Row
 from randbasis.errors import StudyError
-from randbasis.methods import RandLora
 from randbasis.ties import UNTIED
 from randbasis.tuner.config import VeraConfig
 from randbasis.tuner.layer import RandbasisLinear
@@ -62,11 +61,12 @@ def _smallest(shapes: Sequence[Shape]) -> int:
     return min(min(shape) for shape in shapes)
 
 
-def _each(count: Callable[[int, Shape], int], vectors: int = 1) -> Callable[..., tuple[int, int]]:
-    def total(size: int, shapes: Sequence[Shape], options: Mapping[str, Any]) -> tuple[int, int]:
-        return sum(count(size, shape) for shape in shapes), vectors * len(shapes)
+def _ours(method: str) -> Callable[..., tuple[int, int]]:
+    return lambda size, shapes, options: counted(method, size, shapes)
 
-    return total
+
+def _each(size: int, shapes: Sequence[Shape], options: Mapping[str, Any]) -> tuple[int, int]:
+    return size * len(shapes), len(shapes)
 
 
 def _lora(size: int, shapes: Sequence[Shape], options: Mapping[str, Any]) -> tuple[int, int]:
@@ -78,16 +78,16 @@ def _any(shapes: Sequence[Shape]) -> int:
 
 
 SIZED: Mapping[str, Size] = {
-    "nola": Size("basis", _each(lambda k, _: 2 * k, 2), _any),
-    "pranc": Size("basis", _each(lambda k, _: k), _any),
-    "vera": Size("rank", _each(lambda r, shape: r + shape[0], 2), _any),
-    "randlora": Size("rank", _each(lambda r, shape: RandLora(r=r).count(*shape), 2), _smallest, falls=True),
-    "loraxs": Size("rank", _each(lambda r, shape: min(r, *shape) ** 2), _smallest),
+    "nola": Size("basis", _ours("nola"), _any),
+    "pranc": Size("basis", _ours("pranc"), _any),
+    "vera": Size("rank", _ours("vera"), _any),
+    "randlora": Size("rank", _ours("randlora"), _smallest, falls=True),
+    "loraxs": Size("rank", _ours("loraxs"), _smallest),
     "lora": Size("rank", _lora, _smallest),
     "dora": Size("rank", lambda r, shapes, o: (_lora(r, shapes, o)[0] + sum(s[0] for s in shapes), 0), _smallest),
     "unilora": Size("theta_d_length", lambda n, shapes, o: (n, 1), _any),
-    "fourierft": Size("n_frequency", _each(lambda n, _: n), lambda shapes: min(out * in_ for out, in_ in shapes)),
-    "tinylora": Size("u", _each(lambda u, _: u), _any),
+    "fourierft": Size("n_frequency", _each, lambda shapes: min(out * in_ for out, in_ in shapes)),
+    "tinylora": Size("u", _each, _any),
 }
 """Methods that a budget can be asked of."""
 
