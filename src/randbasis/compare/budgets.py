@@ -61,7 +61,7 @@ def _smallest(shapes: Sequence[Shape]) -> int:
     return min(min(shape) for shape in shapes)
 
 
-def _ours(method: str) -> Callable[..., tuple[int, int]]:
+def _ours(method: str) -> Callable[[int, Sequence[Shape], Mapping[str, Any]], tuple[int, int]]:
     return lambda size, shapes, options: counted(method, size, shapes)
 
 
