@@ -14,9 +14,12 @@ from typer.testing import CliRunner
 from randbasis.adapters import budget as budgets
 from randbasis.adapters.budget import Configuration, byte_count, config_lines, configurations
 from randbasis.adapters.packed import pack_adapter
+from randbasis.adapters.plan import adapted_base
 from randbasis.cli import app
 from randbasis.errors import BudgetError, TargetError
+from randbasis.methods import RandLora
 from randbasis.tuner import config_class
+from randbasis.tuner.config import RandLoraConfig
 from randbasis.tuner.layer import RandbasisLinear
 
 WORDS = {"rank": "r", "basis": "num_basis"}
@@ -97,6 +100,21 @@ def test_bytes_are_those_of_the_packed_file(
         pack_adapter(tmp_path / "adapter", file, bits=precision)
         assert file.stat().st_size == size, precision
     assert one.coefficients == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("budget", [6_000, 9_000, 14_000])
+def test_no_other_rank_of_randlora_fills_a_budget_better(base: Path, budget: int) -> None:
+    """Its coefficients do not fall all the way as the rank rises: they jump with the number of terms."""
+    on = adapted_base(base, "all-linear")
+    found = [one for one in configurations(base, budget, "all-linear") if (one.method, one.law) == ("randlora", "sign")]
+    assert found
+    for one in found:
+        fitting = {
+            rank: sum(RandLora(r=rank).count(out, in_) for _, out, in_ in on.matrices)
+            for rank in range(1, 65)
+            if on.file_bytes(RandLoraConfig(r=rank, target_modules=on.targets), one.bits) <= budget
+        }
+        assert fitting[one.options["rank"]] == max(fitting.values()), one.bits
 
 
 def test_lora_is_as_peft_saves_it(base: Path, tmp_path: Path) -> None:

@@ -43,16 +43,16 @@ def test_shapes_are_those_of_the_matrices():
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", SIZED)
 def test_the_largest_size_within_a_budget_is_taken(method: str, model: str):
-    """Counted on an adapted model: what is taken fits, and the next size does not."""
+    """Counted on an adapted model, what is taken fits, and no other size that fits has more coefficients."""
     make, targets = MODELS[model]
     size, shapes = SIZED[method], adapted_shapes(make(), targets)
     row = Row("row", "row", method, (("r", 1),) if method == "unilora" else (), Budget(4000, "coefficients"))
     options = sized(row, shapes)
     assert counted(method, dict(options), make, targets) <= 4000
-    number = options[size.word]
-    more = number - 1 if size.falls else number + 1
-    if 1 <= more <= size.largest(shapes):
-        assert counted(method, options | {size.word: more}, make, targets) > 4000
+    rivals = range(1, min(size.largest(shapes), 3 * options[size.word] + 96) + 1)
+    fitting = {number: n for number in rivals if (n := size.count(number, shapes, options)[0]) <= 4000}
+    assert options[size.word] in fitting
+    assert fitting[options[size.word]] == max(fitting.values())
 
 
 def test_bytes_count_codes_and_their_scales():

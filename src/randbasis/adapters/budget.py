@@ -8,9 +8,11 @@ the file itself, written to memory with zeros for coefficients.
 import json
 import math
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +82,21 @@ of few bits"."""
 
 @dataclass(frozen=True)
 class _Size:
-    """The number that decides how large a method is: its option, what a user calls it, and what else is set."""
+    """The number that decides how large a method is.
+
+    Its option, what a user calls it, what else is set, and whether the coefficients rise with it.
+    """
 
     option: str
     word: str
     fixed: Callable[[int], Mapping[str, Any]] = lambda size: {}
-    falls: bool = False
+    rises: bool = True
 
 
 _SIZES: Mapping[str, _Size] = {
     "nola": _Size("num_basis", "basis", lambda k: {"r": 8, "alpha": 8.0}),
     "vera": _Size("r", "rank"),
-    "randlora": _Size("r", "rank", falls=True),
+    "randlora": _Size("r", "rank", rises=False),
     "pranc": _Size("num_basis", "basis"),
     "loraxs": _Size("r", "rank", lambda r: {"alpha": float(r)}),
 }
@@ -271,25 +276,25 @@ class _Sizes:
             self._headers[key] = self.base.file_bytes(self.config(size), bits) - payload
         return self._headers[key] + payload
 
-    def sizes(self) -> range:
+    @cached_property
+    def sizes(self) -> Sequence[int]:
         """From the smallest file to the largest."""
         most = _shortest(self.base) if self.method in ("randlora", "loraxs") else LARGEST
-        return range(most, 0, -1) if _SIZES[self.method].falls else range(1, most + 1)
+        if _SIZES[self.method].rises:
+            return range(1, most + 1)
+        return sorted(range(1, most + 1), key=lambda size: (self.counts(size)[0], size))
 
     def largest(self, bits: int, budget: int) -> int | None:
         """The size of the largest file that fits."""
-        sizes = self.sizes()
-        header = self.bytes(sizes[0], bits) - stored_bytes(*self.counts(sizes[0]), bits)
-        if header + stored_bytes(*self.counts(sizes[0]), bits) > budget:
-            return None
-        least, last = 0, len(sizes) - 1
-        while least < last:
-            middle = (least + last + 1) // 2
-            fits = header + stored_bytes(*self.counts(sizes[middle]), bits) <= budget
-            least, last = (middle, last) if fits else (least, middle - 1)
-        while self.bytes(sizes[least], bits) > budget:  # the numbers in its header are longer
-            least -= 1
-        return sizes[least]
+
+        def payload(size: int) -> int:
+            return stored_bytes(*self.counts(size), bits)
+
+        header = self.bytes(self.sizes[0], bits) - payload(self.sizes[0])
+        at = bisect_right(self.sizes, budget - header, key=payload) - 1
+        while at >= 0 and self.bytes(self.sizes[at], bits) > budget:  # the numbers in its header are longer
+            at -= 1
+        return self.sizes[at] if at >= 0 else None
 
 
 def _laws(method: str) -> tuple[str | None, ...]:
@@ -390,4 +395,4 @@ def _shortest(base: AdaptedBase) -> int:
 def _smallest(base: AdaptedBase) -> Iterator[tuple[int, str]]:
     for method in _SIZES:
         sizes = _Sizes(base, method, _laws(method)[0])
-        yield from ((sizes.bytes(sizes.sizes()[0], bits), f"{method} at {bits} bits") for bits in BITS)
+        yield from ((sizes.bytes(sizes.sizes[0], bits), f"{method} at {bits} bits") for bits in BITS)

@@ -1,5 +1,6 @@
 """BUDGET → SIZE: which rank or basis gives a method as many coefficients, or bytes, as a row may have."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,13 +49,13 @@ class Size:
         word: option that the number is given as.
         count: ``(number, shapes, options) → (coefficients, vectors)``; each vector has a scale where it is quantized.
         largest: of the number.
-        falls: whether a larger number has fewer coefficients.
+        rises: whether a larger number has more coefficients; else all numbers are looked at.
     """
 
     word: str
     count: Callable[[int, Sequence[Shape], Mapping[str, Any]], tuple[int, int]]
     largest: Callable[[Sequence[Shape]], int]
-    falls: bool = False
+    rises: bool = True
 
 
 def _smallest(shapes: Sequence[Shape]) -> int:
@@ -81,7 +82,7 @@ SIZED: Mapping[str, Size] = {
     "nola": Size("basis", _ours("nola"), _any),
     "pranc": Size("basis", _ours("pranc"), _any),
     "vera": Size("rank", _ours("vera"), _any),
-    "randlora": Size("rank", _ours("randlora"), _smallest, falls=True),
+    "randlora": Size("rank", _ours("randlora"), _smallest, rises=False),
     "loraxs": Size("rank", _ours("loraxs"), _smallest),
     "lora": Size("rank", _lora, _smallest),
     "dora": Size("rank", lambda r, shapes, o: (_lora(r, shapes, o)[0] + sum(s[0] for s in shapes), 0), _smallest),
@@ -120,18 +121,13 @@ def sized(row: Row, shapes: Sequence[Shape]) -> dict[str, Any]:
         coefficients, vectors = size.count(number, counted, options)
         return coefficients if budget.unit == "coefficients" else stored_bytes(coefficients, vectors, budget.bits)
 
-    least, most = 1, size.largest(shapes)
-    best = most if size.falls else least
-    if cost(best) > budget.amount:
+    numbers: Sequence[int] = range(1, size.largest(shapes) + 1)
+    if not size.rises:
+        numbers = sorted(numbers, key=lambda number: (cost(number), number))
+    fitting = bisect_right(numbers, budget.amount, key=cost)
+    if not fitting:
         raise StudyError(
             f"row {row.name!r}: {row.method} has no configuration of {budget.amount:,} {budget.unit}: the smallest, "
-            f"{size.word} {best}, has {cost(best):,}"
+            f"{size.word} {numbers[0]}, has {cost(numbers[0]):,}"
         )
-    while least < most:  # the cost rises or falls all the way
-        middle = (least + most) // 2 if size.falls else (least + most + 1) // 2
-        fits = cost(middle) <= budget.amount
-        if size.falls:
-            least, most = (least, middle) if fits else (middle + 1, most)
-        else:
-            least, most = (middle, most) if fits else (least, middle - 1)
-    return options | {size.word: least}
+    return options | {size.word: numbers[fitting - 1]}
