@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from report_records import ROWS, complete, data_of, point, record, shuffled, stu
 
 from randbasis.compare.report import write_report
 from randbasis.compare.report.lines import results_of
+from randbasis.compare.report.page import about
 from randbasis.compare.report.picture import DOTS, caption, file_stem, styles_of
 from randbasis.compare.report.tables import Table, findings, line_table, summaries, summary_table
 from randbasis.compare.study import Row, Study
@@ -207,6 +209,16 @@ def test_a_study_without_runs_is_a_page_that_says_so(tmp_path: Path):
 
 
 # --- pictures ---
+
+
+def test_what_a_run_is_names_no_more_than_was_used(root: Path):
+    study = read_study(root / "studies" / "fewshot.toml", must_exist=False)
+    images = study.data[0]
+    assert (study.seeds, images.sample_sets) == (3, 5)
+    assert "10 examples a class, 3 draws;" in about(study, images)
+    assert "10 examples a class, 5 draws;" in about(replace(study, seeds=7), images)
+    assert "1 draw;" in about(study, replace(images, sample_sets=1))
+    assert "tested on at most 500 test rows, the same in all runs;" in about(study, images)
 
 
 def test_curves_of_the_shipped_studies_are_told_apart_without_colour_alone(root: Path):

@@ -134,7 +134,7 @@ def about(study: Study, data: Data) -> str:
     facts = [
         f"Model `{Path(base.model).name}`",
         f"targets {', '.join(data.targets)}",
-        _training_rows(data),
+        _training_rows(data, study.seeds),
         f"{data.steps} steps of {loop.batch_size}",
         f"{study.trials} learning rates a row, {data.trial_steps} steps each, scored on {data.dev_rows} held-out rows"
         + (" a class" if base.data.shots else ""),
@@ -145,10 +145,11 @@ def about(study: Study, data: Data) -> str:
     return "; ".join(facts) + "."
 
 
-def _training_rows(data: Data) -> str:
+def _training_rows(data: Data, seeds: int) -> str:
     rows = data.base.data
     if rows.shots:
-        return f"{rows.shots} examples a class, {data.sample_sets} draws"
+        draws = min(seeds, data.sample_sets)
+        return f"{rows.shots} examples a class, {draws} draw" + "s" * (draws > 1)
     return f"at most {rows.limit:,} training rows" if rows.limit else "all training rows"
 
 
