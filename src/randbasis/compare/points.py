@@ -173,13 +173,18 @@ def _vectors(rows: Tensor, bits: int) -> Tensor:
 
 def _quantized(model: nn.Module, values: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
     """Coefficients with one scale a tensor, as a packed file has them; of a LoRA one scale a vector of rank one."""
-    found = quantize_tensors({name: one for name, one in values.items() if "lora_" not in name}, bits)
+    found = quantize_tensors({name: one for name, one in values.items() if not _is_of_lora(name)}, bits)
     for name, one in values.items():
-        if "lora_" in name:
+        if _is_of_lora(name):
             by_row = one if "lora_A" in name or one.ndim < 2 else one.T
             rows = _vectors(by_row.reshape(-1, by_row.shape[-1]).contiguous(), bits).view(by_row.shape)
             found[name] = rows if by_row is one else rows.T
     return found
+
+
+def _is_of_lora(name: str) -> bool:
+    """Whether a parameter is of PEFT's LoRA; a part of a word says nothing, since ``randlora_lambda`` has it, too."""
+    return any(part.startswith("lora_") for part in name.split("."))
 
 
 @torch.no_grad()
