@@ -7,7 +7,8 @@ import torch
 from peft import get_peft_model
 from transformers import BertConfig, BertModel
 
-from randbasis import NolaConfig
+from randbasis import NolaConfig, put
+from randbasis.adapter_file import read
 from randbasis.adapters import pack_adapter
 from randbasis.adapters.budget import stored_bytes
 from randbasis.codes import quantize
@@ -16,6 +17,7 @@ from randbasis.compare.lora_precision import settle, train_at_bits
 from randbasis.compare.points import as_stored, bytes_of, header_bytes, lora_layers
 from randbasis.compare.rivals import configuration
 from randbasis.compare.study import PointSpec
+from randbasis.methods import METHODS
 from randbasis.train.trained_parameters import save_parameters
 from randbasis.train.trainer import parameter_groups
 
@@ -108,6 +110,21 @@ def test_bytes_of_ours_are_those_of_the_file(bits: int, tmp_path: Path):
     pack_adapter(tmp_path / "a", tmp_path / "a.rba", bits=bits)
     found = bytes_of(model, PointSpec(bits), 0, overhead=0, saved=0)
     assert (found.total, found.head) == ((tmp_path / "a.rba").stat().st_size, 0)
+
+
+@pytest.mark.parametrize("bits", [16, 4, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_scored_with_the_coefficients_of_its_file(method: str, bits: int, tmp_path: Path):
+    model = adapted(method, **({"basis": 8} if method in ("nola", "pranc") else {"rank": 4}))
+    model.save_pretrained(tmp_path / "adapter")
+    pack_adapter(tmp_path / "adapter", tmp_path / "file.safetensors", bits=bits)
+    there = put(bert(), read(tmp_path / "file.safetensors"))
+    stored = {name: one.detach() for name, one in there.named_parameters() if ".randbasis_" in name}
+    with as_stored(model, PointSpec(bits)):
+        scored = parameter_groups(model)["adapter"]
+        assert scored.keys() == stored.keys()
+        for name, one in scored.items():
+            torch.testing.assert_close(one.detach(), stored[name], rtol=1e-6, atol=0.0)
 
 
 def test_bytes_of_rivals():
