@@ -208,9 +208,6 @@ def test_a_study_without_runs_is_a_page_that_says_so(tmp_path: Path):
     assert "words, LoRA: no run yet" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-# --- pictures ---
-
-
 def test_what_a_run_is_names_no_more_than_was_used(root: Path):
     study = read_study(root / "studies" / "fewshot.toml", must_exist=False)
     images = study.data[0]
@@ -219,6 +216,9 @@ def test_what_a_run_is_names_no_more_than_was_used(root: Path):
     assert "10 examples a class, 5 draws;" in about(replace(study, seeds=7), images)
     assert "1 draw;" in about(study, replace(images, sample_sets=1))
     assert "tested on at most 500 test rows, the same in all runs;" in about(study, images)
+
+
+# --- pictures ---
 
 
 def test_curves_of_the_shipped_studies_are_told_apart_without_colour_alone(root: Path):

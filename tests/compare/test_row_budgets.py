@@ -49,6 +49,8 @@ def test_the_largest_size_within_a_budget_is_taken(method: str, model: str):
     row = Row("row", "row", method, (("r", 1),) if method == "unilora" else (), Budget(4000, "coefficients"))
     options = sized(row, shapes)
     assert counted(method, dict(options), make, targets) <= 4000
+    if size.rises and options[size.word] < size.largest(shapes):
+        assert counted(method, options | {size.word: options[size.word] + 1}, make, targets) > 4000
     rivals = range(1, min(size.largest(shapes), 3 * options[size.word] + 96) + 1)
     fitting = {number: n for number in rivals if (n := size.count(number, shapes, options)[0]) <= 4000}
     assert options[size.word] in fitting

@@ -176,18 +176,18 @@ def _drawn(task: CausalLanguage, table: Table, limit: int | None, seed: int) -> 
     """The first ``limit`` pairs that fit, in the order of a draw, of which no more are encoded than need be."""
     rows = len(table.rows)
     order = [int(i) for i in np.random.default_rng(seed).permutation(rows)]
-    wanted, step, found = limit or 1, 2 * limit if limit else rows, list[Example]()
+    step, found = 2 * (limit or rows or 1), list[Example]()
     for at in range(0, rows, step):
         found += _fitting(task, task.encode(table.subset(order[at : at + step]), training=True))
         if limit is not None and len(found) >= limit:
-            return found[:limit]
-    if len(found) < wanted:
+            break
+    if len(found) < (limit or 1):
         raise _too_few(
             f"{len(found)} of {rows} training pairs of {table.source} fit into {task.max_length} tokens",
-            f"limit = {wanted}",
+            f"limit = {limit or 1}",
             "raise max_length or lower limit",
         )
-    return found
+    return found[:limit]
 
 
 def _limited(table: Table, limit: int | None) -> Table:
