@@ -21,7 +21,7 @@ from randbasis.compare.pool import planned, run_study
 from randbasis.compare.record import Record, append_record, read_records
 from randbasis.compare.rivals import METHODS
 from randbasis.compare.runs import run_job
-from randbasis.compare.study import Job, Study, job_of
+from randbasis.compare.study import Job, Study, job_of, usable
 from randbasis.errors import EmptyDataError, NonFiniteLossError, StudyError
 from randbasis.train import decisions
 from randbasis.train.trainer import parameter_groups
@@ -291,6 +291,17 @@ def test_processes_and_a_resumed_study_give_what_one_process_gives(study: Study,
     before = half.read_text()
     assert len(run_study(plan, half, cores=0)) == 12
     assert half.read_text() == before
+
+
+def test_a_run_of_another_size_than_its_budget_means_now_is_made_again(study: Study, tmp_path: Path):
+    plan, path = planned(study), tmp_path / "runs.jsonl"
+    records = run_study(plan, path, cores=0)
+    assert {job_of(one).row for one in records if "basis" in one.configuration} == {"NOLA 64 coefficients"}
+    path.write_text(path.read_text().replace('"basis": ', '"basis": 1'))  # as an older rule may have counted
+    again = run_study(plan, path, cores=0)
+    assert {job_of(one): plain(one) for one in again} == {job_of(one): plain(one) for one in records}
+    assert len(read_records(path)) == 12 + 4
+    assert usable(study, read_records(path)) == again
 
 
 def is_running(process: int) -> bool:

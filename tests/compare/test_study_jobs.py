@@ -100,6 +100,12 @@ def test_records_count_only_while_what_they_depend_on_is_unchanged(study: Study)
     assert {one.row for one in usable(other, records)} == {"base alone", "LoRA r=2"}
 
 
+def test_of_runs_of_two_sizes_the_newer_ones_count(study: Study):
+    old = [replace(one, configuration={"basis": 8}) for one in ended(study, lambda job: 0.5)]
+    new = [replace(one, configuration={"basis": 9}) for one in old if one.row == "NOLA 64 coefficients"][:1]
+    assert usable(study, [*old, *new]) == [one for one in old if one.row != "NOLA 64 coefficients"] + new
+
+
 def test_a_part_of_a_study_keeps_its_first_row(study: Study):
     assert [row.name for row in study.limited(rows=["NOLA*"]).rows] == ["base alone", "NOLA 64 coefficients"]
     assert study.limited(["words"]) == study

@@ -12,7 +12,7 @@ from multiprocessing import connection
 from pathlib import Path
 
 from randbasis.compare.budgets import sized
-from randbasis.compare.record import Record, append_record, read_records
+from randbasis.compare.record import Record, append_record, options_text, read_records
 from randbasis.compare.runs import middle_of, run_job, surroundings
 from randbasis.compare.study import Job, Progress, Study, usable
 from randbasis.errors import StudyError
@@ -30,35 +30,39 @@ class Planned:
     Attributes:
         study: without the rows that have no configuration on any data set.
         middles: ``(data, row)`` → the learning rate in the middle of those that are tried.
+        options: ``(data, row)`` → those of the method, the size included that a budget means, as text.
         impossible: what was left out, and why, one sentence each.
     """
 
     study: Study
     middles: dict[tuple[str, str], float]
+    options: dict[tuple[str, str], str]
     impossible: tuple[str, ...] = field(default=())
 
     def progress(self, records: list[Record]) -> Progress:
-        """Where the study stands."""
-        return Progress(self.study, self.middles, usable(self.study, records))
+        """Where the study stands; a run of another size than its budget means now does not count."""
+        valid = [one for one in records if one.options == self.options.get((one.data, one.row))]
+        return Progress(self.study, self.middles, usable(self.study, valid))
 
 
 def planned(study: Study) -> Planned:
     """Find the size and the learning rates of each row on each data set; reads models, trains nothing."""
     middles: dict[tuple[str, str], float] = {}
+    options: dict[tuple[str, str], str] = {}
     impossible: list[str] = []
     data_of: dict[str, list[str]] = {row.name: [] for row in study.rows}
     for data in study.data:
         shapes = surroundings(data).shapes
         for row in study.rows_on(data):
             try:
-                sized(row, shapes)
+                options[data.name, row.name] = options_text(sized(row, shapes))
             except StudyError as error:
                 impossible.append(f"{data.name}: {error}")
                 continue
             middles[data.name, row.name] = middle_of(data, row)
             data_of[row.name].append(data.name)
     rows = tuple(replace(row, data=tuple(data_of[row.name])) for row in study.rows if data_of[row.name])
-    return Planned(replace(study, rows=rows), middles, tuple(impossible))
+    return Planned(replace(study, rows=rows), middles, options, tuple(impossible))
 
 
 def run_study(
@@ -105,7 +109,7 @@ def run_study(
         if told is not None:
             now = plan.progress(records)
             told(result, len(now.records), now.total())
-    return usable(plan.study, records)
+    return list(plan.progress(records).records)
 
 
 def _ended(

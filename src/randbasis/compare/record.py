@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +91,11 @@ class Record:
         loss = self.points[0].scores["loss"] if self.points else math.inf
         return loss if math.isfinite(loss) else math.inf
 
+    @property
+    def options(self) -> str:
+        """The configuration as text, alike before and after it was on disk."""
+        return options_text(self.configuration)
+
     def line(self) -> str:
         """As one line of JSON."""
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -100,6 +105,11 @@ class Record:
         """What :meth:`line` wrote."""
         values = json.loads(line)
         return cls(**values | {"points": tuple(Point(**point) for point in values["points"])})
+
+
+def options_text(options: Mapping[str, Any]) -> str:
+    """Options of a method as text that is equal where they are."""
+    return json.dumps(options, sort_keys=True)
 
 
 def read_records(path: Path) -> list[Record]:

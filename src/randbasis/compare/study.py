@@ -215,9 +215,14 @@ def fingerprint(study: Study, data: Data, row: Row) -> str:
 
 
 def usable(study: Study, records: Sequence[Record]) -> list[Record]:
-    """The records that belong to the study as it is now."""
+    """The records that belong to the study as it is now; of each row those with the options of its newest.
+
+    A budget may have meant another size when older ones were made, which the fingerprint does not tell.
+    """
     prints = {(d.name, r.name): fingerprint(study, d, r) for d in study.data for r in study.rows_on(d)}
-    return [one for one in records if prints.get((one.data, one.row)) == one.fingerprint]
+    found = [one for one in records if prints.get((one.data, one.row)) == one.fingerprint]
+    newest = {(one.data, one.row): one.options for one in found}
+    return [one for one in found if one.options == newest[one.data, one.row]]
 
 
 @dataclass(frozen=True)
