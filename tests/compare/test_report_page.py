@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from report_records import ROWS, complete, data_of, point, record, shuffled, study_of, trials
 
+from randbasis.compare.record import Point
 from randbasis.compare.report import write_report
 from randbasis.compare.report.lines import results_of
 from randbasis.compare.report.page import about
@@ -101,6 +102,28 @@ def test_a_curve_above_all_of_the_anchor_is_told():
     better = [record(row, [point(50 + i, 0.97 + i / 100)], s) for s in range(3) for i, row in enumerate(ROWS[3:])]
     runs = [one for one in complete(STUDY) if one.curve != "NOLA"]
     assert "Better at each of its points than LoRA at any: NOLA." in findings(results(STUDY, [*runs, *better]))
+
+
+@pytest.mark.parametrize(("metric", "task", "worse", "level"), [
+    ("accuracy", "sequence-classification", 0.30, 0.50), ("loss", "sequence-classification", 0.90, 0.50),
+    ("bleu", "causal-lm", 0.30, 0.51),
+])  # fmt: skip
+def test_a_row_that_training_harmed_is_named_with_the_length_of_its_trials(
+    metric: str, task: str, worse: float, level: float
+):
+    data = data_of("words", metric, task)
+    runs = [record(ROWS[0], [Point("as trained", 32, None, 48, 40, {metric: 0.5})], seed)
+            for seed in range(3 if data.has_head else 1)]  # fmt: skip
+    for row, score in ((ROWS[2], level), (ROWS[3], worse)):
+        runs += [record(row, [Point("as trained", 32, None, 99, 40, {metric: score + 0.01 * seed})], seed)
+                 for seed in range(3)]  # fmt: skip
+    told = "Behind frozen + head beyond the seeds: NOLA 64 B. Their learning rates, chosen in trials of 60 steps, may be too high for 200."  # noqa: E501
+    found = results(study_of(ROWS[:4], [data]), runs)
+    assert findings(found)[-1] == told
+    as_long = replace(data, trial_steps=200)
+    assert findings(results(study_of(ROWS[:4], [as_long]), runs))[-1] == told.partition(" Their")[0]
+    single = [one for one in runs if one.seed == 0]
+    assert not [one for one in findings(results(study_of(ROWS[:4], [data]), single)) if one.startswith("Behind")]
 
 
 def test_a_bar_in_a_name_does_not_split_a_cell():
