@@ -35,6 +35,7 @@ class Trials:
         losses: rate → loss on held-out rows, infinite where it diverged.
         base: loss without an adapter.
         noise: standard deviation of the loss over the seeds of the final runs; None before there are two.
+        steps: of a trial.
     """
 
     study: str
@@ -47,6 +48,7 @@ class Trials:
     losses: Mapping[float, float]
     base: float
     noise: float | None
+    steps: int
 
     @cached_property
     def best(self) -> float:
@@ -92,15 +94,18 @@ class Trials:
 def all_trials(studies: Path, results: Path) -> list[Trials]:
     """Every row of a method that ``train`` has a rate for, of which all trials are there.
 
+    Runs that two studies share, alike to the last digit of each loss, count once.
+
     Args:
         studies: folder of study files.
         results: folder of their runs.
     """
-    found: list[Trials] = []
+    found: dict[tuple[str, tuple[tuple[float, float], ...]], Trials] = {}
     for path in sorted(studies.glob("*.toml")):
         study = read_study(path, must_exist=False)
-        found += of_study(study, usable(study, read_records(results / f"{study.name}.jsonl")))
-    return found
+        for one in of_study(study, usable(study, read_records(results / f"{study.name}.jsonl"))):
+            found.setdefault((one.data, tuple(sorted(one.losses.items()))), one)
+    return list(found.values())
 
 
 def of_study(study: Study, records: Sequence[Record]) -> list[Trials]:
@@ -124,7 +129,10 @@ def of_study(study: Study, records: Sequence[Record]) -> list[Trials]:
             finals = [one.loss for one in own if one.phase == "final" and math.isfinite(one.loss)]
             noise = statistics.stdev(finals) if len(finals) > 1 else None
             auto = usual * float(rule[0]) / float(rule[1])
-            found.append(Trials(study.name, data.name, row.name, row.method, size, usual, auto, losses, base, noise))
+            found.append(
+                Trials(study.name, data.name, row.name, row.method, size, usual, auto, losses, base, noise,
+                       data.trial_steps)
+            )  # fmt: skip
     return found
 
 

@@ -26,7 +26,8 @@ of the row's gain over the base alone that it leaves behind, read between two ra
 over the logarithm, which makes a rate between them look worse than it is. *Noise* is twice the standard deviation over
 the seeds of the final runs, in the same share. A star: the best of those tried is the smallest or largest, so that a
 better one may lie beyond. Rows that gain less than {decides:.0%} of the loss in a trial are left out: there is nothing
-to choose by. So are rows with shared coefficients or another start.
+to choose by. So are rows with shared coefficients or another start, and runs that another study has, too. *Steps* are
+those of a trial; one of few steps wants a higher rate than the whole run.
 """
 
 
@@ -78,13 +79,15 @@ def every_row(found: Sequence[Trials]) -> str:
     """The best rate of each, and what the two rules cost."""
     lines = [
         [
-            one.study, one.data, one.row, f"{one.size}", f"{one.best / one.usual:.2g}{'*' if one.at_edge else ''}",
-            f"{one.auto / one.usual:.2g}", _percent(one.cost(one.usual)), _percent(one.cost(one.auto)),
+            one.study, one.data, one.row, f"{one.steps}", f"{one.size}",
+            f"{one.best / one.usual:.2g}{'*' if one.at_edge else ''}", f"{one.auto / one.usual:.2g}",
+            _percent(one.cost(one.usual)), _percent(one.cost(one.auto)),
             "" if one.noise_share is None else _percent(one.noise_share),
         ]
         for one in found
     ]  # fmt: skip
-    heads = ["study", "data", "row", "size", "best / usual", "auto / usual", "cost of usual", "cost of auto", "noise"]
+    heads = ["study", "data", "row", "steps", "size", "best / usual", "auto / usual", "cost of usual", "cost of auto",
+             "noise"]  # fmt: skip
     return table(heads, lines, left=3)
 
 

@@ -10,7 +10,7 @@ from studies.rates_page import write_rates
 
 
 def trials(losses: dict[float, float], auto: float = 0.01, noise: float | None = None, base: float = 4.0) -> Trials:
-    return Trials("one", "words", "LoRA r=1", "lora", 1, 0.01, auto, losses, base, noise)
+    return Trials("one", "words", "LoRA r=1", "lora", 1, 0.01, auto, losses, base, noise, 60)
 
 
 def test_a_cost_is_the_share_of_the_gain_that_is_left_behind():
@@ -33,7 +33,7 @@ def test_the_page_leaves_out_what_decides_nothing(tmp_path: Path):
     write_rates(found, page)
     text = page.read_text()
     assert "| lora | rank below 8 | 1 | 25.0 %, 25.0 % | 0.0 %, 0.0 % | 1 of 1 |" in text
-    assert "| one | words | LoRA r=1 | 1 | 10* | 10 | 25.0 % | 0.0 % | 5.0 % |" in text
+    assert "| one | words | LoRA r=1 | 60 | 1 | 10* | 10 | 25.0 % | 0.0 % | 5.0 % |" in text
     assert "Rows with nothing to choose by: 1." in text
     assert (page.parent / "rates.png").stat().st_size > 0
     write_rates([], page)
@@ -43,5 +43,8 @@ def test_the_page_leaves_out_what_decides_nothing(tmp_path: Path):
 def test_trials_are_those_of_the_shipped_studies(root: Path):
     found = all_trials(root / "studies", root / "benchmarks" / "results")
     assert len({(one.study, one.data, one.row) for one in found}) == len(found)
+    assert len({(one.data, *sorted(one.losses.items())) for one in found}) == len(found), (
+        "runs of two studies count once"
+    )
     assert all(one.usual in one.losses for one in found)
     assert all(one.auto >= one.usual for one in found)
