@@ -40,7 +40,7 @@ ROWS = (
 
 def point(size: int, score: float, name: str = "as trained", metric: str = "accuracy", **more: Any) -> Point:
     values = {"bits": 32, "rank": None, "head_bytes": 40} | more
-    return Point(name=name, bytes=size, scores={metric: score, "loss": 0.5}, **values)
+    return Point(name=name, bytes=size, scores={"loss": 0.5, metric: score}, **values)
 
 
 def record(row: Row, points: Sequence[Point], seed: int = 0, phase: Phase = "final", **more: Any) -> Record:

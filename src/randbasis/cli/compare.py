@@ -87,7 +87,9 @@ def compare(
             now = plan.progress(read_records(runs))
             summary |= {"missing": now.total() - len(now.records), "impossible": list(plan.impossible)}
             summary |= {"diverged": now.diverged(), "failed": told.failures}
-        found = usable(asked, read_records(runs))
+            found = now.records
+        else:
+            found = usable(asked, read_records(runs))
         prose = study.with_suffix(".md")
         comments = read_text(prose) if prose.is_file() else ""
         written = write_report(asked, found, output or results / whole.name, comments)

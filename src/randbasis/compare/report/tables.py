@@ -131,9 +131,10 @@ def findings(results: Results) -> list[str]:
         told.append(f"No curve reaches 95 % of the gain of {results.gain_of}.")
     behind, data = results.behind_base(), results.data
     if behind and results.base:
-        told.append(f"Behind {results.base.name} beyond the seeds: {', '.join(line.name for line in behind)}."
-                    + (f" Their learning rates, chosen in trials of {data.trial_steps} steps, may be too high for "
-                       f"{data.steps}." if data.trial_steps < data.steps else ""))  # fmt: skip
+        told.append(f"Behind {results.base.name} beyond the seeds: {', '.join(line.name for line in behind)}.")
+        if data.trial_steps < data.steps:
+            chosen = f"chosen in trials of {data.trial_steps} steps"
+            told.append(f"Their learning rates, {chosen}, may be too high for {data.steps}.")
     return told
 
 
