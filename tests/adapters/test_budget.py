@@ -185,6 +185,15 @@ def test_nothing_fits(base: Path) -> None:
         configurations(base, 100, "all-linear")
 
 
+def test_the_smallest_that_is_named_fits_and_nothing_below_it(base: Path) -> None:
+    with pytest.raises(BudgetError) as told:
+        configurations(base, 100, "all-linear")
+    smallest = int(str(told.value).partition(" bytes: give")[0].rpartition(" ")[2].replace(",", ""))
+    assert min(one.bytes[one.bits] for one in configurations(base, smallest, "all-linear")) == smallest
+    with pytest.raises(BudgetError):
+        configurations(base, smallest - 1, "all-linear")
+
+
 def test_targets_that_match_nothing(base: Path) -> None:
     with pytest.raises(TargetError):
         configurations(base, 4000, ["nowhere"])

@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,13 @@ import torch
 from study_texts import HEAD, ROWS, WriteStudy
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from randbasis.compare import pool, runs
+from randbasis.compare import pool, runs, sources
 from randbasis.compare.cells import apart_from, read_cell
 from randbasis.compare.forgetting import WINDOW, perplexity
 from randbasis.compare.pool import planned, run_study
 from randbasis.compare.record import Record, append_record, read_records
 from randbasis.compare.rivals import METHODS
-from randbasis.compare.runs import run_job
+from randbasis.compare.runs import run_job, surroundings
 from randbasis.compare.study import Job, Study, job_of, usable
 from randbasis.errors import EmptyDataError, NonFiniteLossError, StudyError
 from randbasis.train import decisions
@@ -83,6 +86,67 @@ def test_draws_of_images_differ_and_never_meet_the_held_out_ones(write_study: Wr
     assert pixels[0] != pixels[1]
     assert held[0] == held[1]
     assert not (pixels[0] | pixels[1]) & held[0]
+
+
+def test_images_are_drawn_by_limit_and_tested_on_what_eval_names(
+    write_study: WriteStudy, colours: str, image_folder: Path, tmp_path: Path
+):
+    alone = tmp_path / "others"
+    shutil.copytree(image_folder / "train", alone)
+    text = colours.replace("shots = 2", f'limit = 6\neval = "{alone}"\ndev = "{image_folder}"')
+    cell = read_cell(write_study(HEAD + text + ROWS).data[0], 0)
+    assert (len(cell.train), len(cell.dev), len(cell.test)) == (6, 3, 16)
+    held = {e["image"].tobytes() for e in read_cell(write_study(HEAD + colours + ROWS).data[0], 0).test}
+    assert {e["image"].tobytes() for e in cell.dev} <= held
+    whole = read_cell(write_study(HEAD + colours.replace("shots = 2", "") + ROWS).data[0], 0)
+    assert (len(whole.train), len(whole.dev), len(whole.test)) == (13, 3, 8)
+    with pytest.raises(EmptyDataError, match="others has images of train alone, none to test on; name them as eval"):
+        read_cell(write_study(HEAD + colours.replace(str(image_folder), str(alone)) + ROWS).data[0], 0)
+
+
+def test_shots_of_texts_are_of_each_class_and_held_out_rows_may_have_a_file(
+    write_study: WriteStudy, words: str, held_csv: str
+):
+    text = words.replace("limit = 32", f'shots = 4\ndev = "{held_csv}"').replace("dev_rows = 12", "dev_rows = 3")
+    cell = read_cell(write_study(HEAD + text + ROWS).data[0], 0)
+    assert Counter(e["label"] for e in cell.train) == {0: 4, 1: 4}
+    assert Counter(e["label"] for e in cell.dev) == {0: 3, 1: 3}
+    tested = [e["input_ids"] for e in cell.test]
+    assert all(e["input_ids"] in tested for e in cell.dev)
+
+
+def test_other_rows_under_the_same_name_are_run_anew(write_study: WriteStudy, words: str, tmp_path: Path):
+    rows = tmp_path / "rows.csv"
+    shutil.copy(re.search(r'eval = "(.+)"', words)[1], rows)
+    text = HEAD + re.sub(r'eval = ".+"', f'eval = "{rows}"', words) + ROWS[: ROWS.index('[[row]]\nname = "LoRA')]
+    path = tmp_path / "runs.jsonl"
+    first = run_study(planned(write_study(text)), path, cores=0)
+    assert len(run_study(planned(write_study(text)), path, cores=0)) == len(read_records(path)) == len(first)
+    head, *lines = rows.read_text().splitlines()
+    rows.write_text("\n".join((head, *lines[:5])) + "\n")
+    surroundings.cache_clear()
+    sources._digest.cache_clear()
+    again = run_study(planned(write_study(text)), path, cores=0)
+    assert len(read_records(path)) == 2 * len(first)
+    assert {one.sources for one in again}.isdisjoint({one.sources for one in first})
+
+
+def test_a_metric_or_an_option_that_cannot_be_is_refused_before_training(write_study: WriteStudy, words: str):
+    with pytest.raises(StudyError, match="words: metric 'bleu' is none of this task on these rows; there are: accur"):
+        planned(write_study(HEAD + words.replace('"accuracy"', '"bleu"') + ROWS))
+    with pytest.raises(StudyError, match=r"words: row 'NOLA 64 coefficients': .*law"):
+        planned(write_study(HEAD + words + ROWS + 'law = "sine"\n'))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="nothing tells the processes of a command here")
+def test_a_process_that_is_killed_is_told_and_what_has_ended_is_kept(study: Study, tmp_path: Path):
+    with pytest.raises(StudyError, match=r"a process ended in the middle of words, .* call the command again"):
+        run_study(planned(study), tmp_path / "runs.jsonl", cores=1, prepare=die)
+
+
+def die() -> None:
+    """Stop the process that is to run the study."""
+    os._exit(9)
 
 
 def test_prompts_are_held_out_whole_where_no_file_is_named(write_study: WriteStudy, letters: str):

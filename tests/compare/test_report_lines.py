@@ -1,5 +1,6 @@
 """Lines of a report against numbers that were put into the records."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -101,6 +102,12 @@ def test_forgetting_is_to_the_perplexity_before():
     assert (line := only(STUDY, runs)) is not None
     assert line.forgetting == {0: 1.5, 1: 1.25}
     assert (line := only(STUDY, [record(LORA, [point(9, 0.5)])])) is not None
+    assert line.forgetting == {}
+
+
+def test_what_was_forgotten_without_bounds_is_left_out():
+    run = record(ROWS[1], [replace(point(90, 0.8), forgetting=math.inf)], 0)
+    line = only(study_of([ROWS[1]]), [replace(run, base_perplexity=2.0)], ROWS[1].name)
     assert line.forgetting == {}
 
 

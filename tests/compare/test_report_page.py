@@ -14,7 +14,7 @@ from report_records import ROWS, complete, data_of, point, record, shuffled, stu
 from randbasis.compare.report import write_report
 from randbasis.compare.report.lines import results_of
 from randbasis.compare.report.page import about
-from randbasis.compare.report.picture import DOTS, caption, file_stem, styles_of
+from randbasis.compare.report.picture import DOTS, caption, styles_of
 from randbasis.compare.report.tables import Table, findings, line_table, summaries, summary_table
 from randbasis.compare.study import Row, Study
 from randbasis.compare.study_file import read_study
@@ -267,4 +267,16 @@ def test_equal_sizes_are_drawn_as_dots(tmp_path: Path):
 
 
 def test_names_of_files_are_plain():
-    assert [file_stem(one) for one in ("E2E, stories260k", "SST-2", "../..")] == ["e2e-stories260k", "sst-2", "data"]
+    data = study_of([ROWS[0]]).data[0]
+    names = ("E2E, stories260k", "SST-2", "../..")
+    assert [replace(data, name=one).stem for one in names] == ["e2e-stories260k", "sst-2", "data"]
+
+
+def test_names_are_drawn_and_written_as_they_are(tmp_path: Path):
+    name = r"LoRA $x^{ $y <script> [/b] \u2028"
+    rows = [ROWS[0], Row(name, name, "lora", points=ROWS[1].points)]
+    study = study_of(rows, anchor=None, gain_of=None)
+    runs = [record(row, [point(90, 0.5), point(60, 0.4, "4 bits")], seed) for row in rows for seed in range(2)]
+    written = {path.name: path for path in write_report(study, runs, tmp_path)}
+    assert "&lt;script>" in written["report.md"].read_text()
+    assert "<script>" not in written["report.md"].read_text() + written["report.html"].read_text()

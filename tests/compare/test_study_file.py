@@ -59,13 +59,43 @@ def test_rows_are_what_their_budgets_and_grids_multiply_to(write_study: WriteStu
         ("bits = [16, 2]", "allot = 'gradient'", "has no key 'allot'"),
         ("rank = 2", "rank = 2\nstart = {try_seeds = 2, try_steps = 1}", "start try_seeds is for nola, .*, got 'lora'"),
         ("[study]", "[study", "is not TOML"),
+        ("[[data]]", "[data]", r"data must be tables, each under \[\[data\]\]"),
+        ('name = "words"', 'name = "all"', "none may be 'all'"),
+        ('name = "words"', 'name = "wo\\nrds"', "name must be text on one line"),
+        ('targets = ["query", "value"]', 'targets = "query"', "targets must be a list with at least one value"),
+        ("sequence-classification", "embedding", "task 'embedding' is unknown; there are: causal-lm"),
+        ("limit = 32", 'limit = "32"', "limit must be a whole number, got '32'"),
+        ("limit = 32", "limit = 0", "limit must be a whole number from 1, got 0"),
+        ("limit = 32", "limit = 32\nimage_size = 8", "image_size is not for sequence-classification"),
+        ("limit = 32", 'limit = 32\nforgetting = "story.txt"', "forgetting is not for sequence-classification"),
+        ("limit = 32", "limit = 32\npacking = true", "has no key 'packing'"),
+        ("limit = 32", 'limit = 32\nschedule = "steep"', "schedule 'steep' is unknown"),
+        ("limit = 32", "limit = 32\nweight_decay = nan", "weight_decay must be a number, got nan"),
+        ("batch_size = 8", "batch_size = -1", "batch_size must be at least 1, got -1"),
+        ("coefficients = [64]", "coefficients = []", "coefficients must be a list with at least one value"),
+        ("coefficients = [64]", 'coefficients = ["64"]', "coefficients must be a whole number from 1, got '64'"),
+        ("coefficients = [64]", 'budgets = "512"', "budgets must be a list"),
+        ("coefficients = [64]", 'budgets = ["512"]\nbudget_bits = 5', "budget_bits must be one of"),
+        ("coefficients = [64]", f'budgets = ["{"9" * 400}"]', "a budget must be bytes"),
+        ("coefficients = [64]", "grid = {law = []}", "law must be a list with at least one value"),
+        ("coefficients = [64]", 'basis = "2"', "basis must be a whole number"),
+        ("coefficients = [64]", "basis = 0", "basis must be at least 1, got 0"),
+        ("coefficients = [64]", 'basis = 2\ntie = "block:0"', "block:0"),
+        ("bits = [16, 2]", "bits = [4, 4]", "may be named once"),
+        ("bits = [16, 2]", "bits = 4", "bits must be a list"),
+        ("bits = [16, 2]", "rate = inf", "rate must be a number above 0"),
+        ("bits = [16, 2]", 'data = "words"', "data must be a list"),
+        ("rank = 2", "", "lora must have a rank"),
+        ("rank = 2,", "rank = -1,", "points: rank must be a whole number from 1, got -1"),
+        ("rank = 2,", "rank = 9,", "a rank of 2 has no leading 9 terms"),
+        ("trials = 2", "trials = 2\nanchor = 3", "must say anchor as text, got 3"),
         ("[study]", "[studies]\n[study]", "the file has no key 'studies'"),
     ],
 )
 def test_what_a_study_may_not_say(write_study: WriteStudy, words: str, old: str, new: str, message: str):
     text = HEAD + words + ROWS
     assert old in text
-    if "rate = 0" in new:
+    if "rate = 0" in new or "rate = inf" in new:
         text = text.replace("bits = [16, 2]\nrate = 0.05", "bits = [16, 2]")
     with pytest.raises(StudyError, match=message):
         write_study(text.replace(old, new, 1))

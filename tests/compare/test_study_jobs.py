@@ -86,7 +86,10 @@ def test_a_language_model_has_no_head_to_choose_for(write_study: WriteStudy, let
 
 def test_records_count_only_while_what_they_depend_on_is_unchanged(study: Study):
     records, data, rows = ended(study, lambda job: 0.5), study.data[0], study.rows
-    moved = replace(data, base=replace(data.base, model="/elsewhere/" + data.base.model.rsplit("/", 1)[1]))
+    moved = replace(data, folder="/elsewhere", base=replace(data.base, model="/elsewhere/model"))
+    study = replace(study, data=(replace(data, folder="/here", base=replace(data.base, model="/here/model")),))
+    (data,) = study.data
+    records = [replace(one, fingerprint=fingerprint(study, data, study.row_named(one.row))) for one in records]
     for same in (
         replace(study, data=(moved,)),
         replace(study, seeds=9, trials=9, title="Other"),
@@ -95,6 +98,13 @@ def test_records_count_only_while_what_they_depend_on_is_unchanged(study: Study)
     ):
         assert usable(same, records) == records
     longer = replace(data, steps=9, base=replace(data.base, loop=replace(data.base.loop, max_steps=9)))
+    assert (
+        usable(replace(study, data=(replace(data, base=replace(data.base, model="/here/other/model")),)), records) == []
+    )
+    for separator in ("x/y", "z/y"):
+        assert (
+            usable(replace(study, data=(replace(data, base=replace(data.base, separator=separator)),)), records) == []
+        )
     assert usable(replace(study, data=(longer,)), records) == []
     other = replace(study, rows=(*rows[:2], replace(rows[2], options=(("rank", 3),))))
     assert {one.row for one in usable(other, records)} == {"base alone", "LoRA r=2"}
@@ -104,6 +114,13 @@ def test_of_runs_of_two_sizes_the_newer_ones_count(study: Study):
     old = [replace(one, configuration={"basis": 8}) for one in ended(study, lambda job: 0.5)]
     new = [replace(one, configuration={"basis": 9}) for one in old if one.row == "NOLA 64 coefficients"][:1]
     assert usable(study, [*old, *new]) == [one for one in old if one.row != "NOLA 64 coefficients"] + new
+
+
+def test_of_runs_on_two_contents_of_the_files_the_newer_ones_count_and_of_equal_runs_the_first(study: Study):
+    old = [replace(one, sources="a") for one in ended(study, lambda job: 0.5)]
+    new = [replace(one, sources="b") for one in old if one.row == "base alone"]
+    assert usable(study, [*old, *new]) == new
+    assert usable(study, [*old, *old[:3]]) == old
 
 
 def test_a_part_of_a_study_keeps_its_first_row(study: Study):
@@ -120,8 +137,14 @@ def test_a_record_survives_its_line_and_a_torn_line_costs_no_other(study: Study,
     path = tmp_path / "runs.jsonl"
     append_record(path, one)
     with path.open("a", encoding="utf-8") as file:
-        file.write(two.line()[:50])
+        file.write(two.line()[:50] + "}")
     assert read_records(path) == [one]
     append_record(path, two)
     assert read_records(path) == [one, two]
+    odd = replace(two, row="a\u2028b\x85c")
+    append_record(path, odd)
+    assert read_records(path) == [one, two, odd]
+    path.write_text(path.read_text() + "{}\n")
+    with pytest.raises(StudyError, match=r"runs.jsonl, line 5, is no run of a comparison"):
+        read_records(path)
     assert finals([one, replace(two, phase="final")], "words", "base alone") == [replace(two, phase="final")]

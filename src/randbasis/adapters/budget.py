@@ -103,6 +103,8 @@ _SIZES: Mapping[str, _Size] = {
 _WORDS = {"r": "rank", "num_basis": "basis"}
 LARGEST = 1 << 16
 """Largest size that is looked for."""
+PLACES = 8
+"""Places that a coefficient has under ``hashed`` at the largest size: a share e⁻⁸ of them has none and never learns."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def byte_count(text: str | int) -> int:
         BudgetError: it is none of these.
     """
     match = _BYTES.fullmatch(str(text).strip())
-    if match is None or match.group(2).lower() not in UNITS or float(match.group(1)) < 1:
+    if match is None or match.group(2).lower() not in UNITS or not 1 <= float(match.group(1)) < 1e18:
         raise BudgetError(f"a budget must be bytes, such as 512, 16KB (of 1,000) or 16KiB (of 1,024), got {text!r}")
     return int(float(match.group(1)) * UNITS[match.group(2).lower()])
 
@@ -216,7 +218,9 @@ def _place(one: Configuration) -> tuple[int, ...]:
     reasons = [preference.why for preference in PREFERRED]
     laws = TIED_LAWS if "tie" in one.options else LAWS
     law = 0 if one.law is None else laws.index(one.law)
-    return law, PRECISION_ORDER.index(one.bits), reasons.index(one.why), -one.coefficients
+    # PEFT stores a LoRA at no fewer bits than 16: it stands among those of the recommended precision.
+    precision = 0 if (one.method, one.bits) == ("lora", 16) else PRECISION_ORDER.index(one.bits)
+    return law, precision, reasons.index(one.why), -one.coefficients
 
 
 def _why(method: str, size: int, tie: str = UNTIED) -> str:
@@ -278,11 +282,24 @@ class _Sizes:
 
     @cached_property
     def sizes(self) -> Sequence[int]:
-        """From the smallest file to the largest."""
-        most = _shortest(self.base) if self.method in ("randlora", "loraxs") else LARGEST
+        """From the smallest file to the largest; those of more numbers than they make have no use."""
         if _SIZES[self.method].rises:
-            return range(1, most + 1)
-        return sorted(range(1, most + 1), key=lambda size: (self.counts(size)[0], size))
+            return range(1, self._most + 1)
+        every = sorted(range(1, self._most + 1), key=lambda size: (self.counts(size)[0], size))
+        return [size for size in every if self.counts(size)[0] < self.base.entries] or every[:1]
+
+    @cached_property
+    def _most(self) -> int:
+        """Of NOLA and PRANC, as many as the numbers of the smallest sum; of VeRA, of which papers take up to 4/3 of a
+        side, two sides; of the others a side."""
+        if self.method == "vera":
+            return min(2 * _shortest(self.base), LARGEST)
+        if self.method not in ("nola", "pranc"):
+            return _shortest(self.base)
+        rank = _SIZES["nola"].fixed(1)["r"]
+        sums = [rank * min(out, in_) if self.method == "nola" else out * in_ for _, out, in_ in self.base.matrices]
+        numbers = min(sums) if self.tie == UNTIED else sum(sums)
+        return max(1, min(numbers // (PLACES if self.law == "hashed" else 1), LARGEST))
 
     def largest(self, bits: int, budget: int) -> int | None:
         """The size of the largest file that fits."""
@@ -394,5 +411,7 @@ def _shortest(base: AdaptedBase) -> int:
 
 def _smallest(base: AdaptedBase) -> Iterator[tuple[int, str]]:
     for method in _SIZES:
-        sizes = _Sizes(base, method, _laws(method)[0])
-        yield from ((sizes.bytes(sizes.sizes[0], bits), f"{method} at {bits} bits") for bits in BITS)
+        tied = [(TIED_LAWS[0], "model")] if config_class(method).method_cls.sums_its_basis else []
+        for law, tie in ((_laws(method)[0], UNTIED), *tied):
+            sizes, told = _Sizes(base, method, law, tie), "" if tie == UNTIED else f" with tie {tie}"
+            yield from ((sizes.bytes(sizes.sizes[0], bits), f"{method}{told} at {bits} bits") for bits in BITS)

@@ -39,7 +39,7 @@ def compare(
     cores: Annotated[int | None, Option(help="Processes of one thread each; by default one a core.")] = None,
     seconds: Annotated[float | None, Option(help="Begin no run after that many; a later call goes on.")] = None,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="List the runs with coefficients and bytes; train nothing.")
+        bool, Option("--dry-run", help="List the rows with their options and learning rates; train nothing.")
     ] = False,
     report_only: Annotated[
         bool, Option("--report-only", help="Write the report of what is there; needs no models and no rows.")
@@ -115,7 +115,9 @@ class _Told:
     def __call__(self, record: "Record", done: int, total: int) -> None:
         scores = ", ".join(f"{k} {v:.4f}" for k, v in record.points[0].scores.items()) if record.points else "diverged"
         what = f"{record.data} · {record.row} · {record.phase} · rate {record.rate:g} · seed {record.seed}"
-        self.console.print(f"{done}/{total} {what}: {scores} ({record.seconds:.0f} s)", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"{done}/{total} {what}: {scores} ({record.seconds:.0f} s)", highlight=False, soft_wrap=True, markup=False
+        )
 
 
 def _planned_json(plan: "Planned", runs: Path) -> dict[str, Any]:

@@ -67,8 +67,9 @@ def check_options(context: typer.Context, needs: Sequence[Needs], **facts: Any) 
     for need in needs:
         for name in need.options.split():
             if name in given and not need.condition(words):
+                got = str(given[name]) if isinstance(given[name], Path) else given[name]
                 raise OptionError(
-                    f"{spelled[name]} has no meaning here, got {given[name]!r}: it needs {need.when}; leave it out"
+                    f"{spelled[name]} has no meaning here, got {got!r}: it needs {need.when}; leave it out"
                 )
 
 
@@ -182,7 +183,7 @@ BUDGET = (
     Needs("write", lambda words: words["budget"] is not None, "--budget"),
     Needs("pick overwrite", lambda words: words["write"] is not None, "--write"),
     Needs(
-        "method rank basis basis_b unique_basis task",
+        "method rank basis basis_b unique_basis tie task",
         lambda words: words["budget"] is None,
         "no --budget, which lists all methods and sizes",
     ),

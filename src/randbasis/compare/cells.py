@@ -1,6 +1,6 @@
 """The rows that runs on a data set train on, choose learning rates by, and are tested on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +11,7 @@ from randbasis.compare.study import LANGUAGE, Data
 from randbasis.errors import EmptyDataError
 from randbasis.train import CausalLanguage, ImageClassification, Table, Task, TextClassification, read_images
 from randbasis.train.images import EVAL_SPLITS
+from randbasis.train.settings import DataSettings
 from randbasis.train.sources import read_sources
 from randbasis.train.splits import few_shot, sample
 from randbasis.train.task import Example
@@ -58,29 +59,43 @@ def _text(data_set: Data, sample_set: int) -> Cell:
     """Whole held-out texts, and training texts of which none is a part of one of them, nor the other way round."""
     data = data_set.base.data
     table = read_sources(data.train_sources, kind=data.kind, wanted=data.columns)
-    columns = [table.column(name) for name in (data.text_column, data.text_pair_column) if name is not None]
-    texts = [" ".join(str(text) for text in row) for row in zip(*columns, strict=True)]
-    long_enough = [i for i, text in enumerate(texts) if len(text.split()) >= data_set.dev_words]
+    held = table if data_set.dev is None else _rows(data_set, data_set.dev)
+    held_texts = _texts(held, data)
+    long_enough = [i for i, text in enumerate(held_texts) if len(text.split()) >= data_set.dev_words]
     if len(long_enough) < data_set.dev_rows:
         raise _too_few(
-            f"{table.source} has {len(long_enough)} texts of {data_set.dev_words} words or more",
+            f"{held.source} has {len(long_enough)} texts of {data_set.dev_words} words or more",
             f"dev_rows = {data_set.dev_rows}",
             "lower dev_rows or dev_words",
         )
-    dev = [long_enough[i] for i in sample(len(long_enough), data_set.dev_rows, SPLIT_SEED)]
-    apart = apart_from([texts[i] for i in dev], texts)
+    dev = [long_enough[i] for i in _chosen(held, long_enough, data_set, data_set.dev_rows, SPLIT_SEED)]
+    apart = apart_from([held_texts[i] for i in dev], _texts(table, data))
     if len(apart) < (data.limit or 1):
         left = f"{table.source} leaves {len(apart)} training rows beside the held-out ones"
         raise _too_few(left, f"limit = {data.limit or 1}", "lower limit or dev_rows")
-    train = [apart[i] for i in sample(len(apart), data.limit or len(apart), SPLIT_SEED + sample_set)]
-    test = read_sources(data.eval_sources, kind=data.kind, wanted=data.columns)
+    wanted = data.shots or data.limit or len(apart)
+    train = [apart[i] for i in _chosen(table, apart, data_set, wanted, SPLIT_SEED + sample_set)]
     task = TextClassification.prepare(data_set.base, table)
     return Cell(
         task,
         task.encode(table.subset(train), training=True),
-        task.encode(table.subset(dev), training=False),
-        task.encode(_limited(test, data.eval_limit), training=False),
+        task.encode(held.subset(dev), training=False),
+        task.encode(_limited(_rows(data_set, *data.eval_sources), data.eval_limit), training=False),
     )
+
+
+def _texts(table: Table, data: DataSettings) -> list[str]:
+    columns = [table.column(name) for name in (data.text_column, data.text_pair_column) if name is not None]
+    return [" ".join(str(text) for text in row) for row in zip(*columns, strict=True)]
+
+
+def _chosen(table: Table, rows: Sequence[int], data_set: Data, count: int, seed: int) -> list[int]:
+    """Places in ``rows`` of ``count`` of them, of each class where the study counts shots."""
+    data = data_set.base.data
+    if not data.shots:
+        return sample(len(rows), count, seed)
+    labels = table.column(data.label_column or "label")
+    return few_shot([str(labels[i]) for i in rows], count, seed)
 
 
 def apart_from(held: Sequence[str], texts: Sequence[str]) -> list[int]:
@@ -94,22 +109,43 @@ def apart_from(held: Sequence[str], texts: Sequence[str]) -> list[int]:
 
 
 def _images(data_set: Data, sample_set: int) -> Cell:
-    """``shots`` images a class to train on, ``dev_rows`` others a class held out, the test split of the archive."""
-    splits = read_images(*data_set.base.data.train_sources)
-    table = next(rows for name, rows in splits.items() if name not in EVAL_SPLITS)
-    test = next(rows for name, rows in splits.items() if name in EVAL_SPLITS)
-    labels = [str(label) for label in table.column("label")]
-    dev = few_shot(labels, data_set.dev_rows, SPLIT_SEED)
-    rest = sorted(set(range(len(labels))) - set(dev))
-    shots = data_set.base.data.shots or 1
-    train = [rest[i] for i in few_shot([labels[i] for i in rest], shots, SPLIT_SEED + sample_set)]
+    """Images to train on, others held out, and those of ``eval``, else of the test split of the archive."""
+    data = data_set.base.data
+    (source,) = data.train_sources
+    splits = read_images(source)
+    table = next((rows for name, rows in splits.items() if name not in EVAL_SPLITS), None)
+    test = _held(data.eval_sources[0]) if data.eval_sources else _test_split(splits)
+    if table is None or test is None:
+        raise EmptyDataError(
+            f"{Path(source).name} has images of {', '.join(splits)} alone, none to {'test' if table else 'train'} on; "
+            f"name {'them as eval' if table else 'another archive as train'}"
+        )
+    held = table if data_set.dev is None else _held(data_set.dev)
+    dev = _chosen(held, range(len(held.rows)), data_set, data_set.dev_rows, SPLIT_SEED)
+    rest = sorted(set(range(len(table.rows))) - set(dev if held is table else ()))
+    wanted = data.shots or data.limit or len(rest)
+    if len(rest) < (1 if data.shots else wanted or 1):
+        raise _too_few(
+            f"{table.source} leaves {len(rest)} images beside the held-out ones", f"{wanted or 1}", "lower it"
+        )
+    train = [rest[i] for i in _chosen(table, rest, data_set, wanted, SPLIT_SEED + sample_set)]
     task = ImageClassification.prepare(data_set.base, table)
     return Cell(
         task,
         task.encode(table.subset(train), training=True),
-        task.encode(table.subset(dev), training=False),
-        task.encode(_limited(test, data_set.base.data.eval_limit), training=False),
+        task.encode(held.subset(dev), training=False),
+        task.encode(_limited(test, data.eval_limit), training=False),
     )
+
+
+def _test_split(splits: Mapping[str, Table]) -> Table | None:
+    return next((rows for name, rows in splits.items() if name in EVAL_SPLITS), None)
+
+
+def _held(source: str | Path) -> Table:
+    """The test split of an archive, or all of one that has no splits."""
+    splits = read_images(source)
+    return _test_split(splits) or next(iter(splits.values()))
 
 
 def _language(data_set: Data, sample_set: int) -> Cell:

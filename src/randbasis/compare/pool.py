@@ -4,18 +4,23 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
+from typing import Any
 
-from randbasis.compare.budgets import sized
+from randbasis.compare.budgets import Shape, sized
+from randbasis.compare.cells import read_cell
 from randbasis.compare.record import Record, append_record, options_text, read_records
+from randbasis.compare.rivals import configuration
 from randbasis.compare.runs import middle_of, run_job, surroundings
-from randbasis.compare.study import Job, Progress, Study, usable
-from randbasis.errors import StudyError
+from randbasis.compare.study import Data, Job, Progress, Row, Study, usable
+from randbasis.errors import RandbasisError, StudyError, near
+from randbasis.train.task import Task
 
 Told = Callable[[Record, int, int], None]
 """Called with each record as its run ends, how many there are, and how many there will be."""
@@ -31,38 +36,67 @@ class Planned:
         study: without the rows that have no configuration on any data set.
         middles: ``(data, row)`` → the learning rate in the middle of those that are tried.
         options: ``(data, row)`` → those of the method, the size included that a budget means, as text.
+        sources: data set → digest of its files.
         impossible: what was left out, and why, one sentence each.
     """
 
     study: Study
     middles: dict[tuple[str, str], float]
     options: dict[tuple[str, str], str]
+    sources: dict[str, str]
     impossible: tuple[str, ...] = field(default=())
 
     def progress(self, records: list[Record]) -> Progress:
-        """Where the study stands; a run of another size than its budget means now does not count."""
-        valid = [one for one in records if one.options == self.options.get((one.data, one.row))]
+        """Where the study stands, without runs of other files or of a size that a budget no longer means."""
+        valid = [
+            one
+            for one in records
+            if one.options == self.options.get((one.data, one.row)) and one.sources == self.sources.get(one.data)
+        ]
         return Progress(self.study, self.middles, usable(self.study, valid))
 
 
 def planned(study: Study) -> Planned:
-    """Find the size and the learning rates of each row on each data set; reads models, trains nothing."""
+    """Find the size and the learning rates of each row on each data set; reads models, trains nothing.
+
+    Raises:
+        StudyError: a row has options that its method cannot have, or the task does not measure the metric.
+    """
     middles: dict[tuple[str, str], float] = {}
     options: dict[tuple[str, str], str] = {}
+    sources: dict[str, str] = {}
     impossible: list[str] = []
     data_of: dict[str, list[str]] = {row.name: [] for row in study.rows}
     for data in study.data:
-        shapes = surroundings(data).shapes
+        around, task = surroundings(data), read_cell(data, 0).task
+        sources[data.name] = around.sources
+        if data.metric not in task.metric_names:
+            raise StudyError(
+                f"{data.name}: metric {data.metric!r} is none of this task on these rows; "
+                f"{near(data.metric, task.metric_names)}"
+            )
         for row in study.rows_on(data):
             try:
-                options[data.name, row.name] = options_text(sized(row, shapes))
+                found = sized(row, around.shapes)
             except StudyError as error:
                 impossible.append(f"{data.name}: {error}")
                 continue
+            _check_options(data, row, found, around.shapes, task)
+            options[data.name, row.name] = options_text(found)
             middles[data.name, row.name] = middle_of(data, row)
             data_of[row.name].append(data.name)
     rows = tuple(replace(row, data=tuple(data_of[row.name])) for row in study.rows if data_of[row.name])
-    return Planned(replace(study, rows=rows), middles, options, tuple(impossible))
+    return Planned(replace(study, rows=rows), middles, options, sources, tuple(impossible))
+
+
+def _check_options(data: Data, row: Row, options: dict[str, Any], shapes: Sequence[Shape], task: Task) -> None:
+    """Make the configuration once, before anything is trained."""
+    try:
+        configuration(
+            row.method, options, shapes, targets=data.targets, seed=0, task_type=task.peft_task_type, head=[]
+        )  # fmt: skip
+    except (RandbasisError, ValueError, TypeError) as error:
+        raise StudyError(f"{data.name}: row {row.name!r}: {error}") from error
 
 
 def run_study(
@@ -131,7 +165,16 @@ def _ended(
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                yield running.pop(future), future.result()
+                job = running.pop(future)
+                try:
+                    result = future.result()
+                except BrokenProcessPool as error:
+                    raise StudyError(
+                        f"a process ended in the middle of {job.data}, {job.row} or a run beside it: it was killed, or "
+                        "memory ran out. Runs that had ended are kept: call the command again, with fewer --cores "
+                        "where memory was short"
+                    ) from error
+                yield job, result
 
 
 def _tried(study: Study, job: Job) -> Record | Exception:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from randbasis.errors import StudyError
+
 Phase = Literal["trial", "final"]
 
 
@@ -60,6 +62,7 @@ class Record:
         date: when it ended.
         versions: of the packages that matter.
         machine: cores and threads.
+        sources: digest of the files that the run read; a line of other rows or another base is not used.
     """
 
     study: str
@@ -84,6 +87,7 @@ class Record:
     date: str
     versions: dict[str, str]
     machine: str
+    sources: str = ""
 
     @property
     def loss(self) -> float:
@@ -113,11 +117,24 @@ def options_text(options: Mapping[str, Any]) -> str:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a file of results, none when it does not exist; a line cut by a crash is left out."""
+    """The records of a file of results, none when it does not exist; a line cut by a crash is left out.
+
+    Raises:
+        StudyError: a whole line is something else.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [Record.of_line(line) for line in lines if line.endswith("}")]
+    found: list[Record] = []
+    for i, line in enumerate(path.read_bytes().split(b"\n")):  # a name may hold what else ends a line of text
+        try:
+            found.append(Record.of_line(line.decode()))
+        except ValueError:  # no JSON: the line was cut
+            continue
+        except (TypeError, KeyError) as error:
+            raise StudyError(
+                f"{path}, line {i + 1}, is no run of a comparison ({error}); move the file away, or give other results"
+            ) from error
+    return found
 
 
 def append_record(path: Path, record: Record) -> None:

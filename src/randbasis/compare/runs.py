@@ -26,6 +26,7 @@ from randbasis.compare.lora_precision import settle, train_at_bits
 from randbasis.compare.points import as_stored, bytes_of, header_bytes
 from randbasis.compare.record import Point, Record
 from randbasis.compare.rivals import TRAINED_AT, configuration, middle_rate
+from randbasis.compare.sources import digest_of
 from randbasis.compare.starts import Start, started
 from randbasis.compare.study import WHOLE, Data, Job, PointSpec, Row, Study, fingerprint
 from randbasis.errors import NonFiniteLossError
@@ -48,11 +49,13 @@ class Surroundings:
         shapes: the adapted matrices.
         header: bytes of the header of a packed file for them.
         width: of the hidden states of the base.
+        sources: digest of its files.
     """
 
     shapes: tuple[Shape, ...]
     header: int
     width: int | None
+    sources: str
 
 
 @lru_cache(maxsize=8)
@@ -63,7 +66,7 @@ def surroundings(data: Data) -> Surroundings:
     head, width = task.head_modules(model), width_of(getattr(model, "config", None))
     shapes = adapted_shapes(model, data.targets, head)
     again = task.load_model(data.base.model, dtype="float32", seed=0)
-    return Surroundings(tuple(shapes), header_bytes(again, data.targets, head), width)
+    return Surroundings(tuple(shapes), header_bytes(again, data.targets, head), width, digest_of(data))
 
 
 def middle_of(data: Data, row: Row) -> float:
@@ -142,7 +145,7 @@ def run_job(study: Study, job: Job) -> Record:
         step_seconds=round(measures.step, 5), peak_bytes=peak, expand_seconds=_expansion(model),
         base_perplexity=before, date=datetime.now(UTC).strftime("%Y-%m-%d"),
         versions={package: version(package) for package in PACKAGES},
-        machine=f"{platform.machine()}, {os.cpu_count()} cores, one thread",
+        machine=f"{platform.machine()}, {os.cpu_count()} cores, one thread", sources=around.sources,
     )  # fmt: skip
 
 

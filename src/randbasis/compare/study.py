@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, cast
 
 from randbasis.compare.record import Phase, Record
@@ -103,6 +102,7 @@ class Data:
         sample_sets: different draws of the training rows; run ``i`` is given draw ``i mod sample_sets``.
         metric: the one that is plotted.
         forgetting: file of text whose perplexity is measured before and after; None for none.
+        folder: where files of the study lie; a run does not depend on it.
     """
 
     name: str
@@ -116,6 +116,13 @@ class Data:
     dev_words: int = 1
     sample_sets: int = 1
     forgetting: str | None = None
+    folder: str = ""
+
+    @property
+    def stem(self) -> str:
+        """Its name as that of a file: letters, digits and dashes."""
+        words = "".join(letter if letter.isalnum() else " " for letter in self.name.lower()).split()
+        return "-".join(words) or "data"
 
     @property
     def has_head(self) -> bool:
@@ -209,20 +216,31 @@ def trial_rates(middle: float, trials: int) -> tuple[float, ...]:
 
 
 def fingerprint(study: Study, data: Data, row: Row) -> str:
-    """Twelve hex digits that change with anything that a run depends on, but not with where the files lie."""
-    values = [_told(replace(data, metric="")), _told(replace(row, name="", curve="", rate=None, data=()))]
+    """Twelve hex digits that change with anything that a run depends on, but not with where the folder of files lies.
+
+    What the files hold is told apart by :func:`randbasis.compare.sources.digest_of`.
+    """
+    told = replace(data, metric="", folder="")
+    values = [_told(told, data.folder), _told(replace(row, name="", curve="", rate=None, data=()), data.folder)]
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def usable(study: Study, records: Sequence[Record]) -> list[Record]:
-    """The records that belong to the study as it is now; of each row those with the options of its newest.
+    """The records that belong to the study as it is now, of each run the first.
 
-    A budget may have meant another size when older ones were made, which the fingerprint does not tell.
+    Of each data set those of the files that its newest has read, and of each row those with the options of its newest:
+    the files may have changed, and a budget may have meant another size, which the fingerprint does not tell.
     """
     prints = {(d.name, r.name): fingerprint(study, d, r) for d in study.data for r in study.rows_on(d)}
     found = [one for one in records if prints.get((one.data, one.row)) == one.fingerprint]
+    sources = {one.data: one.sources for one in found}
+    found = [one for one in found if one.sources == sources[one.data]]
     newest = {(one.data, one.row): one.options for one in found}
-    return [one for one in found if one.options == newest[one.data, one.row]]
+    jobs: dict[Job, Record] = {}
+    for one in found:
+        if one.options == newest[one.data, one.row]:
+            jobs.setdefault(job_of(one), one)
+    return [*jobs.values()]
 
 
 @dataclass(frozen=True)
@@ -324,14 +342,14 @@ def _named(items: Sequence[Any], name: str, kind: str) -> Any:
     raise StudyError(f"{kind} {name!r} is unknown; {near(name, [item.name for item in items])}")
 
 
-def _told(value: Any) -> Any:
-    """Plain values: of a record the fields that differ from their defaults, of a path the name of the file."""
+def _told(value: Any, folder: str) -> Any:
+    """Plain values: of a record the fields that differ from their defaults, of a path the way from the folder."""
     if is_dataclass(value):
         return {
-            one.name: _told(getattr(value, one.name))
+            one.name: _told(getattr(value, one.name), folder)
             for one in fields(value)
             if getattr(value, one.name) != one.default
         }
     if isinstance(value, (tuple, list)):
-        return [_told(item) for item in cast("Sequence[Any]", value)]
-    return Path(value).name if isinstance(value, Path) or (isinstance(value, str) and "/" in value) else value
+        return [_told(item, folder) for item in cast("Sequence[Any]", value)]
+    return value.removeprefix(f"{folder}/") if folder and isinstance(value, str) else value

@@ -4,25 +4,27 @@ import itertools
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from math import inf, isfinite
 from pathlib import Path
-from typing import Any, cast
+from types import UnionType
+from typing import Any, cast, get_args, get_type_hints
 
 from randbasis.adapters.budget import byte_count
 from randbasis.compare.budgets import SIZED
-from randbasis.compare.rivals import METHODS, QUANTIZABLE
+from randbasis.compare.rivals import METHODS, QUANTIZABLE, RIVALS
 from randbasis.compare.study import STARTS, Budget, Data, PointSpec, Row, Study
-from randbasis.errors import BudgetError, DataMissingError, StudyError, near
+from randbasis.errors import BudgetError, DataMissingError, RandbasisError, StudyError, near
 from randbasis.files.text_files import read_text
 from randbasis.importing.least_squares import NEAREST
 from randbasis.precision import BITS
 from randbasis.train.loop_settings import LoopSettings
 from randbasis.train.method_table import method_words
-from randbasis.train.settings import ALLOTMENTS, TASKS, DataSettings, TrainSettings
+from randbasis.train.settings import ALLOTMENTS, AdapterSettings, DataSettings, TrainSettings
 
 _OF_STUDY = ("name", "title", "claim", "seeds", "trials", "anchor", "gain_of")
 _OF_RUN = (
     *("model", "task", "max_length", "pooling", "separator", "prompt_template", "target_template", "end_token"),
-    *("image_size", "flip", "loss_on", "packing"),
+    *("image_size", "flip", "loss_on"),
 )
 _OF_LOOP = ("batch_size", "eval_batch_size", "schedule", "warmup", "weight_decay", "max_grad_norm", "label_smoothing")
 _OF_ROWS = tuple(one.name for one in fields(DataSettings) if one.name != "eval_fraction")
@@ -30,6 +32,20 @@ _OF_DATA = ("name", "targets", "steps", "trial_steps", "dev_rows", "dev", "dev_w
 _DATA_KEYS = (*_OF_DATA, "forgetting", *_OF_RUN, *_OF_LOOP, *_OF_ROWS)
 _OF_BUDGET = ("budgets", "coefficients", "budget_bits")
 _ROW_KEYS = ("name", "curve", "method", "rate", "data", "points", "bits", "start", *_OF_BUDGET)
+OF_TASK: Mapping[str, tuple[str, ...]] = {
+    "sequence-classification": (
+        *("kind", "text_column", "text_pair_column", "label_column", "label_kind", "shots", "pooling", "max_length"),
+        *("dev_words", "label_smoothing"),
+    ),
+    "image-classification": ("shots", "image_size", "flip", "label_smoothing"),
+    "causal-lm": (
+        *("kind", "prompt_column", "target_column", "messages_column", "max_length", "separator", "prompt_template"),
+        *("target_template", "end_token", "loss_on", "forgetting"),
+    ),
+}
+"""Task that can be compared → the keys of a data set that it alone, or not every task, has a use for."""
+_RANKED = ("lora", "dora", "loraxs")
+"""Methods without a rank of their own."""
 ALLOTTED, SEEDED = (
     tuple(name for name, words in method_words().items() if word in words) for word in ("allot", "seed")
 )
@@ -70,9 +86,11 @@ class _Reader:
     def study(self, found: Mapping[str, Any]) -> Study:
         head = found.get("study", {})
         self.check_keys(head, _OF_STUDY, "[study]")
-        data = tuple(self.data(one, f"[[data]] {i + 1}") for i, one in enumerate(found.get("data", [])))
+        data = tuple(self.data(one, f"[[data]] {i + 1}") for i, one in enumerate(self.tables(found, "data")))
         names = [one.name for one in data]
-        rows = [row for i, one in enumerate(found.get("row", [])) for row in self.rows(one, f"[[row]] {i + 1}", names)]
+        rows = [
+            row for i, one in enumerate(self.tables(found, "row")) for row in self.rows(one, f"[[row]] {i + 1}", names)
+        ]
         if not data or not rows:
             raise StudyError(f"{self.path} must have at least one [[data]] and one [[row]]; see docs/comparing.md")
         if rows[0].method != "none":
@@ -83,6 +101,12 @@ class _Reader:
         twice = next((row.name for i, row in enumerate(rows) if row.name in [one.name for one in rows[:i]]), None)
         if twice is not None or len(set(names)) < len(names):
             raise StudyError(f"{self.path}: names must differ, got {twice or names} twice; give a row a `name`")
+        stems = ["all", *(one.stem for one in data)]
+        if len(set(stems)) < len(stems):
+            raise StudyError(
+                f"{self.path}: names of data sets must differ in letters or digits, and none may be 'all', since their "
+                f"pictures are named after them, got {names}"
+            )
         study = Study(
             name=self.word(head, "name", "[study]", default=self.path.stem),
             title=self.word(head, "title", "[study]", default=self.path.stem),
@@ -91,8 +115,8 @@ class _Reader:
             trials=self.number(head, "trials", "[study]", default=4),
             rows=tuple(rows),
             data=data,
-            anchor=head.get("anchor"),
-            gain_of=head.get("gain_of"),
+            anchor=self.name(head, "anchor", "[study]") if "anchor" in head else None,
+            gain_of=self.name(head, "gain_of", "[study]") if "gain_of" in head else None,
         )
         curves = [row.curve for row in rows]
         for key, known in (("anchor", curves), ("gain_of", [row.name for row in rows])):
@@ -105,8 +129,20 @@ class _Reader:
         for key in ("name", "task", "model", "train", "steps", "metric", "targets"):
             if key not in found:
                 raise StudyError(f"{self.path}: {where} must say {key}; see docs/comparing.md")
-        if found["task"] not in TASKS:
-            raise StudyError(f"{self.path}: {where}: task {found['task']!r} is unknown; {near(found['task'], TASKS)}")
+        task = self.word(found, "task", where)
+        if task not in OF_TASK:
+            raise StudyError(f"{self.path}: {where}: task {task!r} is unknown; {near(task, tuple(OF_TASK))}")
+        own = [key for keys in OF_TASK.values() for key in keys]
+        unused = [key for key in found if key in own and key not in OF_TASK[task]]
+        if unused:
+            raise StudyError(f"{self.path}: {where}: {', '.join(unused)} is not for {task}; leave it out")
+        if "eval" not in found and task != "image-classification":
+            raise StudyError(f"{self.path}: {where} must say eval, the test rows; see docs/comparing.md")
+        for kind in (LoopSettings, DataSettings, TrainSettings):
+            self.check_types(found, kind, where)
+        for key in ("limit", "shots", "eval_limit"):
+            if key in found:
+                self.number(found, key, where)
         values = {key: self.there(value, f"{where}: {key}") if key in _PATHS else value for key, value in found.items()}
         steps = self.number(found, "steps", where)
         loop = LoopSettings(
@@ -118,10 +154,14 @@ class _Reader:
             output="",
             **{key: values[key] for key in _OF_RUN if key in values},
         )
+        try:
+            base.check()
+        except RandbasisError as error:
+            raise StudyError(f"{self.path}: {where}: {error}") from error
         return Data(
-            name=self.word(found, "name", where),
+            name=self.name(found, "name", where),
             base=base,
-            targets=tuple(found["targets"]),
+            targets=tuple(self.words(found, "targets", where)),
             steps=steps,
             trial_steps=self.number(found, "trial_steps", where, default=steps),
             dev_rows=self.number(found, "dev_rows", where, default=200),
@@ -130,6 +170,7 @@ class _Reader:
             dev_words=self.number(found, "dev_words", where, default=1),
             sample_sets=self.number(found, "sample_sets", where, default=1),
             forgetting=values.get("forgetting"),
+            folder=str(self.folder),
         )
 
     def rows(self, found: Mapping[str, Any], where: str, names: Sequence[str]) -> Iterator[Row]:
@@ -141,15 +182,22 @@ class _Reader:
         self.check_keys(options, METHODS[method], f"{where} (method {method!r})")
         grid = found.get("grid", {})
         self.check_keys(grid, METHODS[method], f"{where}: grid (method {method!r})")
+        for one in (options, *({key: value} for key in grid for value in self.several(grid, key, f"{where}: grid"))):
+            self.check_options(one, method, where)
+        if method in _RANKED and "rank" not in {*options, *grid} and not {"budgets", "coefficients"} & {*found}:
+            raise StudyError(f"{self.path}: {where}: {method} must have a rank, or budgets that decide it")
+        for key in ("name", "curve"):
+            if key in found:
+                self.name(found, key, where)
         curve = found.get("curve", found.get("name", method))
-        where_run = tuple(found.get("data", ()))
+        where_run = tuple(self.words(found, "data", where)) if "data" in found else ()
         for name in where_run:
             if name not in names:
                 raise StudyError(f"{self.path}: {where}: data {name!r} is unknown; {near(name, names)}")
         start = self.start(found, where, method)
         points = self.points(found, where)
         budgets = self.budgets(found, where, method, points)
-        for chosen in itertools.product(*map(_listed, grid.values())):
+        for chosen in itertools.product(*(self.several(grid, key, where) for key in grid)):
             of_grid = dict(zip(grid, chosen, strict=True))
             told = ", ".join(f"{key} {value}" for key, value in of_grid.items())
             for budget, called in budgets:
@@ -186,22 +234,27 @@ class _Reader:
     def points(self, found: Mapping[str, Any], where: str) -> tuple[PointSpec, ...]:
         if "points" in found and "bits" in found:
             raise StudyError(f"{self.path}: {where} may have points or bits, got both; keep one")
-        for one in found.get("points", []):
+        for one in self.several(found, "points", where) if "points" in found else []:
             self.check_keys(one, ("rank", "bits"), f"{where}: points")
+            for key in one:
+                self.number(one, key, f"{where}: points")
         specs = [PointSpec(**one) for one in found.get("points", [])]
-        specs += [PointSpec(bits) for bits in found.get("bits", [])]
+        specs += [PointSpec(bits) for bits in (self.several(found, "bits", where) if "bits" in found else [])]
         if specs and found["method"] not in QUANTIZABLE:
             raise StudyError(
                 f"{self.path}: {where}: only {', '.join(QUANTIZABLE)} can be stored at fewer bits than they were "
                 f"trained at, got {found['method']!r}, whose file holds more than coefficients; leave them out"
             )
         for one in specs:
-            if one.bits not in BITS:
-                raise StudyError(f"{self.path}: {where}: bits must be one of {list(BITS)}, got {one.bits}")
+            self.bits(one.bits, "bits", where)
             if one.rank is not None and found["method"] != "lora":
                 raise StudyError(
                     f"{self.path}: {where}: only a lora can be truncated to a rank, got {found['method']!r}"
                 )
+            if one.rank is not None and one.rank > found.get("rank", one.rank):
+                raise StudyError(f"{self.path}: {where}: a rank of {found['rank']} has no leading {one.rank} terms")
+        if len(set(specs)) < len(specs):
+            raise StudyError(f"{self.path}: {where}: each way to store a run may be named once, got one twice")
         return tuple(specs)
 
     def budgets(
@@ -216,21 +269,76 @@ class _Reader:
                 f"of {method!r}; keep one, or name the size itself (rank, basis, …)"
             )
         if given == ["coefficients"]:
-            return [(Budget(count, "coefficients"), f"{count:,} coefficients") for count in found["coefficients"]]
-        bits = found.get("budget_bits", min((one.bits for one in points), default=16))
+            counts = self.several(found, "coefficients", where)
+            for count in counts:
+                self.number({"coefficients": count}, "coefficients", where)
+            return [(Budget(count, "coefficients"), f"{count:,} coefficients") for count in counts]
+        bits = self.bits(found.get("budget_bits", min((one.bits for one in points), default=16)), "budget_bits", where)
         try:
-            sizes = [byte_count(text) for text in found["budgets"]]
+            sizes = [byte_count(text) for text in self.several(found, "budgets", where)]
         except BudgetError as error:
             raise StudyError(f"{self.path}: {where}: {error}") from error
         return [(Budget(size, "bytes", bits), f"{size:,} B") for size in sizes]
 
     def rate(self, found: Mapping[str, Any], where: str) -> float | None:
         rate = found.get("rate")
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0):
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < inf):
             raise StudyError(f"{self.path}: {where}: rate must be a number above 0, got {rate!r}")
         return rate
 
     # --- values ---
+
+    def tables(self, found: Mapping[str, Any], key: str) -> list[Any]:
+        value = found.get(key, [])
+        if not isinstance(value, list):
+            raise StudyError(f"{self.path}: {key} must be tables, each under [[{key}]], got one under [{key}]")
+        for i, one in enumerate(tables := cast("list[Any]", value)):
+            self.check_keys(one, one, f"[[{key}]] {i + 1}")
+        return tables
+
+    def check_types(self, found: Mapping[str, Any], kind: type, where: str) -> None:
+        """Values must have the types that a run declares; paths are looked at where they are read."""
+        for name, hint in get_type_hints(kind).items():
+            if name in found and name not in _PATHS and not _fits(found[name], hint):
+                raise StudyError(f"{self.path}: {where}: {name} must be {_expected(hint)}, got {found[name]!r}")
+
+    def check_options(self, options: Mapping[str, Any], method: str, where: str) -> None:
+        if method in RIVALS:
+            for key, value in options.items():
+                if not _fits(value, bool | int | float):
+                    raise StudyError(f"{self.path}: {where}: {key} must be a number, true or false, got {value!r}")
+            return
+        self.check_types(options, AdapterSettings, where)
+        try:
+            AdapterSettings(method, **options).check()
+        except RandbasisError as error:
+            raise StudyError(f"{self.path}: {where}: {error}") from error
+
+    def several(self, found: Mapping[str, Any], key: str, where: str) -> list[Any]:
+        """A list with something in it: an empty one would drop the row in silence."""
+        value = found[key]
+        if not isinstance(value, list) or not value:
+            raise StudyError(f"{self.path}: {where}: {key} must be a list with at least one value, got {value!r}")
+        return cast("list[Any]", value)
+
+    def words(self, found: Mapping[str, Any], key: str, where: str) -> list[str]:
+        several = self.several(found, key, where)
+        for value in several:
+            if not isinstance(value, str):
+                raise StudyError(f"{self.path}: {where}: {key} must be a list of texts, got {several!r}")
+        return several
+
+    def name(self, found: Mapping[str, Any], key: str, where: str) -> str:
+        """Text that fits into a line of a table."""
+        value = self.word(found, key, where)
+        if not value.strip() or not value.isprintable():
+            raise StudyError(f"{self.path}: {where}: {key} must be text on one line, got {value!r}")
+        return value
+
+    def bits(self, value: Any, key: str, where: str) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value not in BITS:
+            raise StudyError(f"{self.path}: {where}: {key} must be one of {list(BITS)}, got {value!r}")
+        return value
 
     def check_keys(self, found: Any, known: Sequence[str], where: str) -> None:
         if not isinstance(found, Mapping):
@@ -241,9 +349,11 @@ class _Reader:
 
     def there(self, value: Any, where: str) -> Any:
         """A path below the folder, as far as the file is there."""
-        if isinstance(value, list):
+        if isinstance(value, list) and value:
             return tuple(self.there(one, where) for one in cast("list[Any]", value))
-        path = self.folder / str(value)
+        if not isinstance(value, str) or not value:
+            raise StudyError(f"{self.path}: {where} must be a path, got {value!r}")
+        path = self.folder / value
         if self.must_exist and not path.exists():
             raise DataMissingError(
                 f"{self.path}: {where} names {value!r}, and there is no {path}; give the folder of models and data "
@@ -264,5 +374,17 @@ class _Reader:
         return value
 
 
-def _listed(value: Any) -> list[Any]:
-    return cast("list[Any]", value) if isinstance(value, list) else [value]
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a study file has a type that a field declares; a whole number is a number, too."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if isinstance(value, bool):
+        return hint is bool
+    if isinstance(value, (int, float)):
+        return (hint is float and isfinite(value)) or (hint is int and isinstance(value, int))
+    return hint is str and isinstance(value, str)
+
+
+def _expected(hint: Any) -> str:
+    told = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    return " or ".join(told[one] for one in (get_args(hint) or (hint,)) if one in told)

@@ -224,7 +224,7 @@ def _line(row: Row, index: int, point: Point, runs: Sequence[Record], rates: Seq
         forgetting={
             seed: one.forgetting / before
             for seed, one in sorted(stored.items())
-            if one.forgetting is not None and (before := perplexities[seed])
+            if one.forgetting is not None and (before := perplexities[seed]) and isfinite(one.forgetting / before)
         },
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from randbasis.compare.record import Record
 from randbasis.compare.report import wording
 from randbasis.compare.report.lines import Results
-from randbasis.compare.report.picture import caption, file_stem
+from randbasis.compare.report.picture import caption
 from randbasis.compare.report.tables import Table, findings, line_table, summary_table
 from randbasis.compare.study import LANGUAGE, Data, Study
 
@@ -73,7 +73,7 @@ class Report:
 
     def picture_of(self, results: Results) -> Path | None:
         """The data set's own picture, where it is not the one that opens the page."""
-        return next((one for one in self.pictures[1:] if one.stem == file_stem(results.data.name)), None)
+        return next((one for one in self.pictures[1:] if one.stem == results.data.stem), None)
 
 
 def as_markdown(report: Report) -> str:
@@ -84,16 +84,21 @@ def as_markdown(report: Report) -> str:
     if study.claim.strip():
         parts.append("**The claim.** " + " ".join(study.claim.split()))
     parts += [report.comments.strip()] if report.comments.strip() else []
-    parts += ["**What the numbers say.**", *report.found()]
+    parts += ["**What the numbers say.**", *map(_untagged, report.found())]
     for results in report.results:
-        parts += [f"## {results.data.name}", about(study, results.data)]
+        parts += [f"## {_untagged(results.data.name)}", about(study, results.data)]
         picture = report.picture_of(results)
         parts += [f"![{results.data.name}](pictures/{picture.name})"] if picture else []
         parts += [table.markdown() for table in report.tables(results)]
     if report.lacking:
-        parts += ["## Missing runs", "\n".join(f"- {one}" for one in report.lacking)]
+        parts += ["## Missing runs", "\n".join(f"- {_untagged(one)}" for one in report.lacking)]
     parts += ["## How to read this", "\n".join(f"- {one}" for one in READING), f"{report.provenance()}."]
     return "\n\n".join(parts) + "\n"
+
+
+def _untagged(text: str) -> str:
+    """A name in Markdown: a bracket of its own is no tag."""
+    return text.replace("<", "&lt;")
 
 
 def as_html(report: Report) -> str:

@@ -84,7 +84,7 @@ def draw(study: Study, all_results: Sequence[Results], folder: Path) -> list[Pat
         written.append(folder / "all.png")
         _write(shown, styles, written[0])
     for results in shown:
-        written.append(folder / f"{file_stem(results.data.name)}.png")
+        written.append(folder / f"{results.data.stem}.png")
         _write([results], styles, written[-1])
     return written
 
@@ -94,10 +94,9 @@ def caption(shown: Sequence[Results]) -> str:
     return CURVES if any(_has_sizes(results) for results in shown) else DOTS
 
 
-def file_stem(name: str) -> str:
-    """A name as that of a file: letters, digits and dashes."""
-    words = "".join(letter if letter.isalnum() else " " for letter in name.lower()).split()
-    return "-".join(words) or "data"
+def _plain(name: str) -> str:
+    """A name as it is written: dollars would be mathematics."""
+    return name.replace("$", r"\$")
 
 
 def _write(shown: Sequence[Results], styles: Mapping[str, Style], path: Path) -> None:
@@ -119,15 +118,15 @@ def _write(shown: Sequence[Results], styles: Mapping[str, Style], path: Path) ->
     handles: dict[str, Any] = {}
     for panel, results in zip(panels, shown, strict=False):
         handles |= _dots(panel, results, styles) if flat else _panel(panel, results, styles)
-        panel.set_title(results.data.name, fontsize=10, loc="left" if flat else "center")
+        panel.set_title(_plain(results.data.name), fontsize=10, loc="left" if flat else "center")
         panel.tick_params(labelsize=7.5)
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[len(shown) :]:
         panel.set_visible(False)
     names = [name for name in names if name in handles]
-    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns, fontsize=7.5,
-                  frameon=False, handlelength=2.6)  # fmt: skip
+    figure.legend([handles[name] for name in names], [_plain(name) for name in names], loc="outside lower center",
+                  ncols=columns, fontsize=7.5, frameon=False, handlelength=2.6)  # fmt: skip
     figure.savefig(path, dpi=DOTS_AN_INCH, metadata={"Software": None})
 
 
@@ -149,7 +148,7 @@ def _dots(panel: Any, results: Results, styles: Mapping[str, Style]) -> dict[str
             panel.errorbar(by * found.mean, i, xerr=by * (found.half or 0.0), marker=style.marker, markersize=5,
                            color=style.colour, markerfacecolor=style.colour if style.filled else "white",
                            capsize=2, linewidth=1)  # fmt: skip
-    panel.set_yticks(range(len(lines)), [line.name for line in lines])
+    panel.set_yticks(range(len(lines)), [_plain(line.name) for line in lines])
     panel.set_ylim(len(lines) - 0.5, -0.5)
     better = "" if results.higher else " (left is better)"
     panel.set_xlabel(wording.metric_name(results.metric) + better, fontsize=8)
@@ -159,7 +158,7 @@ def _dots(panel: Any, results: Results, styles: Mapping[str, Style]) -> dict[str
     near = {name: at for name, at in places.items() if 2 * left - right <= at <= 2 * right - left}
     panel.set_xlim(min(left, *near.values(), right), max(left, *near.values(), right))
     far = [f"{name}: {at:.{wording.digits(results.metric)}f}" for name, at in places.items() if name not in near]
-    panel.set_title("; ".join(far), loc="right", fontsize=7.5, color=GREY)  # it may not squeeze the dots
+    panel.set_title(_plain("; ".join(far)), loc="right", fontsize=7.5, color=GREY)  # it may not squeeze the dots
     return {name: levels[name] for name in near}
 
 

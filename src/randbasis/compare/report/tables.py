@@ -30,9 +30,12 @@ class Table:
     left: int
 
     def markdown(self) -> str:
-        """As Markdown; a cell cannot hold a bar of its own."""
+        """As Markdown; a cell cannot hold a bar or a tag of its own."""
         rule = "|" + "---|" * self.left + "---:|" * (len(self.heads) - self.left)
-        lines = (" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in (self.heads, *self.rows))
+        lines = (
+            " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+            for cells in (self.heads, *self.rows)
+        )
         head, *rest = (f"| {line} |" for line in lines)
         return "\n".join((head, rule, *rest))
 
@@ -173,7 +176,7 @@ def _cells(results: Results, line: Line) -> tuple[str, ...]:
     runs = str(len(line.scores.get(metric, {}))) + (f" (+{line.diverged} diverged)" if line.diverged else "")
     return (
         line.name,
-        wording.configuration(line.configuration) if line.as_trained else "",
+        wording.configuration(line.configuration, line.row.method) if line.as_trained else "",
         f"{line.coefficients:,}" if line.coefficients else "",
         wording.size(line.bytes) if line.bytes else "",
         wording.size(line.point.head_bytes) if line.point.head_bytes else "",

@@ -59,9 +59,10 @@ def rate(value: float | None, trials: int, *, at_edge: bool) -> str:
     return f"{value:g}{'*' if at_edge else ''}" + (f" ({trials})" if trials else "")
 
 
-def configuration(found: Mapping[str, Any]) -> str:
-    """Hyper-parameters, short."""
-    return ", ".join(f"{_SHORT.get(key, key)} = {_value(value)}" for key, value in found.items() if value is not None)
+def configuration(found: Mapping[str, Any], method: str) -> str:
+    """Hyper-parameters of a method, short."""
+    short = _SHORT if method == "nola" else _SHORT | {"basis": "k"}  # PRANC sums one matrix, no two factors
+    return ", ".join(f"{short.get(key, key)} = {_value(value)}" for key, value in found.items() if value is not None)
 
 
 def times(ratio: float | None, places: int = 2) -> str:
