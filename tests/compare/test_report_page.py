@@ -97,6 +97,17 @@ def test_findings_name_the_winner_and_what_cannot_be_compared():
     assert findings(results(STUDY, complete(STUDY)[:4])) == ["words: no adapter has a final run yet."]
 
 
+def test_a_winner_that_the_seeds_do_not_tell_from_the_base_is_no_winner():
+    apart = [
+        record(row, [point(90, 0.5 + seed / 100 + (row is ROWS[2]) / 10)], seed) for row in ROWS for seed in range(3)
+    ]
+    assert "tell" not in findings(results(STUDY, apart))[1]
+    level = [
+        record(row, [point(90, 0.5 + (row is ROWS[2]) * (seed - 0.9) / 10)], seed) for row in ROWS for seed in range(3)
+    ]
+    assert findings(results(STUDY, level))[1] == "The seeds do not tell it from frozen + head."
+
+
 def test_a_curve_above_all_of_the_anchor_is_told():
     better = [record(row, [point(50 + i, 0.97 + i / 100)], s) for s in range(3) for i, row in enumerate(ROWS[3:])]
     runs = [one for one in complete(STUDY) if one.curve != "NOLA"]

@@ -126,20 +126,23 @@ class Results:
             return None
         return paired(line.scores.get(self.metric, {}), anchor.scores.get(self.metric, {}))
 
+    def over_base(self, line: Line) -> Interval | None:
+        """How much better than the base alone, paired by seed."""
+        base, ours = self.base, line.scores.get(self.metric, {})
+        theirs = base.scores.get(self.metric, {}) if base else {}
+        if line is base or not theirs:
+            return None
+        # An untrained base has one run, which is the same for every seed.
+        theirs = theirs if self.data.has_head else dict.fromkeys(ours, next(iter(theirs.values())))
+        return paired(ours, theirs) if self.higher else paired(theirs, ours)
+
     def behind_base(self) -> list[Line]:
         """Rows that end behind the base alone by more than the interval, paired by seed: training did them harm."""
-        base = self.base
-        theirs = base.scores.get(self.metric, {}) if base else {}
-        found: list[Line] = []
-        for line in self.lines:
-            ours = line.scores.get(self.metric, {})
-            if not line.as_trained or line is base or not theirs:
-                continue
-            # An untrained base has one run, which is the same for every seed.
-            gain = paired(ours, theirs if self.data.has_head else dict.fromkeys(ours, next(iter(theirs.values()))))
-            if gain and gain.half is not None and (gain.mean if self.higher else -gain.mean) < -gain.half:
-                found.append(line)
-        return found
+        return [
+            line
+            for line in self.lines
+            if line.as_trained and (gain := self.over_base(line)) and gain.half is not None and gain.mean < -gain.half
+        ]
 
     def at_equal_bytes(self, line: Line) -> Interval | None:
         """The metric less that of the anchor's curve at as many bytes, paired by seed; None outside of the curve."""

@@ -113,6 +113,9 @@ def findings(results: Results) -> list[str]:
         return [f"{results.data.name}: no adapter has a final run yet."]
     told = [f"{results.data.name}: {best.name} has the best mean, {wording.score(best.score(metric), metric)} "
             f"({wording.metric_name(metric)}), in {wording.size(best.bytes)} bytes."]  # fmt: skip
+    gain = results.over_base(best)
+    if results.base and gain and gain.half is not None and gain.mean <= gain.half:
+        told.append(f"The seeds do not tell it from {results.base.name}.")
     found = summaries(results)
     rates = [(one.delta.percent, one) for one in found if one.delta and one.delta.percent is not None]
     if rates:
