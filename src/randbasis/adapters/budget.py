@@ -58,8 +58,8 @@ class Preference:
 
 
 PREFERRED: tuple[Preference, ...] = (
-    Preference("randlora", 1, "the best at its bytes where its smallest file fits"),
-    Preference("lora", 8, "the best where a budget has room for rank 8"),
+    Preference("randlora", 1, "the highest mean at its bytes where its smallest file fits, within the seeds"),
+    Preference("lora", 8, "the highest mean where a budget has room for rank 8"),
     Preference(
         "nola",
         1,
