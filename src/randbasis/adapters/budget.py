@@ -314,14 +314,16 @@ class _Sizes:
         return self.sizes[at] if at >= 0 else None
 
 
-def _laws(method: str) -> tuple[str | None, ...]:
+def _forms(method: str) -> dict[str, tuple[str | None, ...]]:
+    """Tie → laws that are told of with it, the recommended first."""
     kind = config_class(method).method_cls
-    return tuple(law for law in LAWS if kind.sums_its_basis or law != "hashed") if kind.roles else (None,)
+    if kind.sums_its_basis:
+        return {UNTIED: LAWS, "model": TIED_LAWS}
+    return {UNTIED: tuple(law for law in LAWS if law != "hashed") if kind.roles else (None,)}
 
 
 def _of_method(base: AdaptedBase, method: str, budget: int) -> Iterator[Configuration]:
-    tied = [(law, "model") for law in TIED_LAWS] if config_class(method).method_cls.sums_its_basis else []
-    for law, tie in (*((law, UNTIED) for law in _laws(method)), *tied):
+    for tie, law in ((tie, law) for tie, laws in _forms(method).items() for law in laws):
         sizes = _Sizes(base, method, law, tie)
         for bits in BITS:
             size = sizes.largest(bits, budget)
@@ -411,7 +413,6 @@ def _shortest(base: AdaptedBase) -> int:
 
 def _smallest(base: AdaptedBase) -> Iterator[tuple[int, str]]:
     for method in _SIZES:
-        tied = [(TIED_LAWS[0], "model")] if config_class(method).method_cls.sums_its_basis else []
-        for law, tie in ((_laws(method)[0], UNTIED), *tied):
-            sizes, told = _Sizes(base, method, law, tie), "" if tie == UNTIED else f" with tie {tie}"
+        for tie, laws in _forms(method).items():
+            sizes, told = _Sizes(base, method, laws[0], tie), "" if tie == UNTIED else f" with tie {tie}"
             yield from ((sizes.bytes(sizes.sizes[0], bits), f"{method}{told} at {bits} bits") for bits in BITS)

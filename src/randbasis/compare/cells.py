@@ -1,6 +1,6 @@
 """The rows that runs on a data set train on, choose learning rates by, and are tested on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,8 +9,8 @@ import numpy as np
 
 from randbasis.compare.study import LANGUAGE, Data
 from randbasis.errors import EmptyDataError
-from randbasis.train import CausalLanguage, ImageClassification, Table, Task, TextClassification, read_images
-from randbasis.train.images import EVAL_SPLITS
+from randbasis.train import CausalLanguage, ImageClassification, Table, Task, TextClassification
+from randbasis.train.images import EVAL_SPLITS, held_images, image_tables
 from randbasis.train.settings import DataSettings
 from randbasis.train.sources import read_sources
 from randbasis.train.splits import few_shot, sample
@@ -18,6 +18,8 @@ from randbasis.train.task import Example
 
 SPLIT_SEED = 20_000
 """Of every draw of rows that does not depend on the run."""
+TEST_SPLITS = tuple(sorted(EVAL_SPLITS))
+"""Of an archive the first of these is tested on: the order in which an archive has them."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,10 @@ def _text(data_set: Data, sample_set: int) -> Cell:
     held = table if data_set.dev is None else _rows(data_set, data_set.dev)
     held_texts = _texts(held, data)
     long_enough = [i for i, text in enumerate(held_texts) if len(text.split()) >= data_set.dev_words]
-    if len(long_enough) < data_set.dev_rows:
-        raise _too_few(
-            f"{held.source} has {len(long_enough)} texts of {data_set.dev_words} words or more",
-            f"dev_rows = {data_set.dev_rows}",
-            "lower dev_rows or dev_words",
-        )
-    dev = [long_enough[i] for i in _chosen(held, long_enough, data_set, data_set.dev_rows, SPLIT_SEED)]
+    what = f"texts of {data_set.dev_words} words or more"
+    dev = _held_out(held, long_enough, data_set, what, "lower dev_rows or dev_words")
     apart = apart_from([held_texts[i] for i in dev], _texts(table, data))
-    if len(apart) < (data.limit or 1):
-        left = f"{table.source} leaves {len(apart)} training rows beside the held-out ones"
-        raise _too_few(left, f"limit = {data.limit or 1}", "lower limit or dev_rows")
-    wanted = data.shots or data.limit or len(apart)
-    train = [apart[i] for i in _chosen(table, apart, data_set, wanted, SPLIT_SEED + sample_set)]
+    train = _trained(table, apart, data_set, sample_set, "training rows")
     task = TextClassification.prepare(data_set.base, table)
     return Cell(
         task,
@@ -89,13 +82,31 @@ def _texts(table: Table, data: DataSettings) -> list[str]:
     return [" ".join(str(text) for text in row) for row in zip(*columns, strict=True)]
 
 
-def _chosen(table: Table, rows: Sequence[int], data_set: Data, count: int, seed: int) -> list[int]:
-    """Places in ``rows`` of ``count`` of them, of each class where the study counts shots."""
+def _held_out(table: Table, rows: Sequence[int], data_set: Data, what: str, way_out: str) -> list[int]:
+    """``dev_rows`` of some rows."""
+    if len(rows) < data_set.dev_rows:
+        raise _too_few(f"{table.source} has {len(rows)} {what}", f"dev_rows = {data_set.dev_rows}", way_out)
+    return _chosen(table, rows, data_set, data_set.dev_rows, SPLIT_SEED)
+
+
+def _trained(table: Table, rows: Sequence[int], data_set: Data, sample_set: int, what: str) -> list[int]:
+    """A draw of those that are left to train on."""
     data = data_set.base.data
-    if not data.shots:
-        return sample(len(rows), count, seed)
-    labels = table.column(data.label_column or "label")
-    return few_shot([str(labels[i]) for i in rows], count, seed)
+    if len(rows) < (data.limit or 1):
+        left = f"{table.source} leaves {len(rows)} {what} beside the held-out ones"
+        raise _too_few(left, f"limit = {data.limit or 1}", "lower limit or dev_rows")
+    return _chosen(table, rows, data_set, data.shots or data.limit or len(rows), SPLIT_SEED + sample_set)
+
+
+def _chosen(table: Table, rows: Sequence[int], data_set: Data, count: int, seed: int) -> list[int]:
+    """``count`` of some rows, of each class where the study counts shots."""
+    data = data_set.base.data
+    if data.shots:
+        labels = table.column(data.label_column or "label")
+        places = few_shot([str(labels[i]) for i in rows], count, seed)
+    else:
+        places = sample(len(rows), count, seed)
+    return [rows[i] for i in places]
 
 
 def apart_from(held: Sequence[str], texts: Sequence[str]) -> list[int]:
@@ -111,24 +122,15 @@ def apart_from(held: Sequence[str], texts: Sequence[str]) -> list[int]:
 def _images(data_set: Data, sample_set: int) -> Cell:
     """Images to train on, others held out, and those of ``eval``, else of the test split of the archive."""
     data = data_set.base.data
-    (source,) = data.train_sources
-    splits = read_images(source)
-    table = next((rows for name, rows in splits.items() if name not in EVAL_SPLITS), None)
-    test = _held(data.eval_sources[0]) if data.eval_sources else _test_split(splits)
-    if table is None or test is None:
+    table, test = image_tables(data.train, data.eval, TEST_SPLITS)
+    if test is None:
         raise EmptyDataError(
-            f"{Path(source).name} has images of {', '.join(splits)} alone, none to {'test' if table else 'train'} on; "
-            f"name {'them as eval' if table else 'another archive as train'}"
+            f"{Path(str(data.train)).name} has images of train alone, none to test on; name them as eval"
         )
-    held = table if data_set.dev is None else _held(data_set.dev)
-    dev = _chosen(held, range(len(held.rows)), data_set, data_set.dev_rows, SPLIT_SEED)
+    held = table if data_set.dev is None else held_images(data_set.dev, TEST_SPLITS)
+    dev = _held_out(held, range(len(held.rows)), data_set, "images", "lower dev_rows")
     rest = sorted(set(range(len(table.rows))) - set(dev if held is table else ()))
-    wanted = data.shots or data.limit or len(rest)
-    if len(rest) < (1 if data.shots else wanted or 1):
-        raise _too_few(
-            f"{table.source} leaves {len(rest)} images beside the held-out ones", f"{wanted or 1}", "lower it"
-        )
-    train = [rest[i] for i in _chosen(table, rest, data_set, wanted, SPLIT_SEED + sample_set)]
+    train = _trained(table, rest, data_set, sample_set, "images")
     task = ImageClassification.prepare(data_set.base, table)
     return Cell(
         task,
@@ -136,16 +138,6 @@ def _images(data_set: Data, sample_set: int) -> Cell:
         task.encode(held.subset(dev), training=False),
         task.encode(_limited(test, data.eval_limit), training=False),
     )
-
-
-def _test_split(splits: Mapping[str, Table]) -> Table | None:
-    return next((rows for name, rows in splits.items() if name in EVAL_SPLITS), None)
-
-
-def _held(source: str | Path) -> Table:
-    """The test split of an archive, or all of one that has no splits."""
-    splits = read_images(source)
-    return _test_split(splits) or next(iter(splits.values()))
 
 
 def _language(data_set: Data, sample_set: int) -> Cell:

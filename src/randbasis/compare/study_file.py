@@ -2,7 +2,8 @@
 
 import itertools
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from math import inf, isfinite
 from pathlib import Path
@@ -13,7 +14,7 @@ from randbasis.adapters.budget import byte_count
 from randbasis.compare.budgets import SIZED
 from randbasis.compare.rivals import METHODS, QUANTIZABLE, RIVALS
 from randbasis.compare.study import STARTS, Budget, Data, PointSpec, Row, Study
-from randbasis.errors import BudgetError, DataMissingError, RandbasisError, StudyError, near
+from randbasis.errors import DataMissingError, RandbasisError, StudyError, near
 from randbasis.files.text_files import read_text
 from randbasis.importing.least_squares import NEAREST
 from randbasis.precision import BITS
@@ -154,10 +155,8 @@ class _Reader:
             output="",
             **{key: values[key] for key in _OF_RUN if key in values},
         )
-        try:
+        with self.telling(where):
             base.check()
-        except RandbasisError as error:
-            raise StudyError(f"{self.path}: {where}: {error}") from error
         return Data(
             name=self.name(found, "name", where),
             base=base,
@@ -190,7 +189,7 @@ class _Reader:
             if key in found:
                 self.name(found, key, where)
         curve = found.get("curve", found.get("name", method))
-        where_run = tuple(self.words(found, "data", where)) if "data" in found else ()
+        where_run = tuple(self.words(found, "data", where))
         for name in where_run:
             if name not in names:
                 raise StudyError(f"{self.path}: {where}: data {name!r} is unknown; {near(name, names)}")
@@ -234,12 +233,12 @@ class _Reader:
     def points(self, found: Mapping[str, Any], where: str) -> tuple[PointSpec, ...]:
         if "points" in found and "bits" in found:
             raise StudyError(f"{self.path}: {where} may have points or bits, got both; keep one")
-        for one in self.several(found, "points", where) if "points" in found else []:
+        for one in self.several(found, "points", where):
             self.check_keys(one, ("rank", "bits"), f"{where}: points")
             for key in one:
                 self.number(one, key, f"{where}: points")
         specs = [PointSpec(**one) for one in found.get("points", [])]
-        specs += [PointSpec(bits) for bits in (self.several(found, "bits", where) if "bits" in found else [])]
+        specs += [PointSpec(bits) for bits in self.several(found, "bits", where)]
         if specs and found["method"] not in QUANTIZABLE:
             raise StudyError(
                 f"{self.path}: {where}: only {', '.join(QUANTIZABLE)} can be stored at fewer bits than they were "
@@ -274,10 +273,8 @@ class _Reader:
                 self.number({"coefficients": count}, "coefficients", where)
             return [(Budget(count, "coefficients"), f"{count:,} coefficients") for count in counts]
         bits = self.bits(found.get("budget_bits", min((one.bits for one in points), default=16)), "budget_bits", where)
-        try:
+        with self.telling(where):
             sizes = [byte_count(text) for text in self.several(found, "budgets", where)]
-        except BudgetError as error:
-            raise StudyError(f"{self.path}: {where}: {error}") from error
         return [(Budget(size, "bytes", bits), f"{size:,} B") for size in sizes]
 
     def rate(self, found: Mapping[str, Any], where: str) -> float | None:
@@ -287,6 +284,14 @@ class _Reader:
         return rate
 
     # --- values ---
+
+    @contextmanager
+    def telling(self, where: str) -> Generator[None]:
+        """An error of what a run is told is one of the study."""
+        try:
+            yield
+        except RandbasisError as error:
+            raise StudyError(f"{self.path}: {where}: {error}") from error
 
     def tables(self, found: Mapping[str, Any], key: str) -> list[Any]:
         value = found.get(key, [])
@@ -309,13 +314,13 @@ class _Reader:
                     raise StudyError(f"{self.path}: {where}: {key} must be a number, true or false, got {value!r}")
             return
         self.check_types(options, AdapterSettings, where)
-        try:
+        with self.telling(where):
             AdapterSettings(method, **options).check()
-        except RandbasisError as error:
-            raise StudyError(f"{self.path}: {where}: {error}") from error
 
     def several(self, found: Mapping[str, Any], key: str, where: str) -> list[Any]:
-        """A list with something in it: an empty one would drop the row in silence."""
+        """A list with something in it, since an empty one would drop the row in silence; none where the key is not."""
+        if key not in found:
+            return []
         value = found[key]
         if not isinstance(value, list) or not value:
             raise StudyError(f"{self.path}: {where}: {key} must be a list with at least one value, got {value!r}")

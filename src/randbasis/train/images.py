@@ -15,13 +15,13 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # its public name may ask for torchvision
 
-from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError, near
+from randbasis.errors import DataFormatError, DataMissingError, EmptyDataError, LabelError, SettingError, near
 from randbasis.optional import needing
 from randbasis.train.classification import class_answers, class_metrics, class_scores, classes_of, logits_of
 from randbasis.train.machine import Quantized
 from randbasis.train.model_reading import explained, heads_of, read_model
 from randbasis.train.randomness import confined_randomness
-from randbasis.train.settings import TrainSettings
+from randbasis.train.settings import Source, TrainSettings
 from randbasis.train.tabular import Table
 from randbasis.train.task import Batch, Example, Task
 
@@ -114,6 +114,44 @@ def read_images(path: str | Path) -> dict[str, Table]:
         name: Table(("image", "label"), rows, f"{path.name} ({name})" if split else path.name)
         for name, rows in found.items()
     }
+
+
+def image_tables(
+    train: Source | tuple[Source, ...],
+    eval: Source | tuple[Source, ...] | None = None,
+    splits: Sequence[str] = EVAL_SPLITS,
+) -> tuple[Table, Table | None]:
+    """The images to train on, and those to evaluate on: of ``eval``, else of a split of the same archive.
+
+    Args:
+        train: folder or zip, as for :func:`read_images`.
+        eval: another one; None where the first has both.
+        splits: names of those to evaluate on, the preferred first.
+
+    Raises:
+        SettingError: either is several.
+        EmptyDataError: there is no split to train on.
+        RandbasisError: as :func:`read_images`.
+    """
+    found = read_images(_one_archive(train))
+    trained = next((name for name in found if name not in EVAL_SPLITS), None)
+    if trained is None:
+        raise EmptyDataError(f"{train} holds only {', '.join(found)}; a split named train is needed")
+    if eval is not None:
+        return found[trained], held_images(eval, splits)
+    return found[trained], next((found[name] for name in splits if name in found), None)
+
+
+def held_images(source: Source | tuple[Source, ...], splits: Sequence[str] = EVAL_SPLITS) -> Table:
+    """The images to evaluate on of an archive that was named for them; of one without such a split its first."""
+    found = read_images(_one_archive(source))
+    return found[next((name for name in splits if name in found), next(iter(found)))]
+
+
+def _one_archive(source: Source | tuple[Source, ...]) -> Source:
+    if isinstance(source, tuple):
+        raise SettingError(f"data of images must be one folder or zip, got {len(source)}")
+    return source
 
 
 def read_unsorted(path: str | Path) -> Table | None:

@@ -24,7 +24,7 @@ from randbasis.train.causal_lm import CausalLanguage
 from randbasis.train.class_weights import class_weights
 from randbasis.train.decisions import Rows, check_seeded, decide, note, noted
 from randbasis.train.default_choices import filled
-from randbasis.train.images import EVAL_SPLITS, ImageClassification, read_images
+from randbasis.train.images import ImageClassification, image_tables
 from randbasis.train.judgement import compared_size, doubts
 from randbasis.train.loop import TRACKED, FitResult, fit
 from randbasis.train.loss_plot import plot_losses
@@ -289,20 +289,7 @@ def _tables(settings: TrainSettings) -> tuple[Table, Table | None]:
         first = read_sources(data.train_sources, kind=data.kind, wanted=data.columns)
         others = data.eval_sources
         return first, read_sources(others, kind=data.kind, wanted=data.columns) if others else None
-    splits = read_images(_one_of_images(data.train))
-    train_name = next((name for name in splits if name not in EVAL_SPLITS), None)
-    if train_name is None:
-        raise EmptyDataError(f"{data.train} holds only {', '.join(splits)}; a split named train is needed")
-    if data.eval is not None:
-        others = read_images(_one_of_images(data.eval))
-        return splits[train_name], others[next((name for name in EVAL_SPLITS if name in others), next(iter(others)))]
-    return splits[train_name], next((splits[name] for name in EVAL_SPLITS if name in splits), None)
-
-
-def _one_of_images(source: Any) -> str | Path:
-    if isinstance(source, tuple):
-        raise SettingError(f"data of images must be one folder or zip, got {len(cast(tuple[Any, ...], source))}")
-    return source
+    return image_tables(data.train, data.eval)
 
 
 def _check_output(settings: TrainSettings) -> Path:

@@ -84,21 +84,16 @@ def as_markdown(report: Report) -> str:
     if study.claim.strip():
         parts.append("**The claim.** " + " ".join(study.claim.split()))
     parts += [report.comments.strip()] if report.comments.strip() else []
-    parts += ["**What the numbers say.**", *map(_untagged, report.found())]
+    parts += ["**What the numbers say.**", *map(wording.untagged, report.found())]
     for results in report.results:
-        parts += [f"## {_untagged(results.data.name)}", about(study, results.data)]
+        parts += [f"## {wording.untagged(results.data.name)}", about(study, results.data)]
         picture = report.picture_of(results)
         parts += [f"![{results.data.name}](pictures/{picture.name})"] if picture else []
         parts += [table.markdown() for table in report.tables(results)]
     if report.lacking:
-        parts += ["## Missing runs", "\n".join(f"- {_untagged(one)}" for one in report.lacking)]
+        parts += ["## Missing runs", "\n".join(f"- {wording.untagged(one)}" for one in report.lacking)]
     parts += ["## How to read this", "\n".join(f"- {one}" for one in READING), f"{report.provenance()}."]
     return "\n\n".join(parts) + "\n"
-
-
-def _untagged(text: str) -> str:
-    """A name in Markdown: a bracket of its own is no tag."""
-    return text.replace("<", "&lt;")
 
 
 def as_html(report: Report) -> str:

@@ -33,7 +33,7 @@ class Table:
         """As Markdown; a cell cannot hold a bar or a tag of its own."""
         rule = "|" + "---|" * self.left + "---:|" * (len(self.heads) - self.left)
         lines = (
-            " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+            " | ".join(wording.untagged(cell).replace("|", "\\|") for cell in cells)
             for cells in (self.heads, *self.rows)
         )
         head, *rest = (f"| {line} |" for line in lines)

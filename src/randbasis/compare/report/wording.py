@@ -33,6 +33,11 @@ def bare_name(metric: str) -> str:
     return metric_name(metric).partition(",")[0]
 
 
+def untagged(text: str) -> str:
+    """A name in Markdown: a bracket of its own is no tag."""
+    return text.replace("<", "&lt;")
+
+
 def digits(metric: str) -> int:
     """After the point."""
     return 3 if metric in LOWER_IS_BETTER else 1
